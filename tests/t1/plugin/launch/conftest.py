@@ -1,4 +1,4 @@
-"""Launches of the engines' doubles that leave nothing behind."""
+"""Launches of the engine doubles that leave nothing behind."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.kits.launch_rig import Rig
 
 @pytest.fixture
 def rig_of(tmp_path, double):
-    """A rig of an engine."""
+    """Return a rig for an engine."""
     made = []
 
     def make(engine):

@@ -1,4 +1,4 @@
-"""What a host or container must grant, tried out with everything else taken away (setpriv(1) bounds what a command may have)."""
+"""What a host or container must grant, tested without everything else (setpriv(1) limits a command's capabilities)."""
 
 import json
 import os
@@ -15,7 +15,7 @@ ENOUGH = "-all,+sys_admin,+net_admin,+setpcap,+sys_chroot"
 
 
 def doctor(bounds):
-    """The findings of `quickthaw doctor` by what was tried, with capabilities bounded so."""
+    """Return the findings of `quickthaw doctor` by name, with the capabilities limited in this way."""
     argv = ["setpriv", "--bounding-set", bounds, sys.executable, "-m", "plugin", "doctor", "--json"]
     result = subprocess.run(
         argv, cwd=REPO, env=dict(os.environ), capture_output=True, text=True, timeout=60, check=False
@@ -24,7 +24,7 @@ def doctor(bounds):
     return {finding["what"]: finding for finding in json.loads(result.stdout)}
 
 
-def test_the_least_set_of_capabilities_dumps_and_restores():
+def test_the_minimal_set_of_capabilities_dumps_and_restores():
     found = doctor(ENOUGH)
     assert found["sandbox"]["state"] == "ok", found
     assert found["dump and restore"]["state"] == "ok", found

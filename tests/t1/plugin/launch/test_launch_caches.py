@@ -1,4 +1,4 @@
-"""Compiled code as an archive of its own: a host where no restore is possible still skips compilation, and a bad store costs nothing."""
+"""Compiled code as a separate archive: a host without restores still skips compilation, and a bad store costs nothing."""
 
 import http.server
 import shutil
@@ -13,7 +13,7 @@ NO_RESTORE = {"QUICKTHAW_CRIU": "/nowhere/criu"}
 
 
 def start(rig, store, *options, wait="kept in", **env):
-    """A cold start on a host without CRIU; its log, once the cache is stored (or `wait` is said)."""
+    """Cold-start on a host without CRIU; return the log once the cache is stored (or `wait` is logged)."""
     with rig.running("--snapshot-store", store, *options, env={**NO_RESTORE, **env}) as started:
         started.ask()
         started.wait_serving()
@@ -30,12 +30,12 @@ def test_another_host_skips_compilation(launch_rig, tmp_path):
     text = start(rig, store, wait=None)
     assert "found its compiled code" in text
     assert "1 files from" in text
-    # Neither fetched nor sent again.
+    # Neither pulled nor pushed again.
     text = start(rig, store, wait=None)
     assert "files from" not in text and "kept in" not in text
 
 
-def test_what_is_compiled_later_is_added(launch_rig, tmp_path):
+def test_code_compiled_later_is_added(launch_rig, tmp_path):
     rig, store = launch_rig, tmp_path / "snapshots"
     start(rig, store)
     (rig.home / "compile" / "sglang" / "later.so").write_bytes(b"later")
@@ -45,7 +45,7 @@ def test_what_is_compiled_later_is_added(launch_rig, tmp_path):
     assert (rig.home / "compile" / "sglang" / "later.so").read_bytes() == b"later"
 
 
-def test_a_snapshot_and_a_compile_cache_go_side_by_side(launch_rig, tmp_path):
+def test_a_snapshot_and_a_compile_cache_are_both_stored(launch_rig, tmp_path):
     rig, store = launch_rig, tmp_path / "snapshots"
     with rig.running("--snapshot-store", store) as started:
         started.ask()
@@ -56,7 +56,7 @@ def test_a_snapshot_and_a_compile_cache_go_side_by_side(launch_rig, tmp_path):
         assert "restoring" in started.phases()[0]
 
 
-def test_a_store_that_cannot_be_reached_costs_nothing_but_a_line(launch_rig):
+def test_an_unreachable_store_costs_only_a_log_line(launch_rig):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -65,7 +65,7 @@ def test_a_store_that_cannot_be_reached_costs_nothing_but_a_line(launch_rig):
     assert "Traceback" not in text
 
 
-def test_a_damaged_cache_is_not_believed(launch_rig, tmp_path):
+def test_a_damaged_cache_is_not_used(launch_rig, tmp_path):
     rig, store = launch_rig, tmp_path / "snapshots"
     start(rig, store)
     for chunk in (store / "chunks").rglob("*"):
@@ -79,7 +79,7 @@ def test_a_damaged_cache_is_not_believed(launch_rig, tmp_path):
     assert "engine double: compiled" in text
 
 
-def test_unsigned_code_is_not_run_where_signatures_are_asked_for(launch_rig, tmp_path):
+def test_unsigned_code_is_not_used_with_trust_keys(launch_rig, tmp_path):
     rig, store = launch_rig, tmp_path / "snapshots"
     start(rig, store)
     rig.cli("snapshot", "keygen", tmp_path / "key")
@@ -88,7 +88,7 @@ def test_unsigned_code_is_not_run_where_signatures_are_asked_for(launch_rig, tmp
     assert "compile-cache-unsigned" in text and "engine double: compiled" in text
 
 
-def test_signed_code_is_used_where_signatures_are_asked_for(launch_rig, tmp_path):
+def test_signed_code_is_used_with_trust_keys(launch_rig, tmp_path):
     rig, store = launch_rig, tmp_path / "snapshots"
     rig.cli("snapshot", "keygen", tmp_path / "key")
     start(rig, store, "--sign-key", tmp_path / "key")
@@ -98,7 +98,7 @@ def test_signed_code_is_used_where_signatures_are_asked_for(launch_rig, tmp_path
 
 
 def test_code_compiled_for_other_arguments_or_threads_is_not_fetched(launch_rig, tmp_path):
-    """LoRA and thread counts enter compiled code."""
+    """LoRA and thread counts are part of compiled code."""
     rig, store = launch_rig, tmp_path / "snapshots"
     start(rig, store)
     shutil.rmtree(rig.fresh_home())
@@ -106,7 +106,7 @@ def test_code_compiled_for_other_arguments_or_threads_is_not_fetched(launch_rig,
     assert "has none for this engine" in text and "engine double: compiled" in text
 
 
-def test_a_store_that_stalls_is_waited_for_only_so_long(tmp_path, caplog):
+def test_the_wait_for_a_stalled_store_is_limited(tmp_path, caplog):
     from plugin.runtime.steps.compile_cache import CompileCache
 
     held = threading.Event()

@@ -1,5 +1,4 @@
-"""A snapshot that is not what was written is refused by name and the engine starts cold under the same held request; and who is told
-why."""
+"""A changed snapshot is refused by name and the engine starts cold under the same held request; and who sees the reason."""
 
 import json
 import os
@@ -12,7 +11,7 @@ pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slo
 
 
 def flip(file, at=None):
-    """Another byte at `at` (default: the middle), with size, mode and times as they were."""
+    """Change a byte at `at` (default: the middle), with size, mode and times unchanged."""
     info = file.stat()
     data = bytearray(file.read_bytes())
     data[len(data) // 2 if at is None else at] ^= 0x01
@@ -25,7 +24,7 @@ def first(folder, pattern):
 
 
 def goes_cold(rig, answer, code, *options):
-    """One launch whose held request is answered by a cold start that says `code`; what our log said."""
+    """Launch with a held request that a cold start answers, and which logs `code`; return the log."""
     with rig.running(*options) as started:
         assert started.ask() == answer
         started.wait_serving()
@@ -56,7 +55,7 @@ def taken(launch_rig):
     return launch_rig, launch_rig.library.path(launch_rig.name), answer
 
 
-def test_one_flipped_byte_in_each_kind_of_file(taken):
+def test_a_flipped_byte_in_each_kind_of_file_is_refused(taken):
     rig, folder, answer = taken
     for kind, pattern in KINDS.items():
         file = first(folder, pattern)
@@ -72,8 +71,8 @@ def test_one_flipped_byte_in_each_kind_of_file(taken):
         assert "restoring" in started.phases()[0]
 
 
-def test_a_flipped_byte_in_shared_memory_and_in_temporary_files(launch_rig):
-    """The double has neither; files of ours in their places count as its own."""
+def test_a_flipped_byte_in_shared_memory_or_temporary_files_is_refused(launch_rig):
+    """The double has neither; files of the test in their places count as its own."""
     rig = launch_rig
     answer = rig.take()
     folder = rig.library.path(rig.name)
@@ -98,12 +97,12 @@ def test_every_flipped_bit_of_the_manifest_is_refused(taken):
         file.write_bytes(bad)
         with pytest.raises(CheckpointError):
             manifest.load(folder)
-    # A number that stays a number: nothing but the digest tells.
+    # A number that stays a number: only the digest differs.
     file.write_bytes(good.replace(b'"port": 8000', b'"port": 8001'))
     goes_cold(rig, answer, "manifest-garbled", "--no-snapshot")
 
 
-def test_a_truncated_and_a_missing_file(taken):
+def test_truncated_and_missing_files_are_refused(taken):
     rig, folder, answer = taken
     pages = first(folder, "images/pages-*.img")
     os.truncate(pages, pages.stat().st_size - 4096)
@@ -113,7 +112,7 @@ def test_a_truncated_and_a_missing_file(taken):
     goes_cold(rig, answer, "file-missing", "--no-snapshot")
 
 
-def test_a_manifest_of_another_version(taken):
+def test_a_manifest_of_another_version_is_refused(taken):
     rig, folder, answer = taken
     file = folder / "manifest.json"
     good = file.read_bytes()
@@ -126,7 +125,7 @@ def test_a_manifest_of_another_version(taken):
     file.write_bytes(good)
 
 
-def test_a_damaged_snapshot_is_taken_anew_and_serves_again(taken):
+def test_a_damaged_snapshot_is_replaced_and_restores_again(taken):
     rig, folder, answer = taken
     flip(first(folder, "images/pages-*.img"))
     goes_cold(rig, answer, "file-digest-differs")
@@ -152,7 +151,7 @@ def test_a_damaged_working_set_and_ledger_cost_time_only(taken):
 
 
 def broken_criu(rig):
-    """A CRIU that can do everything but restore."""
+    """Return a CRIU that can do everything except restore."""
     real = (rig.home / "criu").resolve() / "criu"
     script = rig.folder / "criu.sh"
     script.write_text(f'#!/bin/sh\n[ "$1" = restore ] && exit 1\nexec {real} "$@"\n')
@@ -160,7 +159,7 @@ def broken_criu(rig):
     return {"QUICKTHAW_CRIU": str(script)}
 
 
-def test_quarantine_after_three_failures_says_why(taken):
+def test_three_failures_quarantine_a_snapshot_with_the_reason(taken):
     rig, folder, answer = taken
     broken = broken_criu(rig)
     for _ in range(3):
@@ -177,12 +176,12 @@ def test_quarantine_after_three_failures_says_why(taken):
     assert "quarantined" in said.stdout and "criu-restore-failed" in said.stdout
     row = json.loads(rig.cli("snapshot", "ls", "--json").stdout)[0]
     assert row["quarantined"] and row["failures"] == 3 and "criu-restore-failed" in row["reason"]
-    # Whoever asks for this one by name is told the same.
+    # A restore by name reports the same.
     refused = rig.cli("restore", rig.name, "--port", "0")
     assert refused.returncode != 0 and "quarantine" in refused.stderr
 
 
-def test_strict_fails_where_others_go_on(taken):
+def test_strict_fails_instead_of_a_cold_start(taken):
     rig, folder, answer = taken
     flip(first(folder, "images/pages-*.img"))
     started = rig.start("--strict")
@@ -194,7 +193,7 @@ def test_strict_fails_where_others_go_on(taken):
     assert started.process.wait(60) == 1 and "capability-off" in started.ours()
 
 
-def test_nobody_else_can_read_a_snapshot(taken):
+def test_no_other_user_can_read_a_snapshot(taken):
     rig, folder, _ = taken
     for place in (rig.home / "snapshots", folder, folder / "images", folder / "shm", folder / "tmp"):
         assert stat.S_IMODE(place.stat().st_mode) == 0o700, place
@@ -206,16 +205,16 @@ def test_nobody_else_can_read_a_snapshot(taken):
     assert loose == []
 
 
-def test_signatures(taken, tmp_path):
+def test_only_signed_snapshots_are_restored_with_a_trust_key(taken, tmp_path):
     rig, folder, answer = taken
     for name in ("release", "other"):
         assert rig.cli("snapshot", "keygen", tmp_path / name).returncode == 0
     trusting = ("--trust-key", tmp_path / "release.pub")
-    # Unsigned: refused, and not replaced by one that would be refused again.
+    # Unsigned: refused, and not replaced by one that would also be refused.
     ours = goes_cold(rig, answer, "signature-", *trusting)
     assert "--sign-key" in ours
     assert not (folder / "manifest.sig").exists()
-    # Whoever can sign takes it anew; then it is believed.
+    # With a sign key it is taken again and then accepted.
     goes_cold(rig, answer, "signature-", *trusting, "--sign-key", tmp_path / "release")
     assert stat.S_IMODE((folder / "manifest.sig").stat().st_mode) == 0o600
     with rig.running(*trusting) as started:
@@ -236,18 +235,18 @@ SECRET = "sk-Zq81mmcVW0P4aT2fH7yLd93x"
 
 
 def holding(folder, text):
-    """Files below a folder that hold the text; not the links to them."""
+    """Return the files below a folder that contain the text, without symlinks to them."""
     files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
     return [str(file.relative_to(folder)) for file in files if text.encode() in file.read_bytes()]
 
 
-def test_secrets_are_named_never_told_and_can_be_kept_out(launch_rig):
+def test_secrets_are_shown_by_name_only_and_can_be_kept_out(launch_rig):
     rig = launch_rig
     rig.environment = {"ACME_API_KEY": SECRET}
     rig.take("--snapshot-name", "plain")
     rig.take("--snapshot-name", "scrubbed", "--scrub-env", "ACME_API_KEY")
     plain, scrubbed = rig.library.path("plain"), rig.library.path("scrubbed")
-    # This is why: the engine's memory holds its environment. Nothing else of the snapshot does.
+    # The reason: the engine's memory contains its environment. Nothing else in the snapshot does.
     assert holding(plain, SECRET) and all(name.startswith("images/pages-") for name in holding(plain, SECRET))
     assert holding(scrubbed, SECRET) == [] and holding(scrubbed, "ACME_API_KEY") == []
     found = json.loads(rig.cli("snapshot", "inspect", "plain", "--json").stdout)
@@ -261,8 +260,8 @@ def test_secrets_are_named_never_told_and_can_be_kept_out(launch_rig):
         assert "ACME_API_KEY" not in started.facts()["worker"]["environment"]
 
 
-def test_a_file_that_the_engine_held_open_and_that_grew_costs_one_cold_start(launch_rig):
-    """Tried once, named with CRIU's own words and a log that is there, and the snapshot is taken anew: the next start restores."""
+def test_an_open_file_that_grew_costs_one_cold_start(launch_rig):
+    """The restore is tried once, reported with CRIU's message and a kept log, and the snapshot is taken again: the next start restores."""
     launch_rig.environment["ENGINE_DOUBLE_OPENS"] = "engine.lock"
     lock = launch_rig.model.parent / "engine.lock"
     answer = launch_rig.take("--snapshot-name", "mine")

@@ -1,7 +1,6 @@
-"""What a launch opens, which is nothing: the engine's control is the launcher's alone, and quickthaw's own variables stay out of the
-engine.
+"""A launch opens nothing: only the launcher can control the engine, and quickthaw's own variables stay out of the engine.
 
-The engine double opens vLLM's developer endpoints where VLLM_SERVER_DEV_MODE asks for them, and loads `--middleware` as vLLM does.
+The engine double opens vLLM's developer endpoints if VLLM_SERVER_DEV_MODE is set, and loads `--middleware` as vLLM does.
 """
 
 import contextlib
@@ -25,7 +24,7 @@ ASKED = {"call": "collective_rpc", "method": "reload_weights"}
 
 
 def post(port, target, key=None):
-    """The status of a control call as an attacker would send it."""
+    """Send a control call as an attacker would; return its status."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     with contextlib.closing(connection):
         body = b'{"call": "collective_rpc", "method": "reload_weights"}'
@@ -40,7 +39,7 @@ def post(port, target, key=None):
 
 
 def inside(pid, target, key):
-    """The same from beside the engine, in its own network."""
+    """Send the same from the engine's own network namespace."""
     script = (
         "import http.client, sys\n"
         "c = http.client.HTTPConnection('127.0.0.1', 8000, timeout=30)\n"
@@ -52,7 +51,7 @@ def inside(pid, target, key):
 
 
 def engines(rig):
-    """The processes of the rig's engine, by their numbers on the host."""
+    """Return the host's PIDs of the rig's engine."""
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
@@ -63,7 +62,7 @@ def engines(rig):
 
 
 @pytest.mark.slow
-def test_a_controlled_vllm_opens_nothing_that_it_alone_would_not(launch_rig):
+def test_a_controlled_vllm_opens_no_additional_endpoints(launch_rig):
     launch_rig.engine = "vllm"
     with launch_rig.running(
         "--weights", "thin", "--snapshot-name", "thin", arguments=["--root-path", "/api"]
@@ -92,7 +91,7 @@ def test_a_controlled_vllm_opens_nothing_that_it_alone_would_not(launch_rig):
 
 
 @pytest.mark.slow
-def test_the_developer_mode_that_the_user_sets_is_the_users(launch_rig):
+def test_a_developer_mode_set_by_the_user_is_kept(launch_rig):
     launch_rig.engine = "vllm"
     with launch_rig.running("--no-snapshot", env={"VLLM_SERVER_DEV_MODE": "1"}) as started:
         started.ask()
@@ -100,7 +99,7 @@ def test_the_developer_mode_that_the_user_sets_is_the_users(launch_rig):
         assert post(started.port, CONTROL_PATH, "k" * 64) == 404
 
 
-def test_without_a_sandbox_the_engine_is_started_as_it_would_be_alone(launch_rig):
+def test_without_a_sandbox_the_engine_starts_as_it_would_alone(launch_rig):
     launch_rig.engine = "vllm"
     with launch_rig.running(model="acme/tiny", env={"QUICKTHAW_TOKEN": SECRET}) as started:
         started.ask()
@@ -129,7 +128,7 @@ def test_quickthaws_own_variables_reach_neither_the_engine_nor_its_snapshot(laun
 
 
 @pytest.mark.slow
-def test_an_sglang_with_keys_is_controlled_with_its_own(launch_rig):
+def test_an_sglang_with_keys_is_controlled_with_its_admin_key(launch_rig):
     keys = ["--api-key", "clients", "--admin-api-key", "operators"]
     with launch_rig.running("--weights", "thin", "--snapshot-name", "keyed", arguments=keys) as started:
         started.wait_serving()
@@ -143,7 +142,7 @@ def test_an_sglang_with_keys_is_controlled_with_its_own(launch_rig):
 
 
 @pytest.mark.slow
-def test_the_state_folder_is_its_owners_alone_whatever_the_umask(launch_rig):
+def test_the_state_folder_is_private_with_any_umask(launch_rig):
     criu = (launch_rig.home / "criu" / "criu").resolve()
     launch_rig.home = launch_rig.folder / "not-there-yet" / "home"
     before = os.umask(0)

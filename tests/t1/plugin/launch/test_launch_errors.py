@@ -1,4 +1,4 @@
-"""Bad input to the commands: one clear line that names the cause and the way out, the right exit code, and nothing left behind."""
+"""Invalid input to the commands: one line that names cause and remedy, the right exit code, and nothing left behind."""
 
 import json
 import os
@@ -19,7 +19,7 @@ REPO = Path(__file__).parents[4]
 
 @pytest.fixture
 def rig(tmp_path):
-    """Run `quickthaw …` with a state folder of its own, and prove at the end that nothing is left."""
+    """Return a function that runs `quickthaw …` with its own state folder; assert at the end that nothing is left."""
     home = tmp_path / "home"
     home.mkdir()
     watch = Watch(home)
@@ -38,7 +38,7 @@ def rig(tmp_path):
         )
 
     def start(engine, port):
-        """A `quickthaw launch` with this engine that runs on."""
+        """Start a `quickthaw launch` with this engine that keeps running."""
         argv = [sys.executable, "-m", "plugin", "launch", "--engine-python", engine, "vllm"]
         argv += ["--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
         pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
@@ -50,7 +50,7 @@ def rig(tmp_path):
 
 
 def engine_script(tmp_path, *lines):
-    """An engine that is a shell script of these lines."""
+    """Write an engine that is a shell script of these lines."""
     engine = tmp_path / "engine"
     engine.write_text("\n".join(("#!/bin/sh", *lines, "")))
     engine.chmod(0o755)
@@ -58,20 +58,20 @@ def engine_script(tmp_path, *lines):
 
 
 def only_line(result, code):
-    """The one line that says what went wrong."""
+    """Return the only line of the output, which names the error."""
     lines = [line for line in result.stderr.splitlines() if code in line]
     assert len(lines) == 1, result.stderr
     assert "Traceback" not in result.stderr
     return lines[0]
 
 
-def test_an_unknown_engine(rig):
+def test_an_unknown_engine_is_refused(rig):
     result = rig("launch", "llama.cpp", "--model", rig.model)
     assert result.returncode == 2
     assert "vllm and sglang" in only_line(result, "unknown-engine")
 
 
-def test_no_model(rig):
+def test_a_missing_model_is_refused(rig):
     result = rig("launch", "vllm", "--port", str(free_port()))
     assert result.returncode == 2
     assert "--model MODEL" in only_line(result, "no-model")
@@ -84,20 +84,20 @@ def test_no_model(rig):
         (lambda model: (model / "config.json").unlink(), "model-without-config"),
     ],
 )
-def test_a_model_directory_that_cannot_be_served(rig, spoil, code):
+def test_an_unservable_model_directory_is_refused(rig, spoil, code):
     spoil(Path(rig.model))
     result = rig("launch", "vllm", "--model", rig.model, "--port", str(free_port()))
     assert result.returncode == 2
     assert rig.model in only_line(result, code)
 
 
-def test_a_model_directory_that_is_not_there(rig):
+def test_a_missing_model_directory_is_refused(rig):
     result = rig("launch", "sglang", "--model-path", rig.model + "-gone", "--port", str(free_port()))
     assert result.returncode == 2
     only_line(result, "model-missing")
 
 
-def test_a_port_in_use(rig):
+def test_a_port_in_use_is_refused(rig):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         result = rig("launch", "vllm", "--model", rig.model, "--host", "127.0.0.1", "--port", port)
@@ -105,13 +105,13 @@ def test_a_port_in_use(rig):
     assert "--port" in only_line(result, "port-in-use")
 
 
-def test_a_port_that_is_none(rig):
+def test_an_invalid_port_is_refused(rig):
     result = rig("launch", "vllm", "--model", rig.model, "--port", "http")
     assert result.returncode == 2
     only_line(result, "bad-port")
 
 
-def test_an_interpreter_that_is_none(rig):
+def test_an_invalid_interpreter_is_refused(rig):
     result = rig(
         "launch", "--engine-python", "/nowhere/python", "vllm", "--model", rig.model, "--port", str(free_port())
     )
@@ -119,7 +119,7 @@ def test_an_interpreter_that_is_none(rig):
     only_line(result, "engine-python")
 
 
-def test_an_engine_that_dies_at_once_gives_its_own_code_and_last_words(rig, tmp_path):
+def test_an_engine_that_dies_at_once_gives_its_exit_code_and_last_lines(rig, tmp_path):
     engine = engine_script(tmp_path, "echo 'RuntimeError: out of luck' >&2", "exit 17")
     result = rig(
         "launch",
@@ -154,7 +154,7 @@ def test_the_engines_own_help_is_printed(rig, tmp_path, name, words):
 
 
 @pytest.mark.slow
-def test_a_request_that_waits_for_an_engine_that_dies_is_told_why(rig, tmp_path):
+def test_a_request_held_for_an_engine_that_dies_gets_the_reason(rig, tmp_path):
     engine = engine_script(tmp_path, "sleep 1", "exit 4")
     port = free_port()
     with rig.start(engine, port) as process:
@@ -178,13 +178,13 @@ def test_a_request_that_waits_for_an_engine_that_dies_is_told_why(rig, tmp_path)
 
 
 @pytest.mark.parametrize("command", [("snapshot", "inspect", "nope"), ("snapshot", "rm", "nope"), ("restore", "nope")])
-def test_a_snapshot_that_is_not_there(rig, command):
+def test_a_missing_snapshot_is_an_error(rig, command):
     result = rig(*command)
     assert result.returncode == 1
     only_line(result, "snapshot-not-found")
 
 
-def test_a_snapshot_whose_manifest_is_garbled(rig):
+def test_a_garbled_manifest_is_an_error(rig):
     folder = rig.home / "snapshots" / "bad"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text('{"format": 1, "name": ')
@@ -196,7 +196,7 @@ def test_a_snapshot_whose_manifest_is_garbled(rig):
     assert rig("snapshot", "rm", "bad").returncode == 0
 
 
-def test_a_snapshot_of_a_newer_format(rig):
+def test_a_snapshot_of_a_newer_format_is_an_error(rig):
     folder = rig.home / "snapshots" / "new"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text('{"format": 999, "shape": "unknown"}')
@@ -227,7 +227,7 @@ def test_stopping_before_the_engine_serves_leaves_nothing(rig, tmp_path):
         assert process.returncode == 143
 
 
-@pytest.mark.slow  # the lazy mount outlives its last user by 15 s
+@pytest.mark.slow  # the lazy mount survives its last user by 15 s
 @pytest.mark.parametrize("moment", ["mounting", "starting", "loading"])
 def test_kill_9_of_the_launcher_leaves_nothing(rig, tmp_path, moment):
     engine = engine_script(tmp_path, "exec sleep 600")
@@ -241,7 +241,7 @@ def test_kill_9_of_the_launcher_leaves_nothing(rig, tmp_path, moment):
 
 @pytest.mark.parametrize("files", [20, 40, 80])
 def test_too_few_open_files_are_named_with_the_remedy(rig, files):
-    """It was `engine-not-started: Invalid argument; give the engine's interpreter`, or a traceback."""
+    """The error was `engine-not-started: Invalid argument; give the engine's interpreter`, or a traceback."""
     words = ("launch", "vllm", "--model", rig.model, "--port", str(free_port()))
     argv = ["prlimit", f"--nofile={files}:{files}", sys.executable, "-m", "plugin", *words]
     result = subprocess.run(argv, env=rig.variables, cwd=REPO, capture_output=True, text=True, timeout=60, check=False)
@@ -256,7 +256,7 @@ def test_few_open_files_are_enough_if_the_limit_can_be_raised(rig):
 
 
 @pytest.mark.parametrize(("mode", "what"), [(0o777, "replace"), (0o750, "list"), (0o700, None)])
-def test_a_state_folder_that_others_can_enter_is_named(rig, mode, what):
+def test_a_state_folder_open_to_others_is_reported(rig, mode, what):
     rig.home.chmod(mode)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -269,7 +269,7 @@ def test_a_state_folder_that_others_can_enter_is_named(rig, mode, what):
         assert f"can {what} its files; chmod 700 {rig.home}" in line
 
 
-def test_lines_are_json_where_that_is_asked(rig):
+def test_log_lines_are_json_on_request(rig):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         rig.home.chmod(0o755)
@@ -280,7 +280,7 @@ def test_lines_are_json_where_that_is_asked(rig):
     assert any("state-folder-open" in line["message"] and line["level"] == "warning" for line in lines), result.stderr
 
 
-def test_the_start_prints_the_address_it_serves_on_and_the_admin_page(rig):
+def test_the_start_prints_its_address_and_the_admin_page(rig):
     admin = free_port()
     words = ("--no-mount", "--no-snapshot", "--admin-listen", f"127.0.0.1:{admin}", "--engine-python", "/bin/false")
     result = rig("launch", *words, "vllm", "--model", rig.model, "--host", "127.0.0.1", "--port", "0")

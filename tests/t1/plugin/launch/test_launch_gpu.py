@@ -1,7 +1,8 @@
-"""A replica with a GPU from cold start to restore: the engine puts its memory away, the driver the rest, and both come back in the right
+"""A replica with a GPU from cold start to restore: the engine offloads its memory, the driver the rest, and both reload in the right
 order.
 
-The engine and the CUDA driver are doubles (tests/programs/engine_double, cuda_double.py); CRIU, sandbox and everything of ours are real.
+The engine and the CUDA driver are doubles (tests/programs/engine_double, cuda_double.py). CRIU, the sandbox and all of quickthaw are
+real.
 """
 
 import json
@@ -34,7 +35,7 @@ def command_line(pid):
 
 
 def is_worker(pid):
-    """Whether it is the engine double's second process: like its parent an engine by its command line."""
+    """Return whether it is the engine double's second process, which has the same command line as its parent."""
     try:
         parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
     except OSError:
@@ -43,7 +44,7 @@ def is_worker(pid):
 
 
 class Driver(Double):
-    """The double of the driver, for a worker whose number is known only once it runs; a restored one is as it was at the dump."""
+    """The double of the driver for a worker whose PID is known only once it runs. A restored one has its state of the dump."""
 
     def _record(self, pid):
         file = self.folder / f"{pid}.json"
@@ -68,7 +69,7 @@ class Driver(Double):
 
 @pytest.fixture
 def gpu_rig(launch_rig, monkeypatch, tmp_path):
-    """Makes replicas of the double on a GPU."""
+    """Return a function that makes replicas of the double on a GPU."""
     gpu = tmp_path / "gpu"
     gpu.mkdir()
     write(gpu / "gpus.json", {GPU0: TOTAL})
@@ -140,7 +141,7 @@ AWAKE = {
 
 @pytest.mark.parametrize("weights", ["full", "thin"])
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_put_away_for_the_dump_and_taken_up_by_the_engine_and_by_every_replica(gpu_rig, launch_rig, engine, weights):
+def test_memory_is_offloaded_for_the_dump_and_reloaded_by_engine_and_replicas(gpu_rig, launch_rig, engine, weights):
     cold = gpu_rig(engine, weights=weights)
     cold.start()
     expected = answer(cold)
@@ -164,12 +165,12 @@ def test_put_away_for_the_dump_and_taken_up_by_the_engine_and_by_every_replica(g
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_an_engine_started_without_its_sleep_mode_is_carried_by_the_driver(gpu_rig, engine, monkeypatch):
+def test_without_a_sleep_mode_the_driver_moves_all_memory(gpu_rig, engine, monkeypatch):
     monkeypatch.setattr(type(launchers.engine(engine)), "gpu_arguments", lambda self, command, packages: ())
     cold = gpu_rig(engine)
     cold.start()
     assert not cold.snapshot.asleep
-    # Neither is asked: vLLM's engine would raise, SGLang would log_off yes and release nothing.
+    # Neither is called: vLLM would raise, SGLang would agree and release nothing.
     assert worker(cold)["calls"] == ([["collective_rpc", "quickthaw_trim"]] if engine == "vllm" else [["flush_cache"]])
     expected = answer(cold)
     cold.stop(5.0)
@@ -178,7 +179,7 @@ def test_an_engine_started_without_its_sleep_mode_is_carried_by_the_driver(gpu_r
     assert replica.restored and answer(replica) == expected
 
 
-def test_the_users_own_word_on_sleep_mode_is_not_overruled(gpu_rig):
+def test_the_users_sleep_mode_option_is_kept(gpu_rig):
     cold = gpu_rig("vllm", arguments=["--enable-sleep-mode"])
     cold.start()
     given = {command_line(pid).count(b"--enable-sleep-mode") for pid in processes_of(cold)}
@@ -191,10 +192,10 @@ def processes_of(replica):
     return processes(replica.running.place.init_pid)
 
 
-def test_a_dump_that_fails_after_all_was_put_away_leaves_an_engine_that_serves(gpu_rig, tmp_path, caplog):
+def test_a_dump_that_fails_after_the_offload_leaves_a_serving_engine(gpu_rig, tmp_path, caplog):
     script = tmp_path / "criu.sh"
     real = (state_home() / "criu" / "criu").resolve()
-    # The trial of a small process, whose images lie in its own sandbox, passes; the engine's dump does not.
+    # The trial of a small process, whose images are in its own sandbox, passes; the engine's dump fails.
     script.write_text(f'#!/bin/sh\ncase "$*" in dump*/snapshots/*) exit 1 ;; esac\nexec {real} "$@"\n')
     script.chmod(0o755)
     replica = gpu_rig("vllm", criu=Criu(script), weights="thin")
@@ -207,7 +208,7 @@ def test_a_dump_that_fails_after_all_was_put_away_leaves_an_engine_that_serves(g
     assert replica.library.names() == []
 
 
-def test_a_gpu_that_is_in_use_is_refused_before_anything_is_lost_and_the_snapshot_stays(gpu_rig, caplog):
+def test_a_busy_gpu_is_refused_before_anything_is_lost(gpu_rig, caplog):
     cold = gpu_rig("vllm")
     cold.start()
     name = cold.snapshot.name
@@ -221,11 +222,11 @@ def test_a_gpu_that_is_in_use_is_refused_before_anything_is_lost_and_the_snapsho
     assert "gpu-memory-short" in caplog.text
     assert (
         replica._cuda.changes()[before:] == []
-    )  # nothing was tried that could lose the process, and no new snapshot was taken
+    )  # nothing that could lose the process was tried, and no new snapshot was taken
     assert replica.library.load(name) == created
 
 
-def test_several_gpus_are_refused_by_name_with_the_way_out(gpu_rig, tmp_path, caplog):
+def test_several_gpus_are_refused_with_a_remedy(gpu_rig, tmp_path, caplog):
     store = tmp_path / "kept"
     replica = gpu_rig("vllm", arguments=["--tensor-parallel-size", "2"], snapshot_store=str(store))
     with caplog.at_level(logging.INFO, "quickthaw"):
@@ -235,11 +236,11 @@ def test_several_gpus_are_refused_by_name_with_the_way_out(gpu_rig, tmp_path, ca
     assert "--tensor-parallel-size 2" in line and "--snapshot-store" in line
     assert replica.library.names() == []
     assert not (gpu_rig.gpu / "calls").exists() or replica._cuda.changes() == []
-    # The way out is real: its compiled code is in the store.
+    # The remedy works: its compiled code is in the store.
     wait_until(lambda: list(store.rglob("compile-vllm-*")))
 
 
-def test_an_engine_told_to_compute_on_the_cpu_beside_a_gpu_is_not_put_to_sleep(gpu_rig, monkeypatch):
+def test_an_engine_on_the_cpu_beside_a_gpu_is_not_put_to_sleep(gpu_rig, monkeypatch):
     """SGLang's scheduler would end at a release of memory that it does not have there."""
     monkeypatch.setitem(globals(), "is_worker", lambda pid: False)
     replica = gpu_rig("sglang")
@@ -248,7 +249,7 @@ def test_an_engine_told_to_compute_on_the_cpu_beside_a_gpu_is_not_put_to_sleep(g
     assert not replica.snapshot.asleep and replica.snapshot.gpu.processes == 0
 
 
-def test_an_engine_that_its_dump_leaves_off_the_gpu_is_ended_and_started_again(gpu_rig, caplog):
+def test_an_engine_that_cannot_resume_after_its_dump_is_restarted(gpu_rig, caplog):
     write(gpu_rig.gpu / "faults.json", [{"op": "restore", "result": "CUDA_ERROR_OUT_OF_MEMORY", "state": "FAILED"}])
     replica = gpu_rig("vllm")
     with caplog.at_level(logging.INFO, "quickthaw"):
@@ -257,11 +258,11 @@ def test_an_engine_that_its_dump_leaves_off_the_gpu_is_ended_and_started_again(g
     assert "a new one starts without a snapshot" in caplog.text
     assert replica.tracker.phase is Phase.SERVING and answer(replica)
     assert replica.snapshot is None and replica.library.names() == []
-    assert replica._cuda.changes() == ["lock", "checkpoint", "restore"]  # the second start takes none
+    assert replica._cuda.changes() == ["lock", "checkpoint", "restore"]  # the second start takes no snapshot
 
 
-def test_a_snapshot_with_gpu_state_is_restored_one_way_only(gpu_rig, caplog):
-    """Plain is the only way there is: to try it twice costs a user twice the time of a failure."""
+def test_a_snapshot_with_gpu_state_has_no_lazy_restore(gpu_rig, caplog):
+    """A plain restore is the only way: a second try would double the time of a failure."""
     cold = gpu_rig("vllm")
     cold.start()
     cold.stop(5.0)

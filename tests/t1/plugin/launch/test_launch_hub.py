@@ -1,5 +1,6 @@
-"""Models by their names on a hub, from a hub on loopback with the real huggingface_hub: downloaded outside the sandbox, then as any
-other; and where that cannot be, the engine starts as it would alone and one line says why."""
+"""Models by hub name, from a hub on loopback with the real huggingface_hub: downloaded outside the sandbox, then used like any other.
+If that fails, the engine starts as it would alone, and one line says why.
+"""
 
 import os
 import shutil
@@ -20,7 +21,7 @@ NAME = "acme/tiny"
 
 @pytest.fixture(scope="module")
 def hub_double(tmp_path_factory):
-    """The interpreter of the engine double, with huggingface_hub beside it as every engine has it."""
+    """Return the interpreter of the engine double, with huggingface_hub as every engine has it."""
     python = environment(tmp_path_factory.mktemp("double") / "venv")
     (site,) = python.parents[1].glob("lib/*/site-packages")
     (site / "hub.pth").write_text(str(Path(huggingface_hub.__file__).parents[1]))
@@ -36,14 +37,14 @@ def hub():
 
 @pytest.fixture
 def rig_of(tmp_path, hub_double, hub):
-    """A rig of an engine whose hub has the rig's model, in a cache of its own."""
+    """Return a rig for an engine whose hub has the rig's model, with a cache of its own."""
     made = []
 
     def make(engine):
         rig = Rig(tmp_path, hub_double, engine)
         made.append(rig)
         (rig.model / "tokenizer.json").write_text("{}")
-        (rig.model / "model.onnx").write_bytes(b"x" * 20000)  # of no use to an engine
+        (rig.model / "model.onnx").write_bytes(b"x" * 20000)  # not used by an engine
         (rig.model / "pytorch_model.bin").write_bytes(b"x" * 20000)
         rig.hub = hub
         hub.add(NAME, rig.model)
@@ -57,7 +58,7 @@ def rig_of(tmp_path, hub_double, hub):
 
 @pytest.fixture
 def one(rig_of):
-    """For what is the same with both engines."""
+    """A rig for behaviour that both engines share."""
     return rig_of("sglang")
 
 
@@ -66,7 +67,7 @@ def snapshots(rig):
 
 
 @pytest.mark.slow
-def test_a_hub_name_with_an_empty_cache_is_downloaded_snapshotted_and_restored(rig):
+def test_a_hub_model_is_downloaded_snapshotted_and_restored(rig):
     with rig.running(model=rig.model) as started:
         local = started.ask()
     with rig.running(model=NAME) as started:
@@ -86,12 +87,12 @@ def test_a_hub_name_with_an_empty_cache_is_downloaded_snapshotted_and_restored(r
         assert started.complete()["model"] == NAME
         assert started.ask() == local
         assert started.phases()[0][1] == "restoring"
-        assert rig.hub.requests == []  # a restore asks nobody
+        assert rig.hub.requests == []  # a restore sends no request to the hub
 
 
 @pytest.mark.slow
-def test_an_empty_cache_takes_a_snapshot_from_elsewhere(one):
-    """Another host: the hub, a store of snapshots, and nothing else."""
+def test_a_host_with_an_empty_cache_restores_from_the_snapshot_store(one):
+    """Another host with the hub and a snapshot store only."""
     answer = one.take(model=NAME)
     store = one.folder / "store"
     assert one.cli("snapshot", "push", one.name, str(store)).returncode == 0
@@ -105,7 +106,7 @@ def test_an_empty_cache_takes_a_snapshot_from_elsewhere(one):
 
 
 @pytest.mark.slow
-def test_a_revision_a_token_and_a_download_folder_are_heeded(one):
+def test_revision_token_and_download_folder_are_used(one):
     repository = one.hub.add(NAME, one.model, token="hf_right")
     shutil.rmtree(one.model)
     model(one.model, seed=2)
@@ -129,7 +130,7 @@ def test_a_revision_a_token_and_a_download_folder_are_heeded(one):
 
 
 @pytest.mark.slow
-def test_a_cold_start_takes_the_newest_commit_as_the_engine_alone_would(one):
+def test_a_cold_start_uses_the_newest_commit(one):
     before = one.take(model=NAME)
     repository = one.hub.repositories[NAME]
     shutil.rmtree(one.model)
@@ -140,8 +141,8 @@ def test_a_cold_start_takes_the_newest_commit_as_the_engine_alone_would(one):
 
 
 @pytest.mark.slow
-def test_a_commit_that_comes_while_the_engine_starts_is_not_taken_for_the_one_before(one):
-    """Another launch may have downloaded it, and nobody can tell which of both the engine has read."""
+def test_a_commit_during_a_start_makes_no_snapshot(one):
+    """Another launch may have downloaded it, and it is unknown which of the two the engine has read."""
     with one.running(model=NAME, env={"ENGINE_DOUBLE_COMPILE_S": "3"}) as started:
         started.wait_for("quickthaw: loading")
         (commit,) = snapshots(one).iterdir()
@@ -154,7 +155,7 @@ def test_a_commit_that_comes_while_the_engine_starts_is_not_taken_for_the_one_be
 
 
 @pytest.mark.slow
-def test_a_read_only_cache_that_is_complete_needs_no_hub(one):
+def test_a_complete_read_only_cache_needs_no_hub(one):
     with one.running("--no-snapshot", model=NAME) as started:
         started.ask()
     one.environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
@@ -190,10 +191,10 @@ _READ_ONLY = 'mount --make-rprivate / && mount --bind "$0" "$0" && mount -o remo
     ],
     ids=["no such model", "private", "gated", "not granted", "no revision", "no network", "offline", "no cache"],
 )
-def test_what_cannot_be_downloaded_is_left_to_the_engine(one, spoil, code):
+def test_a_failed_download_is_left_to_the_engine(one, spoil, code):
     spoil(one.hub, one.environment)
     started = one.start(model=NAME)
-    assert started.process.wait(60) != 0  # as alone: the double reads no hub by itself without one
+    assert started.process.wait(60) != 0  # as alone: without this the double reads no hub
     lines = [line for line in started.ours().splitlines() if f"off: {code}" in line]
     assert len(lines) == 1, started.text()
     assert "the engine loads its model itself" in lines[0]
@@ -202,8 +203,8 @@ def test_what_cannot_be_downloaded_is_left_to_the_engine(one, spoil, code):
 
 
 @pytest.mark.slow
-def test_a_model_that_only_the_engine_can_reach_is_served_plainly(one):
-    """What our download cannot have, the engine has with its own environment: it runs outside a sandbox, not offline."""
+def test_a_model_that_only_the_engine_can_download_is_served_plainly(one):
+    """The engine has its own environment: it runs outside a sandbox, not offline."""
     shutil.rmtree(one.folder / "hf", ignore_errors=True)
     one.hub.repositories.clear()
     with one.running(model=NAME, env={"ENGINE_DOUBLE_HUB": str(one.model)}) as started:
@@ -213,7 +214,7 @@ def test_a_model_that_only_the_engine_can_reach_is_served_plainly(one):
 
 
 @pytest.mark.slow
-def test_a_hub_that_does_not_answer_holds_nobody_up_for_long(one):
+def test_the_wait_for_a_silent_hub_is_limited(one):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         mute = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HUB_ETAG_TIMEOUT": "1"}
         with one.running(model=NAME, env={**mute, "ENGINE_DOUBLE_HUB": str(one.model)}) as started:
@@ -226,7 +227,7 @@ def test_a_hub_that_does_not_answer_holds_nobody_up_for_long(one):
             assert "off:" not in started.ours()
 
 
-def test_a_full_disk_is_named(one):
+def test_a_full_disk_during_a_download_is_named(one):
     disk = one.folder / "hf"
     disk.mkdir()
     small = 'mount --make-rprivate / && mount -t tmpfs -o size=1m none "$0" && exec "$@"'
@@ -235,7 +236,7 @@ def test_a_full_disk_is_named(one):
 
 
 @pytest.mark.slow
-def test_a_download_that_was_cut_off_is_resumed(one):
+def test_an_interrupted_download_is_resumed(one):
     one.hub.hold = threading.Event()
     started = one.start(model=NAME)
     limit = time.monotonic() + 30
@@ -254,7 +255,7 @@ def test_a_download_that_was_cut_off_is_resumed(one):
 
 
 @pytest.mark.slow
-def test_a_download_ends_with_a_launch_that_is_killed(one):
+def test_a_download_ends_with_a_killed_launch(one):
     one.hub.hold = threading.Event()
     started = one.start(model=NAME)
     limit = time.monotonic() + 30
@@ -268,7 +269,7 @@ def test_a_download_ends_with_a_launch_that_is_killed(one):
 
 
 @pytest.mark.slow
-def test_a_request_is_held_while_the_model_comes(one):
+def test_a_request_is_held_during_the_download(one):
     one.hub.hold = threading.Event()
     answers = []
     with one.running(model=NAME) as started:
@@ -288,7 +289,7 @@ def test_a_request_is_held_while_the_model_comes(one):
 
 
 @pytest.mark.slow
-def test_a_tokenizer_and_an_adapter_by_name_come_too_and_count(one):
+def test_a_hub_tokenizer_and_adapter_are_downloaded_and_count(one):
     for name in ("tok", "sql"):
         folder = one.folder / name
         folder.mkdir()

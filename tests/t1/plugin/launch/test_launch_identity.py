@@ -1,4 +1,4 @@
-"""A snapshot is restored only where what the engine has read is still what it was, and what says where it runs is given anew."""
+"""A snapshot is restored only if what the engine has read is unchanged; variables of the place are renewed."""
 
 import json
 import os
@@ -13,7 +13,7 @@ FLAG = b"seen"
 
 
 def edit_in_place(file):
-    """Change the last bytes of a file and leave its size, mtime and inode as they were."""
+    """Change the last bytes of a file, with its size, mtime and inode unchanged."""
     before = file.stat()
     with file.open("r+b") as data:
         data.seek(-len(FLAG), os.SEEK_END)
@@ -50,7 +50,7 @@ def test_an_unknown_variable_makes_another_launch(launch_rig):
 
 
 @pytest.mark.slow
-def test_a_cold_start_says_in_what_the_snapshot_of_its_model_differs(launch_rig):
+def test_a_cold_start_names_how_the_models_snapshot_differs(launch_rig):
     launch_rig.take()
     name = launch_rig.name
     with launch_rig.running("--no-snapshot", env={"DISABLE_OPENAPI_DOC": "1"}) as started:
@@ -59,8 +59,8 @@ def test_a_cold_start_says_in_what_the_snapshot_of_its_model_differs(launch_rig)
 
 
 @pytest.mark.slow
-def test_a_thin_snapshot_restored_by_name_refuses_other_weights(launch_rig):
-    """Also where size, mtime and inode are what they were: the weights are read again, and nothing else would say so."""
+def test_a_snapshot_without_weights_refuses_other_weights_by_name(launch_rig):
+    """Also if size, mtime and inode are unchanged: the weights are read again, and no other check would detect it."""
     answer = launch_rig.take("--weights", "thin", "--snapshot-name", "thin")
     with launch_rig.running("thin", words=("restore",)) as started:
         assert started.ask() == answer
@@ -68,14 +68,14 @@ def test_a_thin_snapshot_restored_by_name_refuses_other_weights(launch_rig):
     started = launch_rig.start("thin", words=("restore",))
     assert started.process.wait(60) == 1
     assert "model-differs" in started.text()
-    # A launch sees it too, and serves the weights that are there.
+    # A launch detects it too, and serves the current weights.
     with launch_rig.running("--weights", "thin", "--snapshot-name", "thin", "--no-snapshot") as started:
         assert started.ask() != answer
         assert "model-differs" in started.text()
 
 
 def hub_model(rig, revision):
-    """The rig's model as a hub's cache holds it, of which `revision` and the default branch point to commits of their own."""
+    """Arrange the rig's model as a hub's cache has it, with `revision` and the default branch at separate commits."""
     repo = rig.folder / "hub" / "models--acme--tiny"
     (repo / "refs").mkdir(parents=True)
     for number, (ref, commit) in enumerate((("main", "aaaa"), (revision, "bbbb"), ("next", "cccc"))):
@@ -98,7 +98,7 @@ def test_a_moved_revision_of_a_hub_model_is_another_model(launch_rig):
     launch_rig.take("--snapshot-name", "hub", **options)
     folder = launch_rig.library.load("hub").model_path
     assert folder == str(repo / "snapshots" / "bbbb")
-    (repo / "refs" / "main").write_text("cccc")  # nobody asked for that one
+    (repo / "refs" / "main").write_text("cccc")  # that revision was not requested
     with launch_rig.running("--snapshot-name", "hub", **options) as started:
         started.ask()
         assert started.phases()[0][1] == "restoring"
@@ -130,17 +130,17 @@ def test_an_edited_file_of_a_folder_named_by_a_flag_makes_another_launch(launch_
 
 
 @pytest.mark.slow
-def test_an_engine_with_adapters_loaded_while_it_serves_is_not_put_to_sleep(launch_rig):
+def test_an_engine_with_loaded_adapters_is_not_put_to_sleep(launch_rig):
     def load(started, name):
         return call(started.port, "POST", "/load_lora_adapter", {"lora_name": name, "lora_path": "/loras/sql"})[0]
 
     with launch_rig.running("--idle-timeout", "0.3") as started:
         started.ask()
         started.wait_serving()
-        started.wait_for("asleep")  # it does sleep, and wakes again
+        started.wait_for("asleep")  # it sleeps, and wakes again
         started.ask()
         assert load(started, "bad") == 400
-        started.wait_for("asleep", times=2)  # what was refused has changed nothing
+        started.wait_for("asleep", times=2)  # a refused request has changed nothing
         started.ask()
         assert load(started, "sql") == 200
         started.wait_for("adapters-loaded")
@@ -150,7 +150,7 @@ def test_an_engine_with_adapters_loaded_while_it_serves_is_not_put_to_sleep(laun
 
 
 @pytest.mark.slow
-def test_no_snapshot_is_taken_of_what_was_changed_while_the_engine_started(launch_rig):
+def test_no_snapshot_is_taken_if_inputs_changed_during_the_start(launch_rig):
     template = launch_rig.folder / "chat.jinja"
     template.write_text("{{ messages }}")
     slow = {"ENGINE_DOUBLE_COMPILE_S": "2"}
@@ -162,7 +162,7 @@ def test_no_snapshot_is_taken_of_what_was_changed_while_the_engine_started(launc
         started.wait_serving()
         assert "inputs-changed" in started.text() and "arguments-differ: --chat-template" in started.text()
     assert launch_rig.library.names() == []
-    launch_rig.take(**options)  # the next start does
+    launch_rig.take(**options)  # the next start takes one
 
 
 @pytest.mark.slow

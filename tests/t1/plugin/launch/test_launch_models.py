@@ -1,5 +1,6 @@
-"""Models in every form that a command line gives them: a snapshot where that is sound, else the engine as it would start alone, with one
-line that says why."""
+"""Models in every form of a command line: a snapshot where that is sound, otherwise the engine as it would start alone, with one line
+that says why.
+"""
 
 import shutil
 
@@ -10,7 +11,7 @@ pytestmark = [pytest.mark.t1]
 
 @pytest.fixture
 def one(rig_of):
-    """For what is the same with both engines."""
+    """A rig for behaviour that both engines share."""
     return rig_of("vllm")
 
 
@@ -34,7 +35,7 @@ ELSEWHERE = {
 @pytest.mark.parametrize(
     ("what", "engine"), [*((what, "vllm") for what in ELSEWHERE), ("s3", "sglang"), ("ModelScope", "sglang")]
 )
-def test_what_only_the_engine_can_reach_is_served_plainly(rig_of, what, engine):
+def test_sources_that_only_the_engine_can_read_are_served_plainly(rig_of, what, engine):
     rig = rig_of(engine)
     model, arguments, env = ELSEWHERE[what]
     with rig.running(
@@ -80,7 +81,7 @@ SOUND = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "engine"), [*((what, "vllm") for what in SOUND), ("GGUF by path", "sglang")])
-def test_what_lies_on_this_host_is_snapshotted_and_restored(rig_of, what, engine):
+def test_local_models_of_every_form_are_snapshotted_and_restored(rig_of, what, engine):
     rig = rig_of(engine)
     model, arguments = SOUND[what](rig)
     answer = rig.take(model=model, arguments=arguments)
@@ -103,7 +104,7 @@ def test_another_gguf_file_at_the_same_path_is_another_model(one):
 
 
 @pytest.mark.slow
-def test_a_mode_is_no_content(one):
+def test_a_files_mode_is_not_content(one):
     answer = one.take()
     for file in one.model.iterdir():
         file.chmod(0o600)
@@ -113,7 +114,7 @@ def test_a_mode_is_no_content(one):
 
 
 @pytest.mark.slow
-def test_a_model_that_an_options_file_names_is_restored_too(rig):
+def test_a_model_named_by_an_options_file_is_restored(rig):
     file = rig.folder / "engine.yaml"
     flag = "model" if rig.engine == "vllm" else "model-path"
     file.write_text(f"{flag}: {rig.model}\n")

@@ -1,4 +1,4 @@
-"""A page server that dies or hangs, at every moment of a restore and after it: no request is lost, and no process waits forever."""
+"""A page server that dies or hangs at every moment of a restore and after it: no request is lost, and no process blocks forever."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ def page_server(started, limit_s=10.0):
 
 @pytest.fixture
 def taken(launch_rig):
-    """A snapshot with its working set and a saved plan: the next restore of the same command line begins speculatively."""
+    """Take a snapshot with a working set and a saved plan: the next restore of the same command line begins speculatively."""
     port = free_port()
     answer = launch_rig.take(port=port)
     for _ in range(2):
@@ -48,7 +48,7 @@ def taken(launch_rig):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-def test_a_page_server_lost_at_any_moment_costs_time_only(taken, number):
+def test_a_page_server_killed_at_any_moment_costs_time_only(taken, number):
     rig, answer, port = taken
     moments = [0.0, 0.02, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.12, 0.15, 0.2, 0.3]
     lost = 0
@@ -59,7 +59,7 @@ def test_a_page_server_lost_at_any_moment_costs_time_only(taken, number):
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
-                continue  # it has done its work
+                continue  # it has finished
             began = time.monotonic()
             assert started.ask() == answer
             assert time.monotonic() - began < 40
@@ -70,8 +70,8 @@ def test_a_page_server_lost_at_any_moment_costs_time_only(taken, number):
     assert lost
 
 
-def test_a_request_under_way_is_asked_again(launch_rig):
-    """While a working set is recorded the page server stays until three requests were answered: kill it under the second."""
+def test_a_request_in_flight_is_sent_again(launch_rig):
+    """While a working set is recorded the page server runs until three requests were answered: kill it during the second."""
     rig = launch_rig
     answer = rig.take()
     with rig.running() as started:
@@ -95,7 +95,7 @@ def test_a_request_under_way_is_asked_again(launch_rig):
         assert [span["phase"] for span in replica["timeline"]] == RESTORED
 
 
-def test_a_stop_does_not_wait_for_a_server_that_is_stopped(taken):
+def test_a_stop_does_not_wait_for_a_stopped_page_server(taken):
     rig, _, port = taken
     started = rig.start(port=port)
     os.kill(page_server(started), signal.SIGSTOP)
@@ -106,7 +106,7 @@ def test_a_stop_does_not_wait_for_a_server_that_is_stopped(taken):
     assert rig.watch.gone() == set()
 
 
-def test_what_a_page_server_did_can_be_seen(launch_rig):
+def test_a_page_servers_counts_are_in_the_status(launch_rig):
     rig = launch_rig
     rig.take()
     with rig.running() as started:
@@ -122,7 +122,7 @@ def test_what_a_page_server_did_can_be_seen(launch_rig):
         assert 'quickthaw_page_bytes_total{pool="default",replica="r0",source="rest"}' in metrics
 
 
-def test_a_damaged_working_set_is_recorded_anew(taken):
+def test_a_damaged_working_set_is_recorded_again(taken):
     rig, answer, _ = taken
     known = rig.library.working_set(rig.name)
     flip(known)

@@ -1,5 +1,4 @@
-"""A snapshot outlives the state of the host that it was taken on: other ports, other TMPDIR, no log, another state folder, another model
-path."""
+"""A snapshot does not depend on the state of its host: other ports, other TMPDIR, no log, another state folder, another model path."""
 
 import contextlib
 import json
@@ -21,7 +20,7 @@ def restored(started):
     return started.phases() == [RESTORED]
 
 
-def test_nothing_of_the_host_it_was_taken_on_is_needed(launch_rig, tmp_path):
+def test_a_snapshot_needs_nothing_else_of_its_host(launch_rig, tmp_path):
     rig = launch_rig
     (tmp_path / "tmp-then").mkdir()
     (tmp_path / "tmp-now").mkdir()
@@ -37,17 +36,17 @@ def test_nothing_of_the_host_it_was_taken_on_is_needed(launch_rig, tmp_path):
     assert pulled.returncode == 0, pulled.stderr
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            # The engine's own port inside is nobody's business outside.
+            # The engine's own port exists only inside the sandbox.
             stack.enter_context(socket.create_server(("127.0.0.1", 8000)))
         more = {"TMPDIR": str(tmp_path / "tmp-now"), "HOSTNAME": "another"}
         started = stack.enter_context(rig.running(env=more))
         assert started.ask() == answer
         assert restored(started)
-        assert started.facts()["server"]["pid"] == 1001  # its own number, whatever the host's numbers are by now
+        assert started.facts()["server"]["pid"] == 1001  # its own PID, independent of the host's PIDs by now
 
 
-def test_numbers_that_the_host_uses_are_free_inside(launch_rig):
-    """The engine's process numbers are taken on the host when it comes back, by processes that were started in between."""
+def test_pids_in_use_on_the_host_are_free_in_the_sandbox(launch_rig):
+    """At the restore, processes of the host started in between have the engine's PIDs."""
     rig = launch_rig
     answer = rig.take()
     launches = [rig.start(), rig.start()]
@@ -59,7 +58,7 @@ def test_numbers_that_the_host_uses_are_free_inside(launch_rig):
         assert {launch.stop() for launch in launches} <= {0, 143}
 
 
-def test_a_log_level_and_a_port_make_no_difference_and_a_length_does(launch_rig):
+def test_log_level_and_port_do_not_count_and_a_length_does(launch_rig):
     rig = launch_rig
     rig.take()
     with rig.running(arguments=["--log-level", "debug"], env={"VLLM_PORT": "1234"}) as started:
@@ -73,13 +72,13 @@ def test_a_log_level_and_a_port_make_no_difference_and_a_length_does(launch_rig)
 
 @pytest.mark.parametrize("weights", ["full", "thin"])
 @pytest.mark.parametrize("mount", ["--mount", "--no-mount"])
-def test_the_same_model_elsewhere_under_a_name_of_its_own(launch_rig, tmp_path, weights, mount):
+def test_the_same_model_at_another_path_with_a_served_name(launch_rig, tmp_path, weights, mount):
     rig = launch_rig
     answer = rig.take("--weights", weights, mount, arguments=SERVED)
     assert rig.library.load(rig.name).weights == weights
     elsewhere = tmp_path / "other" / "place"
     shutil.copytree(rig.model, elsewhere)
-    # What lies at the first path now is another model, which must not be what a thin restore reads.
+    # The first path now has another model, which a restore must not read its weights from.
     shutil.rmtree(rig.model)
     model(rig.model, seed=99)
     with rig.running("--weights", weights, mount, arguments=SERVED, model=elsewhere) as started:
@@ -88,7 +87,7 @@ def test_the_same_model_elsewhere_under_a_name_of_its_own(launch_rig, tmp_path, 
     assert len(rig.library.names()) == 1
 
 
-def test_a_model_path_that_is_gone_is_refused_by_name_and_the_snapshot_taken_anew(launch_rig, tmp_path):
+def test_a_missing_model_path_is_refused_and_the_snapshot_replaced(launch_rig, tmp_path):
     rig = launch_rig
     answer = rig.take(arguments=SERVED)
     elsewhere = tmp_path / "elsewhere"
@@ -103,7 +102,7 @@ def test_a_model_path_that_is_gone_is_refused_by_name_and_the_snapshot_taken_ane
         assert restored(started)
 
 
-def test_a_working_folder_that_is_gone_is_refused_by_name(launch_rig, tmp_path):
+def test_a_missing_working_folder_is_refused_by_name(launch_rig, tmp_path):
     rig = launch_rig
     folder = tmp_path / "work"
     folder.mkdir()
@@ -116,7 +115,7 @@ def test_a_working_folder_that_is_gone_is_refused_by_name(launch_rig, tmp_path):
         assert "working-folder-missing" in started.ours()
 
 
-def test_a_named_snapshot_of_another_launch_is_left_alone(launch_rig):
+def test_a_named_snapshot_of_another_launch_is_not_replaced(launch_rig):
     rig = launch_rig
     rig.take("--snapshot-name", "prod")
     before = (rig.library.path("prod") / "manifest.json").read_bytes()
@@ -129,7 +128,7 @@ def test_a_named_snapshot_of_another_launch_is_left_alone(launch_rig):
 
 
 def test_every_mismatch_is_in_the_log_and_in_inspect(launch_rig):
-    """What differs on this host is told in full, each by its code."""
+    """All differences from this host are listed, each with its code."""
     rig = launch_rig
     rig.take()
     name = rig.name
@@ -147,7 +146,7 @@ def test_every_mismatch_is_in_the_log_and_in_inspect(launch_rig):
 
 
 def rewrite(rig, name, change):
-    """A manifest that says something else, with a digest that is right again: what an honest other host would have written."""
+    """Write a changed manifest with a correct digest, as another honest host would have written it."""
     import msgspec
 
     from checkpoint.snapshot import manifest
@@ -179,7 +178,7 @@ def test_a_restore_by_name_from_another_folder_with_a_relative_model(launch_rig,
         assert restored(started)
 
 
-def test_a_held_request_meets_a_thin_replica_only_when_its_weights_are_back(launch_rig):
+def test_a_held_request_reaches_a_replica_only_after_its_weights_are_reloaded(launch_rig):
     rig = launch_rig
     answer = rig.take("--weights", "thin")
     small = rig.library.load(rig.name)

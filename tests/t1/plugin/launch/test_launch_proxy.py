@@ -15,7 +15,7 @@ from tests.kits.launch_rig import PROMPT, REPO, call, free_port
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]
 
 
-def test_own_pages_move_to_another_port_and_ask_for_a_token(launch_rig):
+def test_admin_endpoints_can_have_another_port_and_a_token(launch_rig):
     own = free_port()
     options = (
         "--no-snapshot",
@@ -40,8 +40,8 @@ def test_own_pages_move_to_another_port_and_ask_for_a_token(launch_rig):
         assert call(started.port, "GET", "/ops/status", Authorization="Bearer secret")[0] == 404
 
 
-def test_a_first_restore_is_measured_apart_from_those_after_it(launch_rig):
-    """It records the snapshot's working set, and takes longer; its time says nothing of later restores."""
+def test_a_first_restore_is_measured_separately(launch_rig):
+    """It records the snapshot's working set and takes longer; its time does not predict later restores."""
     launch_rig.take()
     for kind, usual in (("first-restore", {"first-restore"}), ("restored", {"first-restore", "restored"})):
         with launch_rig.running() as started:
@@ -57,7 +57,7 @@ def test_a_first_restore_is_measured_apart_from_those_after_it(launch_rig):
     ]
 
 
-def test_the_admin_pages_of_a_model_that_is_a_snapshot_answer_its_proxy_alone(launch_rig, tmp_path):
+def test_a_snapshot_models_admin_endpoints_answer_its_proxy_only(launch_rig, tmp_path):
     launch_rig.take()
     config = tmp_path / "models.yaml"
     config.write_text(f"models: {{m: {{snapshot: {launch_rig.name}}}}}\n")
@@ -93,7 +93,7 @@ def test_the_admin_pages_of_a_model_that_is_a_snapshot_answer_its_proxy_alone(la
     assert launch_rig.watch.gone() == set()
 
 
-def test_a_stream_that_waits_is_answered_at_once_and_logged(launch_rig):
+def test_an_early_stream_is_answered_at_once_and_logged(launch_rig):
     with launch_rig.running("--no-snapshot", "--early-stream", "--access-log") as started:
         started.wait_for("starting")
         connection = http.client.HTTPConnection("127.0.0.1", started.port, timeout=60)
@@ -109,12 +109,12 @@ def test_a_stream_that_waits_is_answered_at_once_and_logged(launch_rig):
 
 
 def open_files(pid):
-    """The soft limit of a process."""
+    """Return a process's soft limit of open files."""
     line = next(line for line in Path(f"/proc/{pid}/limits").read_text().splitlines() if line.startswith("Max open"))
     return int(line.split()[3])
 
 
-def test_the_limit_on_open_files_is_raised_for_clients_and_not_for_the_engine(launch_rig):
+def test_the_open_files_limit_is_raised_for_the_proxy_only(launch_rig):
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 4096:
         pytest.skip("the hard limit on open files is too low to be raised")
     with launch_rig.running("--no-snapshot", prefix=("prlimit", "--nofile=1024:")) as started:

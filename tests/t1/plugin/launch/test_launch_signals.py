@@ -1,4 +1,4 @@
-"""How a launch ends: one interrupt, a second one, an interrupt typed at a terminal, and as process 1 of a container."""
+"""How a launch ends: one interrupt, a second one, an interrupt at a terminal, and as process 1 of a container."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slo
 
 
 def in_flight(started, seconds):
-    """A request that takes a while, under way; its thread and where its answer will be."""
+    """Start a request that takes a while; return its thread and the place of its answer."""
     answers = []
 
     def ask():
@@ -30,7 +30,7 @@ def in_flight(started, seconds):
 
 
 @pytest.mark.parametrize("way", ["cold", "restored"])
-def test_an_interrupt_at_a_terminal_reaches_the_whole_group_and_lets_requests_finish(launch_rig, way):
+def test_an_interrupt_at_a_terminal_lets_requests_finish(launch_rig, way):
     rig = launch_rig
     if way == "restored":
         rig.take()
@@ -65,7 +65,7 @@ def test_a_second_interrupt_ends_at_once_and_leaves_nothing(launch_rig):
     assert rig.watch.gone() == set()
 
 
-def test_a_stubborn_engine_is_ended_after_the_grace(launch_rig):
+def test_an_engine_that_ignores_sigterm_is_killed_after_the_grace(launch_rig):
     rig = launch_rig
     rig.environment = {"ENGINE_DOUBLE_STUBBORN": "1"}
     started = rig.start("--no-snapshot", "--grace", "1s")
@@ -90,24 +90,24 @@ def test_a_stop_right_after_the_first_answer_keeps_the_working_set(launch_rig, a
 
 
 @pytest.mark.parametrize("moment", ["starting", "trimming", "checkpointing", "restoring"])
-def test_a_stop_in_the_middle_of_a_start_leaves_nothing(launch_rig, moment):
+def test_a_stop_during_a_start_leaves_nothing(launch_rig, moment):
     rig = launch_rig
-    env = {"ENGINE_DOUBLE_COMPILE_S": "2"}  # a snapshot taken without it would be another launch's
+    env = {"ENGINE_DOUBLE_COMPILE_S": "2"}  # a snapshot taken without it would belong to another launch
     if moment == "restoring":
         rig.take(env=env)
     started = rig.start(new_session=True, env=env)
     started.wait_for(f"quickthaw: {moment}")
     os.killpg(started.process.pid, signal.SIGTERM)
-    assert started.process.wait(40) in (0, 1, 143, 137, -15)  # before the handlers stand, the default action
+    assert started.process.wait(40) in (0, 1, 143, 137, -15)  # before the handlers are installed, the default action
     assert "Traceback" not in started.text(), started.text()
     assert rig.watch.gone() == set()
-    # And the next run works.
+    # The next run works.
     with rig.running() as again:
         again.ask()
 
 
 def inner_first(pid):
-    """The process that is number 1 in the namespace that `unshare --fork` has made."""
+    """Return the process that is number 1 in the namespace made by `unshare --fork`."""
     limit = time.monotonic() + 10
     while time.monotonic() < limit:
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
@@ -117,7 +117,7 @@ def inner_first(pid):
 
 
 def zombies(pid):
-    """Children of a process that have ended and were not waited for."""
+    """Return the children of a process that have ended and are not reaped."""
     found = []
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
@@ -127,7 +127,7 @@ def zombies(pid):
 
 
 @pytest.mark.parametrize("way", ["cold", "restored"])
-def test_as_process_1_it_serves_reaps_strangers_and_stops(launch_rig, way):
+def test_as_process_1_it_serves_reaps_orphans_and_stops(launch_rig, way):
     rig = launch_rig
     if way == "restored":
         rig.take()
@@ -136,7 +136,7 @@ def test_as_process_1_it_serves_reaps_strangers_and_stops(launch_rig, way):
     started.wait_serving()
     assert (started.phases()[0][1] == "restoring") == (way == "restored")
     first = inner_first(started.process.pid)
-    # An orphan from outside the tree, as `docker exec` leaves them: its parent goes at once, and process 1 inherits it.
+    # An orphan from outside the tree, as after `docker exec`: its parent ends at once, and process 1 adopts it.
     subprocess.run(
         ["nsenter", "-t", str(first), "-p", "-m", "sh", "-c", "(sleep 0.3; true) & exit 0"], check=True, timeout=10
     )
@@ -149,7 +149,7 @@ def test_as_process_1_it_serves_reaps_strangers_and_stops(launch_rig, way):
     assert rig.watch.gone() == set()
 
 
-def test_kill_of_process_1_takes_everything_with_it(launch_rig):
+def test_a_kill_of_process_1_ends_everything(launch_rig):
     rig = launch_rig
     started = rig.start("--no-snapshot", prefix=["unshare", "-pf", "--mount-proc", "--kill-child"])
     started.ask()
@@ -159,7 +159,7 @@ def test_kill_of_process_1_takes_everything_with_it(launch_rig):
 
 
 class Early:
-    """A client that connects in the moment in which the port opens, and waits for its answer."""
+    """A client that connects as soon as the port opens, and waits for its answer."""
 
     def __init__(self, port, process):
         self.connected, self.answer = threading.Event(), None
@@ -192,11 +192,11 @@ class Early:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("way", ["cold", "restored"])
-def test_a_stop_as_soon_as_the_port_opens_answers_who_has_connected(launch_rig, way, number):
+def test_a_stop_as_soon_as_the_port_opens_answers_connected_clients(launch_rig, way, number):
     rig = launch_rig
     if way == "restored":
         rig.take()
-    # Where the tests themselves run under nohup, the signal would be ignored, as it should.
+    # If the tests run under nohup, the signal would rightly be ignored.
     started = rig.start(new_session=True, prefix=("env", "--default-signal=HUP"))
     client = Early(started.port, started.process)
     assert client.connected.wait(60)
@@ -207,7 +207,7 @@ def test_a_stop_as_soon_as_the_port_opens_answers_who_has_connected(launch_rig, 
     assert rig.watch.gone() == set()
 
 
-def test_under_nohup_the_end_of_the_terminal_ends_nothing(launch_rig):
+def test_under_nohup_sighup_is_ignored(launch_rig):
     started = launch_rig.start("--no-snapshot", prefix=("nohup",), new_session=True)
     started.ask()
     started.process.send_signal(signal.SIGHUP)
@@ -217,18 +217,18 @@ def test_under_nohup_the_end_of_the_terminal_ends_nothing(launch_rig):
 
 
 def failing_at_once(rig):
-    """A restore on a host without a CRIU that works (criu-missing, or criu-too-old where the system has an old one)."""
+    """Restore on a host without a working CRIU (criu-missing, or criu-too-old if the system has an old one)."""
     rig.take()
     name = rig.name
     (rig.home / "criu").unlink()
     return rig.start(words=("restore", name), new_session=True)
 
 
-def test_a_launch_that_fails_at_once_answers_who_has_connected(launch_rig):
+def test_a_launch_that_fails_at_once_answers_connected_clients(launch_rig):
     started = failing_at_once(launch_rig)
     clients = [Early(started.port, started.process) for _ in range(5)]
     assert started.process.wait(40) == 1
-    # Who came while the port was open has the reason; who came later found it closed.
+    # Clients that connected while the port was open get the reason; later ones found it closed.
     answered = [client for client in clients if client.connected.is_set()]
     assert answered, started.text()
     for client in answered:
@@ -236,9 +236,9 @@ def test_a_launch_that_fails_at_once_answers_who_has_connected(launch_rig):
     assert launch_rig.watch.gone() == set()
 
 
-def test_one_signal_while_a_launch_is_ending_is_not_a_second_one(launch_rig):
+def test_a_signal_during_the_shutdown_is_not_a_second_one(launch_rig):
     started = failing_at_once(launch_rig)
     started.wait_for("quickthaw: failed (")
     started.process.send_signal(signal.SIGTERM)
-    assert started.process.wait(40) in (1, -15)  # -15: its handlers are gone, and so is all else
+    assert started.process.wait(40) in (1, -15)  # -15: its handlers are removed, and nothing else is left
     assert "second time" not in started.text()

@@ -1,4 +1,4 @@
-"""Launches whose engine is stopped, dies again and again, or is ended by a signal while it starts."""
+"""Launches whose engine is stopped, dies repeatedly, or is killed by a signal while it starts."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch")]
 
 
 def engines(started, engine="sglang"):
-    """The engines' processes below a launch, by the PID namespace (of the sandbox) that they run in."""
+    """Return the engines' processes below a launch, by the PID namespace (of the sandbox) that they run in."""
     found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -67,7 +67,7 @@ def test_a_stopped_replica_gets_no_new_requests_and_is_restarted(launch_rig, whi
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_an_engine_ended_by_a_signal_while_it_starts_gives_its_code_as_a_shell_does(launch_rig, number):
+def test_an_engine_killed_by_a_signal_during_its_start_gives_a_shells_code(launch_rig, number):
     started = launch_rig.start("--no-snapshot", env={"ENGINE_DOUBLE_COMPILE_S": "30"})
     limit = time.monotonic() + 30
     while not (found := engines(started)):
@@ -79,7 +79,7 @@ def test_an_engine_ended_by_a_signal_while_it_starts_gives_its_code_as_a_shell_d
 
 
 @pytest.mark.slow
-def test_without_a_snapshot_nothing_goes_to_sleep_and_it_is_said_once(launch_rig):
+def test_without_a_snapshot_no_engine_sleeps_and_it_is_logged_once(launch_rig):
     with launch_rig.running("--no-snapshot", "--idle-timeout", "0.3s") as started:
         started.ask()
         started.wait_for("did not go to sleep")
@@ -90,7 +90,7 @@ def test_without_a_snapshot_nothing_goes_to_sleep_and_it_is_said_once(launch_rig
 
 
 @pytest.mark.slow
-def test_an_engine_whose_sandbox_is_killed_is_started_again(launch_rig):
+def test_an_engine_whose_sandbox_is_killed_is_restarted(launch_rig):
     answer = launch_rig.take()
     with launch_rig.running() as started:
         assert started.ask() == answer

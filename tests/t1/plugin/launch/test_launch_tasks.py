@@ -1,6 +1,6 @@
-"""Engines that do not generate: ready when their health says so, snapshotted with a canary of their own kind, never asked to generate.
+"""Engines that do not generate: ready once they are healthy, snapshotted with a canary of their own kind, never asked to generate.
 
-The double ends when it is asked to generate in one of these modes.
+In these modes the double ends if it is asked to generate.
 """
 
 import time
@@ -21,7 +21,7 @@ KINDS = {
 
 
 def post(started, path, body):
-    """The answer to a request that waits for a replica, sent as soon as the port is bound."""
+    """Send a request as soon as the port is bound, and wait for its answer from a replica."""
     limit = time.monotonic() + 60
     while True:
         try:
@@ -35,7 +35,7 @@ def post(started, path, body):
 
 
 def ask(started, path):
-    """The numbers of one request."""
+    """Return the numbers of one request."""
     answer = post(started, path, {"text" if path == "/encode" else "input": PROMPT})
     if path == "/encode":
         return answer["embedding"]
@@ -46,7 +46,7 @@ def ask(started, path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", KINDS)
-def test_an_engine_that_does_not_generate_is_snapshotted_and_restored(rig_of, what):
+def test_an_engine_without_generation_is_snapshotted_and_restored(rig_of, what):
     engine, arguments, path, kind = KINDS[what]
     rig = rig_of(engine)
     with rig.running(arguments=arguments) as started:
@@ -77,7 +77,7 @@ def test_lost_weights_differ_from_the_canary(rig_of, what):
 
 
 @pytest.mark.slow
-def test_an_engine_without_a_canary_serves_plainly_and_says_so_once(rig_of):
+def test_an_engine_without_a_canary_serves_plainly_and_logs_it_once(rig_of):
     rig = rig_of("vllm")
     with rig.running(arguments=("--task", "transcription")) as started:
         assert post(started, "/v1/audio/transcriptions", {})["text"] == "hello"
@@ -123,7 +123,7 @@ def test_an_embedding_wakes_a_sleeping_engine(rig_of):
 
 
 @pytest.mark.slow
-def test_a_model_of_few_tokens_is_warmed_up_with_shorter_prompts(rig_of):
+def test_a_model_with_a_short_context_is_warmed_up_with_short_prompts(rig_of):
     rig = rig_of("vllm")
     with rig.running(arguments=("--max-model-len", "32")) as started:
         started.ask()
@@ -133,7 +133,7 @@ def test_a_model_of_few_tokens_is_warmed_up_with_shorter_prompts(rig_of):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_an_engine_that_does_not_answer_the_warm_up_serves_without_a_snapshot(rig_of, engine):
+def test_an_engine_that_fails_its_warm_up_serves_without_a_snapshot(rig_of, engine):
     rig = rig_of(engine)
     with rig.running(env={"ENGINE_DOUBLE_NO_CHAT": "1"}) as started:
         started.ask()

@@ -1,4 +1,4 @@
-"""Many at once: replicas of one snapshot, two launches of one identity, and what must differ between them."""
+"""Concurrency: replicas of one snapshot, two launches of one identity, and what must differ between them."""
 
 import re
 import threading
@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slo
 RESTORED = ["mounting", "restoring", "waking", "verifying"]
 
 
-def test_four_replicas_restored_at_the_same_moment_all_verify_and_share_the_work(launch_rig):
+def test_four_replicas_restored_at_once_all_verify_and_share_the_requests(launch_rig):
     rig = launch_rig
     answer = rig.take()
     with rig.running("--replicas", 4, "--restore-concurrency", 4) as started:
@@ -30,23 +30,23 @@ def test_four_replicas_restored_at_the_same_moment_all_verify_and_share_the_work
         served = [replica["served"] for replica in started.status()]
         assert min(served) >= 2, served
         text = started.ours()
-    # At the same moment: the last begins to restore before the first is done.
-    restoring, serving = (lines_with(text, word) for word in ("restoring", "serving"))
+    # At once: the last one begins to restore before the first one is ready.
+    restoring, serving = (positions_of(text, word) for word in ("restoring", "serving"))
     assert len(restoring) == len(serving) == 4, text
     assert max(restoring) < min(serving), text
 
 
-def lines_with(text, phase):
-    """Where in our own words a replica reaches a phase."""
+def positions_of(text, phase):
+    """Return the positions in quickthaw's log lines where a replica reaches a phase."""
     lines = text.splitlines()
     return [i for i, line in enumerate(lines) if re.match(rf"quickthaw: replica \d+: {phase} ", line)]
 
 
-def test_the_same_command_line_is_begun_beforehand_from_its_second_restore_on(launch_rig):
+def test_the_second_restore_of_a_command_line_begins_speculatively(launch_rig):
     rig, port, env = launch_rig, free_port(), {"QUICKTHAW_DEBUG": "1"}
     answer = rig.take()
     begun = []
-    for _ in range(4):  # the first records the working set, the second notes what it was told
+    for _ in range(4):  # the first restore records the working set, the second saves its plan
         with rig.running(port=port, env=env) as started:
             assert started.ask() == answer
             started.wait_serving()
@@ -55,7 +55,7 @@ def test_the_same_command_line_is_begun_beforehand_from_its_second_restore_on(la
     assert begun[0] is False and begun[-1] is True, begun
 
 
-def test_replicas_that_share_a_processor_are_restored_in_turns_and_all_verify(launch_rig):
+def test_restores_on_one_processor_are_throttled_and_all_verify(launch_rig):
     rig = launch_rig
     answer = rig.take()
     with rig.running("--replicas", 3, prefix=("taskset", "-c", "0")) as started:
@@ -63,12 +63,12 @@ def test_replicas_that_share_a_processor_are_restored_in_turns_and_all_verify(la
         started.wait_serving()
         assert started.phases() == [RESTORED] * 3
         text = started.ours()
-    restoring, serving = (lines_with(text, word) for word in ("restoring", "serving"))
+    restoring, serving = (positions_of(text, word) for word in ("restoring", "serving"))
     assert len(restoring) == len(serving) == 3, text
     assert sorted(restoring + serving) == [i for pair in zip(restoring, serving, strict=True) for i in pair], text
 
 
-def test_replicas_whose_snapshot_is_damaged_come_from_the_one_that_the_first_takes(launch_rig):
+def test_after_a_damaged_snapshot_replicas_use_the_first_ones_new_one(launch_rig):
     rig = launch_rig
     answer = rig.take()
     pages = max(rig.library.path(rig.name).glob("images/pages-*.img"), key=lambda p: p.stat().st_size)
@@ -82,7 +82,7 @@ def test_replicas_whose_snapshot_is_damaged_come_from_the_one_that_the_first_tak
         assert len(cold) == 1, started.phases()
 
 
-def test_replicas_follow_the_first_cold_start(launch_rig):
+def test_replicas_restore_from_the_first_cold_starts_snapshot(launch_rig):
     rig = launch_rig
     with rig.running("--replicas", 2) as started:
         answer = started.ask()
@@ -91,16 +91,16 @@ def test_replicas_follow_the_first_cold_start(launch_rig):
         assert {tuple(started.ask()) for _ in range(6)} == {tuple(answer)}
 
 
-def test_two_launches_of_one_identity_and_one_writer(launch_rig):
+def test_of_two_launches_of_one_identity_one_writes_the_snapshot(launch_rig):
     rig = launch_rig
-    env = {"ENGINE_DOUBLE_COMPILE_S": "0.5"}  # it counts in the identity
+    env = {"ENGINE_DOUBLE_COMPILE_S": "0.5"}  # it is part of the identity
     launches = [rig.start(env=env) for _ in range(2)]
     try:
         answers = [launch.ask() for launch in launches]
         assert answers[0] == answers[1]
         [launch.wait_serving() for launch in launches]
         assert all("Traceback" not in launch.ours() for launch in launches)
-        # One has taken it; the other met it being taken, or there already, and went on without.
+        # One has taken it; the other found it in progress or complete, and continued without.
         assert len(rig.library.names()) == 1
         from checkpoint.snapshot.digests import verify
 
@@ -114,7 +114,7 @@ def test_two_launches_of_one_identity_and_one_writer(launch_rig):
 
 
 def two_replicas(rig, **more):
-    """The double's own words from two replicas of one snapshot, and an answer at a temperature from each."""
+    """Return the state that two replicas of one snapshot report, and an answer at a temperature from each."""
     found = []
     for _ in range(2):
         with rig.running(**more) as started:
@@ -125,7 +125,7 @@ def two_replicas(rig, **more):
     return found
 
 
-def test_no_two_replicas_draw_the_same_numbers_in_any_process(launch_rig):
+def test_replicas_have_different_random_numbers_in_every_process(launch_rig):
     launch_rig.take()
     (one, sampled, ident), (two, sampled_too, ident_too) = two_replicas(launch_rig)
     for process in ("server", "worker"):
@@ -136,7 +136,7 @@ def test_no_two_replicas_draw_the_same_numbers_in_any_process(launch_rig):
     assert ident != ident_too
 
 
-def test_a_seed_that_the_user_fixed_stays_fixed(launch_rig):
+def test_a_seed_fixed_by_the_user_stays_fixed(launch_rig):
     seeded = {"arguments": ["--random-seed", "7"]}
     launch_rig.take(**seeded)
     (one, sampled, _), (two, sampled_too, _) = two_replicas(launch_rig, **seeded)
@@ -145,8 +145,8 @@ def test_a_seed_that_the_user_fixed_stays_fixed(launch_rig):
     assert sampled == sampled_too
 
 
-def test_a_timeout_that_was_running_at_the_dump_runs_on_and_does_not_fire_at_once(launch_rig):
-    """A timer of the engine's, armed at its start; it has 4 s, the snapshot lies for longer than that."""
+def test_a_running_timeout_continues_after_the_restore(launch_rig):
+    """A timer that the engine armed at its start has 4 s; the snapshot is kept for longer than that before the restore."""
     rig = launch_rig
     rig.environment = {"ENGINE_DOUBLE_ARM_S": "4"}
     rig.take()
@@ -161,10 +161,10 @@ def test_a_timeout_that_was_running_at_the_dump_runs_on_and_does_not_fire_at_onc
             time.sleep(0.1)
 
 
-def test_a_request_that_comes_while_a_new_model_is_read_starts_nothing_of_its_own(launch_rig):
+def test_a_request_while_a_new_model_is_read_starts_no_second_engine(launch_rig):
     rig = launch_rig
     with (rig.model / "more.bin").open("wb") as file:
-        file.truncate(3 << 30)  # reading it once takes a second or two, before the first phase that starts anything
+        file.truncate(3 << 30)  # reading it once takes one or two seconds, before the first phase that starts a process
     with rig.running("--idle-timeout", "60s", "--no-snapshot") as started:
         started.ask()
         assert [phases[:3] for phases in started.phases()] == [["mounting", "starting", "loading"]]

@@ -1,4 +1,4 @@
-"""`--weights auto`: full or thin by what was measured on this host, and it says which and why; and a mount that is lost under an engine."""
+"""`--weights auto`: included or excluded by measurements of this host, with the reason logged; and a mount lost under an engine."""
 
 import json
 import os
@@ -18,7 +18,7 @@ GB = 1_000_000_000
 
 
 class Fake:
-    """An engine that reads its weights again in a given time, on a clock that only it moves."""
+    """An engine that reloads its weights in a given time, on a clock that only it advances."""
 
     def __init__(self, monkeypatch, seconds, error=None):
         self.now, self.seconds, self.error, self.reloads = 100.0, seconds, error, 0
@@ -33,7 +33,7 @@ class Fake:
 
 @pytest.fixture
 def choose(tmp_path, monkeypatch, caplog):
-    """The choice for weights of `size` bytes that the engine reads again in `seconds`; and what was said."""
+    """Return the choice for weights of `size` bytes that the engine reloads in `seconds`, and the log."""
 
     def run(size, seconds, weights="auto", gpu=False, error=None):
         caplog.clear()
@@ -50,12 +50,12 @@ def choose(tmp_path, monkeypatch, caplog):
     return run
 
 
-def test_told_is_told(choose):
+def test_an_explicit_choice_is_kept(choose):
     assert choose(GB, 9.0, "thin")[0] is True
     assert choose(GB, 0.0, "full")[0] is False
 
 
-def test_a_fast_reload_leaves_the_weights_out_and_a_slow_one_carries_them(choose):
+def test_a_fast_reload_excludes_the_weights_and_a_slow_one_includes_them(choose):
     for _ in range(3):
         restore_rates.remember(choose.home, 2 * GB, 2.0, gpu=False)  # 1 GB/s
     thin, said, _ = choose(10 * GB, 4.0)
@@ -65,7 +65,7 @@ def test_a_fast_reload_leaves_the_weights_out_and_a_slow_one_carries_them(choose
     assert thin is False and "weights full" in said and "took 12.00 s" in said
 
 
-def test_a_host_that_restores_faster_decides_otherwise(choose):
+def test_a_faster_restore_includes_the_weights(choose):
     restore_rates.remember(choose.home, 2 * GB, 2.0, gpu=False)
     assert choose(10 * GB, 5.0)[0] is True
     for _ in range(9):
@@ -73,27 +73,27 @@ def test_a_host_that_restores_faster_decides_otherwise(choose):
     assert choose(10 * GB, 5.0)[0] is False
 
 
-def test_what_is_not_worth_a_reload_is_not_tried(choose):
+def test_small_weights_are_included_without_a_trial(choose):
     restore_rates.remember(choose.home, 2 * GB, 1.0, gpu=False)
     thin, said, reloads = choose(GB // 2, 0.0)
     assert (thin, reloads) == (False, 0) and "weights full" in said and "could not win much" in said
     assert choose(1 << 20, 0.0)[1:] == choose(1 << 20, 0.0)[1:] and choose(1 << 20, 0.0)[2] == 0
 
 
-def test_rates_of_a_gpu_are_kept_apart(choose):
+def test_restore_rates_of_a_gpu_are_separate(choose):
     restore_rates.remember(choose.home, 2 * GB, 0.1, gpu=False)
     restore_rates.remember(choose.home, 2 * GB, 2.0, gpu=True)
     assert choose(10 * GB, 2.0, gpu=True)[0] is True
     assert choose(10 * GB, 2.0, gpu=False)[0] is False
 
 
-def test_without_a_restore_yet_this_host_is_probed(choose):
+def test_before_the_first_restore_the_host_is_probed(choose):
     thin, said, _ = choose(100 * GB, 0.01)
     assert thin is True and "a probe, no restore yet" in said
     assert 1e7 < restore_rates.probe(choose.home) < 1e12
 
 
-def test_an_engine_that_cannot_reload_carries_its_weights(choose):
+def test_an_engine_that_cannot_reload_includes_its_weights(choose):
     from launchers.errors import EngineFailed
 
     restore_rates.remember(choose.home, 2 * GB, 2.0, gpu=False)
@@ -101,7 +101,7 @@ def test_an_engine_that_cannot_reload_carries_its_weights(choose):
     assert thin is False and "engine-refused" in said
 
 
-def test_the_history_forgets_what_is_old_small_or_torn(tmp_path):
+def test_old_small_and_torn_records_are_ignored(tmp_path):
     assert restore_rates.measured(tmp_path, False) is None
     restore_rates.remember(tmp_path, 1 << 20, 0.001, gpu=False)
     assert restore_rates.measured(tmp_path, False) is None
@@ -116,7 +116,7 @@ def test_the_history_forgets_what_is_old_small_or_torn(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
-def test_a_mount_that_is_lost_while_the_engine_reads_costs_another_start(launch_rig, number):
+def test_a_mount_lost_while_the_engine_reads_costs_another_start(launch_rig, number):
     started = launch_rig.start(env={"ENGINE_DOUBLE_COMPILE_S": "2"})
     started.wait_for("quickthaw: loading")
     (record,) = (launch_rig.home / "mounts").glob("*.json")
@@ -130,8 +130,8 @@ def test_a_mount_that_is_lost_while_the_engine_reads_costs_another_start(launch_
 
 
 @pytest.mark.skipif(not kernel.may_mount(), reason="needs /dev/fuse and CAP_SYS_ADMIN")
-def test_the_mount_of_a_model_without_config_json_is_held(tmp_path, monkeypatch):
-    """Else its daemon ends once the engine, asleep or slow to start, has no file of it open."""
+def test_the_mount_of_a_model_without_config_json_is_kept(tmp_path, monkeypatch):
+    """Otherwise its daemon ends once the engine, asleep or slow to start, has no file of it open."""
     monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "home"))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.gguf").write_bytes(b"GGUF" + bytes(9000))
@@ -140,7 +140,7 @@ def test_the_mount_of_a_model_without_config_json_is_held(tmp_path, monkeypatch)
     try:
         where = weights.mount()
         assert find_mount(where).status()["open_files"] == 1
-        # An open file that is not complete is not passed through: it is not the large one.
+        # An incomplete open file is not passed through, so it is not the large one.
         assert os.readlink(f"/proc/self/fd/{weights._lease}") == str(where / "README.md")
     finally:
         weights.close()

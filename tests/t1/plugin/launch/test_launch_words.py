@@ -1,4 +1,4 @@
-"""The command that starts an engine alone, with `quickthaw launch --` in front of it; and environments as users have them."""
+"""The command that starts an engine alone, with `quickthaw launch --` in front of it; and users' environments."""
 
 import os
 import shlex
@@ -21,7 +21,7 @@ STARTS = [
 
 @pytest.fixture
 def scripts(launch_rig, tmp_path):
-    """A folder with the engines' commands, as pip installs them."""
+    """Return a folder with the engines' commands, as pip installs them."""
     folder = tmp_path / "scripts"
     folder.mkdir()
     for name in ("vllm", "sglang"):
@@ -46,8 +46,8 @@ def test_a_containers_command_is_restored_the_second_time(launch_rig, scripts, l
     assert answers[0] == answers[1]
 
 
-def test_what_is_no_single_command_runs_as_given(launch_rig, tmp_path):
-    """Its output, its exit code, its signals; and the variables, but none of quickthaw's."""
+def test_complex_commands_run_as_given(launch_rig, tmp_path):
+    """Same output, exit code and signals, and the variables without quickthaw's."""
     done = launch_rig.cli(
         "launch", "--scrub-env", "HIDDEN", "--", "sh", "-c", "echo out; env; exit 7", HIDDEN="x", SHOWN="y"
     )
@@ -59,7 +59,7 @@ def test_what_is_no_single_command_runs_as_given(launch_rig, tmp_path):
     assert launch_rig.watch.gone() == set()
 
 
-def test_a_command_that_runs_as_given_is_this_very_process(launch_rig):
+def test_a_command_that_runs_as_given_keeps_its_pid(launch_rig):
     code = "import os, time; print('process', os.getpid(), flush=True); time.sleep(60)"
     started = launch_rig.start(words=("launch", "--", sys.executable, "-c", code))
     started.wait_for(f"process {started.process.pid}\n")
@@ -73,14 +73,14 @@ def test_strict_refuses_to_run_a_command_as_given(launch_rig):
     assert done.stderr.startswith("quickthaw: capability-off: --strict, and ")
 
 
-def test_a_command_that_is_gone_is_an_error(launch_rig):
+def test_a_missing_command_is_an_error(launch_rig):
     done = launch_rig.cli("launch", "--", "/nowhere/vllm", "serve", "M")
     assert done.returncode == 2
     assert done.stderr.startswith("quickthaw: engine-script: /nowhere/vllm: ")
 
 
 @pytest.mark.slow
-def test_a_variable_that_nothing_expanded_is_warned_about(launch_rig):
+def test_an_unexpanded_variable_is_warned_about(launch_rig):
     with launch_rig.running("--no-snapshot", arguments=["--watermark", "$(POD_IP)"]) as started:
         started.ask()
         assert started.ours().count("argument-not-expanded: $(POD_IP) ") == 1
@@ -88,8 +88,8 @@ def test_a_variable_that_nothing_expanded_is_warned_about(launch_rig):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_the_users_folders_for_caches_and_metrics(launch_rig, tmp_path, engine):
-    """Cold, snapshot, restore; and again with other folders for what a snapshot does not carry, and as another service."""
+def test_users_cache_and_metrics_folders_are_kept(launch_rig, tmp_path, engine):
+    """Cold, snapshot, restore; then with other folders for what a snapshot does not carry, and as another service."""
     launch_rig.engine = engine
     names = ("TMPDIR", "VLLM_CACHE_ROOT", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "PROMETHEUS_MULTIPROC_DIR")
     env = {}

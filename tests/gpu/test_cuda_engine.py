@@ -20,7 +20,7 @@ import pytest
 
 from checkpoint.cuda.checkpoint import resume, suspend
 from checkpoint.cuda.helper import Helper
-from tests.kits.gpu_kit import GPU_PYTHON, skip_reason
+from tests.kits.checkpoint.gpu import GPU_PYTHON, skip_reason
 
 MODEL = os.environ.get("QUICKTHAW_GPU_MODEL", "")
 pytestmark = [

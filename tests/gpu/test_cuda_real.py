@@ -22,7 +22,7 @@ from checkpoint.cuda.checkpoint import (
 from checkpoint.cuda.driver import DriverError, State
 from checkpoint.cuda.helper import Helper
 from checkpoint.errors import Failed, Incompatible
-from tests.kits.gpu_kit import Torch, skip_reason, torch_skip_reason
+from tests.kits.checkpoint.gpu import Torch, skip_reason, torch_skip_reason
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,4 +1,4 @@
-"""A process that "uses CUDA" as defined in tests/kits/cuda_double.py: it counts while its calls are not blocked.
+"""A process that "uses CUDA" as defined in tests/kits/checkpoint/cuda_double.py: it counts while its calls are not blocked.
 
 `python cuda_child.py FOLDER SIZE GPU`. Few imports, all of the standard library, because tests start many of them.
 """

@@ -16,7 +16,7 @@ from checkpoint.snapshot.library import Library
 from checkpoint.snapshot.restore import LazyRestore, restore
 from plugin.runtime.config import state_home
 from plugin.runtime.steps.engine_output import Output
-from tests.kits.checkpoint_kit import draft
+from tests.kits.checkpoint.snapshots import draft
 from tests.t1.checkpoint.test_process_tree import ask, start_tree
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from checkpoint.criu.binary import Criu
 from checkpoint.errors import HostLacks
+from tests.kits.checkpoint.pages import HOME, Frozen
 from tests.kits.launch_rig import Rig, environment
-from tests.kits.pages_kit import HOME, Frozen
 
 
 @pytest.fixture(scope="session")

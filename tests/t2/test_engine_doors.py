@@ -14,8 +14,8 @@ from launchers.base import INNER_PORT
 from launchers.engine_site import engine_site
 from plugin.bench import client as measure
 from plugin.proxy.http.path_rules import PathRules, Verdict
-from tests.kits.attacks import spellings
 from tests.kits.engine_kit import REPO, engine_root, get, routes
+from tests.kits.proxy.attacks import spellings
 
 pytestmark = [pytest.mark.t2, pytest.mark.timeout(1200)]
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.t2, pytest.mark.timeout(1200)]
 def attack(port, requests, pid=None):
     """Statuses of requests (method, target) on a port; with `pid`, in the network of that process."""
     argv = ["nsenter", "-t", str(pid), "-n"] if pid else []
-    argv += [sys.executable, str(REPO / "tests" / "kits" / "attacks.py"), str(port)]
+    argv += [sys.executable, str(REPO / "tests" / "kits" / "proxy" / "attacks.py"), str(port)]
     done = subprocess.run(
         argv, input=json.dumps(requests), capture_output=True, text=True, timeout=300, check=True, cwd=REPO
     )

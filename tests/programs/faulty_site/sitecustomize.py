@@ -1,3 +1,3 @@
 """Run at the start of every Python that has this folder on its PYTHONPATH: faulty:// becomes a store of `open_store`."""
 
-import tests.kits.faulty_store  # noqa: F401
+import tests.kits.lazyfs.faulty_store  # noqa: F401

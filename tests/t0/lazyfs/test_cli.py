@@ -21,7 +21,7 @@ from lazyfs.content.manifest import RAW, Chunk, File, Manifest, encode
 from lazyfs.content.stat_index import import_directory
 from lazyfs.errors import LazyfsError
 from lazyfs.stores.local import LocalStore
-from tests.kits.lazyfs_kit import make_model
+from tests.kits.lazyfs.models import make_model
 
 pytestmark = [pytest.mark.t0, pytest.mark.usefixtures("home")]
 

@@ -16,7 +16,7 @@ import pytest
 from checkpoint.snapshot.digests import digest_folder
 from checkpoint.store.archive import open_chunks, pull, push
 from lazyfs.admin.verify import verify
-from tests.kits import faulty_store
+from tests.kits.lazyfs import faulty_store
 
 pytestmark = pytest.mark.t1
 

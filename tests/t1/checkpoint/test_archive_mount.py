@@ -14,7 +14,7 @@ import pytest
 
 from checkpoint.snapshot.digests import digest_folder
 from checkpoint.store.archive import open_chunks, push
-from tests.kits.lazyfs_rig import Rig
+from tests.kits.lazyfs.rig import Rig
 
 pytestmark = [
     pytest.mark.t1,

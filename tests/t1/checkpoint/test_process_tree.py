@@ -21,7 +21,7 @@ from checkpoint.snapshot.library import Library
 from checkpoint.snapshot.restore import restore
 from plugin.runtime.config import state_home
 from plugin.runtime.steps.engine_output import Output
-from tests.kits.checkpoint_kit import draft
+from tests.kits.checkpoint.snapshots import draft
 from tests.kits.leftovers import Watch
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("criu")]

@@ -12,7 +12,7 @@ import pytest
 
 from checkpoint.errors import Failed
 from checkpoint.sandbox.sandbox import Sandbox
-from tests.kits.checkpoint_kit import sandbox_tmpdir, wait_for
+from tests.kits.checkpoint.snapshots import sandbox_tmpdir, wait_for
 from tests.kits.leftovers import Watch
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("criu")]

@@ -24,8 +24,8 @@ from checkpoint.snapshot.library import Library
 from checkpoint.snapshot.restore import restore
 from plugin.runtime.config import state_home
 from plugin.runtime.steps.engine_output import Output
-from tests.kits.checkpoint_kit import draft
-from tests.kits.cuda_double import GPU0, Double, write
+from tests.kits.checkpoint.cuda_double import GPU0, Double, write
+from tests.kits.checkpoint.snapshots import draft
 from tests.kits.leftovers import Watch
 from tests.t1.checkpoint.test_process_tree import ask, start_tree
 

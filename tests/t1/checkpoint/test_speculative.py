@@ -26,7 +26,7 @@ from checkpoint.snapshot.manifest import Snapshot
 from checkpoint.snapshot.restore import LazyRestore, Restored, restore
 from plugin.runtime.config import state_home
 from plugin.runtime.steps.engine_output import Output
-from tests.kits.checkpoint_kit import draft, sandbox_tmpdir, wait_for
+from tests.kits.checkpoint.snapshots import draft, sandbox_tmpdir, wait_for
 
 pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("criu")]
 PROGRAM = Path(__file__).parents[2] / "programs" / "counter.py"

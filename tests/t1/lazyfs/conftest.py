@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lazyfs.api import import_directory
-from tests.kits import faulty_store
-from tests.kits.lazyfs_rig import SIZES, Rig, write_model
+from tests.kits.lazyfs import faulty_store
+from tests.kits.lazyfs.rig import SIZES, Rig, write_model
 
 
 @pytest.fixture

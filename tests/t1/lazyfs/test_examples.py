@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 
 from lazyfs.mount import kernel
-from tests.kits.lazyfs_rig import ROOT, write_model
+from tests.kits.lazyfs.rig import ROOT, write_model
 
 pytestmark = [
     pytest.mark.t1,

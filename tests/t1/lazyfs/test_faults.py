@@ -23,8 +23,8 @@ from lazyfs.fetch.access_log import shared_key
 from lazyfs.mount import kernel
 from lazyfs.stores import open_store
 from lazyfs.stores.local import LocalStore
-from tests.kits.faulty_store import FAULTS
-from tests.kits.lazyfs_rig import LIMIT_S, ROOT, digest_or_errno, wait_for, write_model
+from tests.kits.lazyfs.faulty_store import FAULTS
+from tests.kits.lazyfs.rig import LIMIT_S, ROOT, digest_or_errno, wait_for, write_model
 
 pytestmark = [
     pytest.mark.t1,

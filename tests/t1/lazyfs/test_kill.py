@@ -19,7 +19,7 @@ from lazyfs.cache.cache import Cache
 from lazyfs.content.chunk_store import ChunkStore
 from lazyfs.mount import kernel
 from lazyfs.stores.local import LocalStore
-from tests.kits.lazyfs_rig import LIMIT_S, ROOT, is_daemon, wait_for, write_model
+from tests.kits.lazyfs.rig import LIMIT_S, ROOT, is_daemon, wait_for, write_model
 
 pytestmark = [
     pytest.mark.t1,

@@ -13,7 +13,7 @@ from checkpoint.criu.images import decode, messages, nested, number, text
 from checkpoint.errors import Integrity
 from checkpoint.inspect import contents
 from checkpoint.inspect.contents import inspect, render
-from tests.kits.criu_image_kit import ANON_PRIVATE, FILE_PRIVATE, HEAP, PAGE, image, message, process, vma
+from tests.kits.checkpoint.criu_images import ANON_PRIVATE, FILE_PRIVATE, HEAP, PAGE, image, message, process, vma
 
 pytestmark = pytest.mark.t0
 

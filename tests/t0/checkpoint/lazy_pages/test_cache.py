@@ -8,7 +8,7 @@ import pytest
 
 from checkpoint.criu.pagemap import ProcessImage
 from checkpoint.lazy_pages import cache
-from tests.kits.criu_image_kit import ANON_PRIVATE, PAGE, process, vma
+from tests.kits.checkpoint.criu_images import ANON_PRIVATE, PAGE, process, vma
 
 pytestmark = pytest.mark.t0
 FIELDS = [name for name in ProcessImage.__slots__ if not name.startswith("_")]

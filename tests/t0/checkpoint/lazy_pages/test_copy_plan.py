@@ -11,7 +11,7 @@ from checkpoint.criu.pagemap import LAZY, PRESENT
 from checkpoint.lazy_pages import cache
 from checkpoint.lazy_pages.copier import Planner
 from checkpoint.lazy_pages.working_set import WorkingSet
-from tests.kits.criu_image_kit import ANON_PRIVATE, PAGE, process, vma
+from tests.kits.checkpoint.criu_images import ANON_PRIVATE, PAGE, process, vma
 
 pytestmark = pytest.mark.t0
 START = 0x10000

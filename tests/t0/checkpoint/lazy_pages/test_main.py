@@ -15,7 +15,7 @@ from checkpoint.criu.pagemap import LAZY, PRESENT
 from checkpoint.lazy_pages.fault_handler import FaultHandler
 from checkpoint.lazy_pages.main import serve
 from checkpoint.lazy_pages.readahead import Fetcher
-from tests.kits.criu_image_kit import ANON_PRIVATE, PAGE, process, vma
+from tests.kits.checkpoint.criu_images import ANON_PRIVATE, PAGE, process, vma
 
 pytestmark = pytest.mark.t0
 LIMIT_S = 10.0

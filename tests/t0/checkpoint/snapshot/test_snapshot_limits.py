@@ -6,7 +6,7 @@ import pytest
 from checkpoint.errors import HostLacks
 from checkpoint.snapshot.manifest import SnapshotFile
 from checkpoint.snapshot.restore import check_page_size, limits
-from tests.kits.checkpoint_kit import draft
+from tests.kits.checkpoint.snapshots import draft
 
 pytestmark = pytest.mark.t0
 

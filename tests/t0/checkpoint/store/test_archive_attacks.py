@@ -24,7 +24,7 @@ from checkpoint.store.archive import open_chunks, pull, push
 from checkpoint.store.cache_archive import pull_cache, push_cache
 from lazyfs.content.chunk_store import ChunkStore
 from lazyfs.content.manifest import Chunk, Directory, File, Manifest, Symlink
-from tests.kits.criu_image_kit import ANON_PRIVATE, PAGE, image, message, process, vma
+from tests.kits.checkpoint.criu_images import ANON_PRIVATE, PAGE, image, message, process, vma
 
 pytestmark = pytest.mark.t0
 REPO = Path(__file__).parents[4]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint.store.chunking import CHUNK, MIN_RUN, PAGE, Found, plan
-from tests.kits.criu_image_kit import ANON_PRIVATE, image, message, vma
+from tests.kits.checkpoint.criu_images import ANON_PRIVATE, image, message, vma
 
 pytestmark = pytest.mark.t0
 

@@ -20,7 +20,7 @@ from checkpoint.snapshot.library import Library
 from checkpoint.store import layout
 from checkpoint.store.archive import open_chunks, pull, push
 from checkpoint.store.upload import by_holes
-from tests.kits.criu_image_kit import ANON_PRIVATE, FILE_PRIVATE, PAGE, image, message, process, vma
+from tests.kits.checkpoint.criu_images import ANON_PRIVATE, FILE_PRIVATE, PAGE, image, message, process, vma
 
 pytestmark = pytest.mark.t0
 

@@ -31,7 +31,7 @@ from plugin.proxy.pool.start_times import History, Kind, kind_of
 from plugin.proxy.process_tree import process_tree
 from plugin.proxy.settings import Settings
 from plugin.runtime.phases import Phase, PhaseTracker, Span
-from tests.kits.attacks import MATCHED_BY_PREFIX, spellings
+from tests.kits.proxy.attacks import MATCHED_BY_PREFIX, spellings
 
 pytestmark = pytest.mark.t0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kits.cuda_double import Children, Double
+from tests.kits.checkpoint.cuda_double import Children, Double
 
 
 @pytest.fixture

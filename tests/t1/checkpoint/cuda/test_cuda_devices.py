@@ -23,7 +23,7 @@ from checkpoint.cuda.checkpoint import (
 )
 from checkpoint.cuda.driver import DeviceMemory
 from checkpoint.errors import Incompatible
-from tests.kits.cuda_double import GPU0, GPU1, TOTAL, Children, Double, write
+from tests.kits.checkpoint.cuda_double import GPU0, GPU1, TOTAL, Children, Double, write
 
 pytestmark = pytest.mark.t1
 

@@ -15,14 +15,14 @@ from checkpoint.cuda.checkpoint import Needs, resume, suspend
 from checkpoint.cuda.driver import DeviceMemory, DriverError, State, uuid_bytes
 from checkpoint.cuda.helper import Helper, _answer
 from checkpoint.errors import Failed, HostLacks
-from tests.kits.cuda_double import GPU0, TOTAL, Children, alive, wait_until
+from tests.kits.checkpoint.cuda_double import GPU0, TOTAL, Children, alive, wait_until
 
 pytestmark = pytest.mark.t1
 
 
 @pytest.fixture
 def helper(children: Children) -> Iterator[Helper]:
-    with Helper("tests.kits.cuda_double:Double", str(children.folder), move_timeout_s=2.0) as found:
+    with Helper("tests.kits.checkpoint.cuda_double:Double", str(children.folder), move_timeout_s=2.0) as found:
         yield found
 
 
@@ -96,7 +96,7 @@ def test_closing_twice_is_fine(helper: Helper) -> None:
 
 def test_closing_does_not_wait_for_a_call_under_way(children: Children) -> None:
     """A checkpoint call may take 900 s; stopping a launch does not wait for it."""
-    helper = Helper("tests.kits.cuda_double:Double", str(children.folder), move_timeout_s=900.0)
+    helper = Helper("tests.kits.checkpoint.cuda_double:Double", str(children.folder), move_timeout_s=900.0)
     pid = children.start()
     helper.lock(pid, 1000)
     children.faults({"op": "checkpoint", "hang": 600})
@@ -131,7 +131,7 @@ def test_an_unknown_factory_is_refused() -> None:
 
 
 def test_an_unknown_operation_is_refused(children: Children) -> None:
-    from tests.kits.cuda_double import Double
+    from tests.kits.checkpoint.cuda_double import Double
 
     assert "error" in _answer(Double(str(children.folder)), ["_record", 1])
 

@@ -25,7 +25,7 @@ from checkpoint.cuda.checkpoint import (
 )
 from checkpoint.cuda.driver import DriverError, State
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Incompatible
-from tests.kits.cuda_double import GPU0, TOTAL, Children, Double, write
+from tests.kits.checkpoint.cuda_double import GPU0, TOTAL, Children, Double, write
 
 pytestmark = pytest.mark.t1
 

@@ -13,8 +13,8 @@ from checkpoint.files import fingerprint
 from checkpoint.lazy_pages import cache
 from checkpoint.lazy_pages.working_set import WorkingSet
 from checkpoint.sandbox.process_tree import processes
-from tests.kits.checkpoint_kit import LIMIT_S, sandbox_tmpdir
-from tests.kits.pages_kit import Frozen
+from tests.kits.checkpoint.pages import Frozen
+from tests.kits.checkpoint.snapshots import LIMIT_S, sandbox_tmpdir
 
 pytestmark = pytest.mark.t1
 

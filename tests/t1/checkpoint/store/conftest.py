@@ -19,10 +19,10 @@ from checkpoint.snapshot import digests
 from checkpoint.snapshot.dump import take
 from checkpoint.store import layout
 from checkpoint.store.archive import open_chunks, push
-from tests.kits import faulty_store
-from tests.kits.checkpoint_kit import LIMIT_S, draft, sandbox_tmpdir, wait_for
-from tests.kits.pages_kit import HOME
-from tests.kits.remote_restore_kit import TOUCHED, Host, Slow, order, result
+from tests.kits.checkpoint.pages import HOME
+from tests.kits.checkpoint.remote_restore import TOUCHED, Host, Slow, order, result
+from tests.kits.checkpoint.snapshots import LIMIT_S, draft, sandbox_tmpdir, wait_for
+from tests.kits.lazyfs import faulty_store
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,9 @@ import pytest
 from checkpoint.errors import Busy, CheckpointError, Failed, Integrity, NotFound
 from checkpoint.store import download
 from checkpoint.store.archive import open_chunks, pull, push
-from tests.kits import faulty_store
-from tests.kits.checkpoint_kit import LIMIT_S, sandbox_tmpdir
-from tests.kits.remote_restore_kit import Host, order, result, tree
+from tests.kits.checkpoint.remote_restore import Host, order, result, tree
+from tests.kits.checkpoint.snapshots import LIMIT_S, sandbox_tmpdir
+from tests.kits.lazyfs import faulty_store
 
 pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("criu")]
 

@@ -13,8 +13,8 @@ from checkpoint.store import archive, layout
 from checkpoint.store import remote_restore as remotes
 from checkpoint.store.archive import open_chunks, pull, push
 from checkpoint.store.remote_restore import RemoteSnapshot
-from tests.kits.checkpoint_kit import LIMIT_S
-from tests.kits.remote_restore_kit import TOUCHED, Host, Slow, order, result, tree
+from tests.kits.checkpoint.remote_restore import TOUCHED, Host, Slow, order, result, tree
+from tests.kits.checkpoint.snapshots import LIMIT_S
 
 pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("criu")]
 

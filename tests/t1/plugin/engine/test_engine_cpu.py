@@ -16,7 +16,7 @@ from checkpoint.snapshot.restore import restore
 from launchers import control
 from plugin.runtime.config import state_home
 from plugin.runtime.steps.engine_output import Output
-from tests.kits.checkpoint_kit import draft, sandbox_tmpdir, wait_for
+from tests.kits.checkpoint.snapshots import draft, sandbox_tmpdir, wait_for
 from tests.kits.leftovers import Watch
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("criu")]

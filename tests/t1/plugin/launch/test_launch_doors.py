@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from launchers.vllm import CONTROL_HEADER, CONTROL_PATH
-from tests.kits.attacks import spellings
 from tests.kits.launch_rig import call
+from tests.kits.proxy.attacks import spellings
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch")]
 SECRET = "n0t-for-the-engine"

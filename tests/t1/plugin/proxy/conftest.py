@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.kits.proxy_rig import FACES
+from tests.kits.proxy.rig import FACES
 
 
 @pytest.fixture(params=FACES)
 def proxy(request):
-    """Start a proxy of either kind, as `tests.kits.proxy_rig.proxy` does."""
+    """Start a proxy of either kind, as `tests.kits.proxy.rig.proxy` does."""
     return FACES[request.param]

@@ -21,7 +21,7 @@ from plugin.proxy.http.asgi_client import AsgiClient, request_of, target_of
 from plugin.proxy.pool.pool import ReplicaPool
 from plugin.proxy.settings import Settings
 from plugin.runtime.phases import Phase, PhaseTracker
-from tests.kits.proxy_rig import (
+from tests.kits.proxy.rig import (
     LIMIT_S,
     Rig,
     Seen,

@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from plugin.runtime.phases import Phase
-from tests.kits.proxy_rig import Seen, Upstream, proxy, run, until, upstream
+from tests.kits.proxy.rig import Seen, Upstream, proxy, run, until, upstream
 
 pytestmark = pytest.mark.t1
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from launchers.bare import free_port
-from tests.kits.proxy_commands import ENGINE, LIMIT_S, call, eventually, refused
+from tests.kits.proxy.commands import ENGINE, LIMIT_S, call, eventually, refused
 
 pytestmark = pytest.mark.t1
 

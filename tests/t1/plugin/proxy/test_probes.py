@@ -18,7 +18,7 @@ from plugin.proxy.errors import StartFailed
 from plugin.proxy.pool.pool import ReplicaPool
 from plugin.proxy.settings import Settings
 from plugin.runtime.phases import Phase
-from tests.kits.proxy_rig import Rig, Seen, Upstream, answer, echo_request, run, served_by_uvicorn, until, upstream
+from tests.kits.proxy.rig import Rig, Seen, Upstream, answer, echo_request, run, served_by_uvicorn, until, upstream
 
 pytestmark = pytest.mark.t1
 

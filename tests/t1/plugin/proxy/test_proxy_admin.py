@@ -18,7 +18,7 @@ from plugin.proxy.pool.pool import ReplicaPool
 from plugin.proxy.server import ProxyServer
 from plugin.proxy.settings import Settings
 from plugin.runtime.phases import Phase
-from tests.kits.proxy_rig import Rig, answer, proxy, read_answer, run, until, upstream
+from tests.kits.proxy.rig import Rig, answer, proxy, read_answer, run, until, upstream
 
 pytestmark = pytest.mark.t1
 

@@ -23,7 +23,7 @@ from plugin.proxy.server import ProxyServer
 from plugin.proxy.settings import Settings
 from plugin.runtime.phases import Phase, PhaseTracker, Span
 from tests.kits.browser_kit import Page, browser
-from tests.kits.proxy_rig import proxy, run, until, upstream
+from tests.kits.proxy.rig import proxy, run, until, upstream
 
 pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("browser")]
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 from launchers.bare import free_port
-from tests.kits.proxy_commands import ENGINE, LIMIT_S, alive, call, command, engine, eventually, refused
-from tests.kits.proxy_rig import Seen, Upstream, run, upstream
+from tests.kits.proxy.commands import ENGINE, LIMIT_S, alive, call, command, engine, eventually, refused
+from tests.kits.proxy.rig import Seen, Upstream, run, upstream
 
 pytestmark = pytest.mark.t1
 
@@ -345,7 +345,7 @@ def test_probes_neither_keep_an_engine_awake_nor_wake_it(workers):
 @pytest.mark.slow
 def test_wake_on_and_api_key_are_read_from_variables(monkeypatch):
     async def wants_key(up: Upstream, seen: Seen, reader, writer) -> bool:
-        from tests.kits.proxy_rig import answer
+        from tests.kits.proxy.rig import answer
 
         wrong = seen.target == "/v1/completions" and seen.header("authorization") != ["Bearer s3cret"]
         writer.write(answer(b'{"ok":true}', "401 Unauthorized" if wrong else "200 OK"))

@@ -17,9 +17,9 @@ from plugin.proxy.endpoints.endpoint import EndpointSpec
 from plugin.proxy.http.address import tcp, unix
 from plugin.proxy.pool.start_times import Kind
 from plugin.runtime.phases import Phase
-from tests.kits.proxy_commands import ENGINE
-from tests.kits.proxy_endpoints import SleepMode, in_front_of
-from tests.kits.proxy_rig import Seen, Upstream, answer, answering, echo_request, run, until, upstream
+from tests.kits.proxy.commands import ENGINE
+from tests.kits.proxy.endpoints import SleepMode, in_front_of
+from tests.kits.proxy.rig import Seen, Upstream, answer, answering, echo_request, run, until, upstream
 
 pytestmark = pytest.mark.t1
 

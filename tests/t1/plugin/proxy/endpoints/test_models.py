@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kits.proxy_commands import call, command, engine, eventually, models_file
+from tests.kits.proxy.commands import call, command, engine, eventually, models_file
 
 pytestmark = pytest.mark.t1
 

@@ -19,7 +19,7 @@ import pytest
 
 from launchers.bare import free_port
 from plugin.proxy.endpoints.started_processes import Identity, Orphan, Started
-from tests.kits.proxy_commands import ENGINE, alive, call, command, engine, eventually, models_file
+from tests.kits.proxy.commands import ENGINE, alive, call, command, engine, eventually, models_file
 
 pytestmark = pytest.mark.t1
 

@@ -18,9 +18,9 @@ from plugin.proxy.endpoints.models import ModelConfig, spec_of
 from plugin.proxy.endpoints.watch import WatchIntervals
 from plugin.proxy.http.address import tcp
 from plugin.runtime.phases import Phase
-from tests.kits.proxy_commands import ENGINE
-from tests.kits.proxy_endpoints import SleepMode, in_front_of
-from tests.kits.proxy_rig import Seen, Upstream, answer, echo_request, run, until, upstream
+from tests.kits.proxy.commands import ENGINE
+from tests.kits.proxy.endpoints import SleepMode, in_front_of
+from tests.kits.proxy.rig import Seen, Upstream, answer, echo_request, run, until, upstream
 
 pytestmark = pytest.mark.t1
 

@@ -9,8 +9,8 @@ import pytest
 
 from plugin.proxy.settings import Settings
 from plugin.runtime.phases import Phase
-from tests.kits.attacks import MATCHED_BY_PREFIX, spellings
-from tests.kits.proxy_rig import FACES, LIMIT_S, proxy, read_answer, run, until, upstream
+from tests.kits.proxy.attacks import MATCHED_BY_PREFIX, spellings
+from tests.kits.proxy.rig import FACES, LIMIT_S, proxy, read_answer, run, until, upstream
 
 pytestmark = pytest.mark.t1
 

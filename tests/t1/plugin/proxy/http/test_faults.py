@@ -10,7 +10,7 @@ import pytest
 
 from plugin.proxy.settings import Settings
 from plugin.runtime.phases import Phase
-from tests.kits.proxy_rig import (
+from tests.kits.proxy.rig import (
     LIMIT_S,
     Seen,
     Upstream,

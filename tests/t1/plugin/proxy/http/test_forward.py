@@ -14,9 +14,9 @@ import pytest
 
 from plugin.proxy.server import ProxyServer
 from plugin.proxy.settings import Settings
-from tests.kits.proxy_rig import LIMIT_S, Seen, Upstream, answer, answering, read_answer, until, upstream
-from tests.kits.proxy_rig import proxy as port_proxy
-from tests.kits.proxy_rig import run as run_on
+from tests.kits.proxy.rig import LIMIT_S, Seen, Upstream, answer, answering, read_answer, until, upstream
+from tests.kits.proxy.rig import proxy as port_proxy
+from tests.kits.proxy.rig import run as run_on
 
 pytestmark = pytest.mark.t1
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from plugin.runtime.phases import Phase
-from tests.kits.proxy_rig import LIMIT_S, Seen, Upstream, proxy, read_answer, run, upstream
+from tests.kits.proxy.rig import LIMIT_S, Seen, Upstream, proxy, read_answer, run, upstream
 
 pytestmark = pytest.mark.t1
 

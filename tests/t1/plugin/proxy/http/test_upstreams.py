@@ -9,10 +9,10 @@ import os
 import pytest
 
 from plugin.proxy.settings import Settings
-from tests.kits.proxy_commands import ENGINE
-from tests.kits.proxy_rig import Seen, Upstream, answer, reset, until, upstream
-from tests.kits.proxy_rig import proxy as port_proxy
-from tests.kits.proxy_rig import run as run_on
+from tests.kits.proxy.commands import ENGINE
+from tests.kits.proxy.rig import Seen, Upstream, answer, reset, until, upstream
+from tests.kits.proxy.rig import proxy as port_proxy
+from tests.kits.proxy.rig import run as run_on
 
 pytestmark = pytest.mark.t1
 

@@ -20,8 +20,8 @@ from launchers.bare import free_port
 from plugin.proxy.pool.backoff import Backoff
 from plugin.proxy.settings import Settings
 from plugin.runtime.phases import Phase
-from tests.kits.proxy_commands import ENGINE, alive, call, command, models_file
-from tests.kits.proxy_rig import Seen, Upstream, echo_request, proxy, run, until, upstream
+from tests.kits.proxy.commands import ENGINE, alive, call, command, models_file
+from tests.kits.proxy.rig import Seen, Upstream, echo_request, proxy, run, until, upstream
 
 pytestmark = pytest.mark.t1
 

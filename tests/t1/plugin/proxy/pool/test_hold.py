@@ -12,7 +12,7 @@ from plugin.proxy.errors import StartFailed
 from plugin.proxy.server import ProxyServer
 from plugin.proxy.settings import Settings
 from plugin.runtime.phases import Phase
-from tests.kits.proxy_rig import LIMIT_S, Seen, Upstream, answer, echo_request, read_answer, run, until, upstream
+from tests.kits.proxy.rig import LIMIT_S, Seen, Upstream, answer, echo_request, read_answer, run, until, upstream
 
 pytestmark = pytest.mark.t1
 

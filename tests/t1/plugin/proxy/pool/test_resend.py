@@ -9,7 +9,7 @@ import asyncio
 import pytest
 
 from plugin.runtime.phases import Phase
-from tests.kits.proxy_rig import Handler, Rig, Seen, Upstream, answer, echo_request, run, until, upstream
+from tests.kits.proxy.rig import Handler, Rig, Seen, Upstream, answer, echo_request, run, until, upstream
 
 pytestmark = pytest.mark.t1
 PATH = "/v1/completions"

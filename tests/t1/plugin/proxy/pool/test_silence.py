@@ -10,7 +10,7 @@ import pytest
 
 from plugin.proxy.pool.silence import Silence
 from plugin.runtime.phases import Phase
-from tests.kits.proxy_rig import Rig, Seen, Upstream, echo_request, proxy, run, until, upstream
+from tests.kits.proxy.rig import Rig, Seen, Upstream, echo_request, proxy, run, until, upstream
 
 pytestmark = pytest.mark.t1
 BODY = json.dumps({"model": "m", "prompt": "x"}).encode()

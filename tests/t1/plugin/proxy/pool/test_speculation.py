@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from plugin.runtime.phases import Phase
-from tests.kits.proxy_rig import LIMIT_S, Rig, Seen, Upstream, answer, echo_request, read_answer, run, until, upstream
+from tests.kits.proxy.rig import LIMIT_S, Rig, Seen, Upstream, answer, echo_request, read_answer, run, until, upstream
 
 pytestmark = pytest.mark.t1
 PATH = "/v1/completions"

@@ -1,0 +1,1 @@
+"""For the tests of checkpoints: snapshots, images, restores, GPUs."""

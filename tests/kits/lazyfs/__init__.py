@@ -1,0 +1,1 @@
+"""For the tests of lazyfs: models, mounts, faulty stores."""

@@ -1,0 +1,1 @@
+"""For the tests of the proxy: a running proxy, upstreams and attacks."""

@@ -1,0 +1,278 @@
+"""A replica with a GPU from cold start to restore: the engine offloads its memory, the driver the rest, and both reload in the right
+order.
+
+The engine and the CUDA driver are doubles (tests/programs/engine_double, cuda_double.py). CRIU, the sandbox and all of quickthaw are
+real.
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+import launchers
+from checkpoint.compatibility import host
+from checkpoint.compatibility.gpu import Gpu
+from checkpoint.criu.binary import Criu
+from plugin.runtime.capabilities import Capabilities
+from plugin.runtime.config import LaunchSettings, state_home
+from plugin.runtime.phases import Phase, PhaseTracker
+from plugin.runtime.replica import Replica
+from plugin.runtime.steps.model_mount import Weights
+from tests.kits.checkpoint.cuda_double import GPU0, TOTAL, Double, wait_until, write
+
+pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]
+USED = 1 << 20
+
+
+def command_line(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def is_worker(pid):
+    """Return whether it is the engine double's second process, which has the same command line as its parent."""
+    try:
+        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+    except OSError:
+        return False
+    return all(b"launch_server" in line or b"api_server" in line for line in map(command_line, (pid, parent)))
+
+
+class Driver(Double):
+    """The double of the driver for a worker whose PID is known only once it runs. A restored one has its state of the dump."""
+
+    def _record(self, pid):
+        file = self.folder / f"{pid}.json"
+        if not file.exists() and is_worker(pid):
+            dumped = self.folder / "dumped.json"
+            fresh = {"state": "RUNNING", "memory": {GPU0: USED}}
+            (self.folder / f"{pid}.{'host' if dumped.exists() else 'vram'}").write_text("contents")
+            write(file, json.loads(dumped.read_text()) if dumped.exists() else fresh)
+        return super()._record(pid)
+
+    def checkpoint(self, pid):
+        super().checkpoint(pid)
+        write(self.folder / "dumped.json", json.loads((self.folder / f"{pid}.json").read_text()))
+
+    def changes(self):
+        lines = (self.folder / "calls").read_text().splitlines()
+        return [w for w in (line.split()[0] for line in lines) if w in ("lock", "checkpoint", "restore", "unlock")]
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def gpu_rig(launch_rig, monkeypatch, tmp_path):
+    """Return a function that makes replicas of the double on a GPU."""
+    gpu = tmp_path / "gpu"
+    gpu.mkdir()
+    write(gpu / "gpus.json", {GPU0: TOTAL})
+    found = ((Gpu(name="Double", memory=TOTAL, uuid=GPU0),), "580.159.03")
+    monkeypatch.setattr(host, "gpu_facts", lambda environment=None: found)
+    for name, value in launch_rig.env().items():
+        monkeypatch.setenv(name, value)
+    made = []
+
+    def make(engine="vllm", arguments=(), criu=None, **settings):
+        launcher = launchers.engine(engine)
+        flag = "--model" if engine == "vllm" else "--model-path"
+        environment = {**os.environ, "ENGINE_DOUBLE_GPU": "1"}
+        replica = Replica(
+            LaunchSettings(
+                engine=engine,
+                command=launcher.parse([flag, str(launch_rig.model), *arguments], environment),
+                engine_python=str(launch_rig.python),
+                home=launch_rig.home,
+                environment=environment,
+                **settings,
+            ),
+            launcher,
+            Capabilities(),
+            criu or Criu.find(state_home()),
+            Weights(str(launch_rig.model), launch_rig.home, None, True),
+            PhaseTracker(),
+            stdout=None,
+            stderr=None,
+        )
+        replica._cuda = Driver(str(gpu))
+        made.append(replica)
+        return replica
+
+    make.gpu = gpu
+    yield make
+    for replica in made:
+        replica.stop(5.0)
+        replica.weights.close()
+
+
+def worker(replica):
+    return replica.running.client.json("GET", "/facts")["worker"]
+
+
+def answer(replica):
+    return replica.engine.generate(replica.running.client, "The quick brown fox", 4)
+
+
+MODEL = "MODEL"
+ASLEEP = {
+    ("vllm", "full"): [["collective_rpc", "quickthaw_trim"], ["sleep", 1]],
+    ("vllm", "thin"): [["collective_rpc", "quickthaw_trim"], ["sleep", 2]],
+    ("sglang", "full"): [["flush_cache"], ["release", ["kv_cache"]]],
+    ("sglang", "thin"): [["flush_cache"], ["release", ["kv_cache", "weights"]]],
+}
+AWAKE = {
+    ("vllm", "full"): [["wake_up", ["weights"]], ["wake_up", ["kv_cache"]]],
+    ("vllm", "thin"): [["wake_up", ["weights"]], ["collective_rpc", "reload_weights"], ["wake_up", ["kv_cache"]]],
+    ("sglang", "full"): [["resume", ["kv_cache"]]],
+    ("sglang", "thin"): [
+        ["resume", ["weights"]],
+        ["require_awake", "weights"],
+        ["collective_reload", MODEL],
+        ["resume", ["kv_cache"]],
+    ],
+}
+
+
+@pytest.mark.parametrize("weights", ["full", "thin"])
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_memory_is_offloaded_for_the_dump_and_reloaded_by_engine_and_replicas(gpu_rig, launch_rig, engine, weights):
+    cold = gpu_rig(engine, weights=weights)
+    cold.start()
+    expected = answer(cold)
+    calls = json.loads(
+        json.dumps([*ASLEEP[engine, weights], *AWAKE[engine, weights]]).replace(MODEL, str(launch_rig.model))
+    )
+    assert worker(cold)["calls"] == calls
+    assert cold._cuda.changes() == ["lock", "checkpoint", "restore", "unlock"]
+    snapshot = cold.snapshot
+    assert snapshot.asleep and snapshot.weights == weights and snapshot.gpu.processes == 1
+    assert cold.tracker.phase is Phase.SERVING
+    cold.stop(5.0)
+    for _ in range(2):
+        replica = gpu_rig(engine, weights=weights)
+        replica.start()
+        assert replica.restored
+        assert answer(replica) == expected
+        assert worker(replica)["calls"] == calls and worker(replica)["away"] == []
+        assert replica._cuda.changes()[-2:] == ["restore", "unlock"]
+        replica.stop(5.0)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_without_a_sleep_mode_the_driver_moves_all_memory(gpu_rig, engine, monkeypatch):
+    monkeypatch.setattr(type(launchers.engine(engine)), "gpu_arguments", lambda self, command, packages: ())
+    cold = gpu_rig(engine)
+    cold.start()
+    assert not cold.snapshot.asleep
+    # Neither is called: vLLM would raise, SGLang would agree and release nothing.
+    assert worker(cold)["calls"] == ([["collective_rpc", "quickthaw_trim"]] if engine == "vllm" else [["flush_cache"]])
+    expected = answer(cold)
+    cold.stop(5.0)
+    replica = gpu_rig(engine)
+    replica.start()
+    assert replica.restored and answer(replica) == expected
+
+
+def test_the_users_sleep_mode_option_is_kept(gpu_rig):
+    cold = gpu_rig("vllm", arguments=["--enable-sleep-mode"])
+    cold.start()
+    given = {command_line(pid).count(b"--enable-sleep-mode") for pid in processes_of(cold)}
+    assert given in ({1}, {0, 1})
+
+
+def processes_of(replica):
+    from checkpoint.sandbox.process_tree import processes
+
+    return processes(replica.running.place.init_pid)
+
+
+def test_a_dump_that_fails_after_the_offload_leaves_a_serving_engine(gpu_rig, tmp_path, caplog):
+    script = tmp_path / "criu.sh"
+    real = (state_home() / "criu" / "criu").resolve()
+    # The trial of a small process, whose images are in its own sandbox, passes; the engine's dump fails.
+    script.write_text(f'#!/bin/sh\ncase "$*" in dump*/snapshots/*) exit 1 ;; esac\nexec {real} "$@"\n')
+    script.chmod(0o755)
+    replica = gpu_rig("vllm", criu=Criu(script), weights="thin")
+    with caplog.at_level(logging.INFO, "quickthaw"):
+        replica.start()
+    assert "no snapshot: criu-dump-failed" in caplog.text
+    assert replica.snapshot is None and replica.tracker.phase is Phase.SERVING
+    assert worker(replica)["away"] == [] and answer(replica)
+    assert replica._cuda.changes() == ["lock", "checkpoint", "restore", "unlock"]
+    assert replica.library.names() == []
+
+
+def test_a_busy_gpu_is_refused_before_anything_is_lost(gpu_rig, caplog):
+    cold = gpu_rig("vllm")
+    cold.start()
+    name = cold.snapshot.name
+    created = cold.library.load(name)
+    cold.stop(5.0)
+    write(gpu_rig.gpu / "gpus.json", {GPU0: USED})
+    replica = gpu_rig("vllm")
+    before = len(replica._cuda.changes())
+    with caplog.at_level(logging.INFO, "quickthaw"):
+        replica.start()
+    assert "gpu-memory-short" in caplog.text
+    assert (
+        replica._cuda.changes()[before:] == []
+    )  # nothing that could lose the process was tried, and no new snapshot was taken
+    assert replica.library.load(name) == created
+
+
+def test_several_gpus_are_refused_with_a_remedy(gpu_rig, tmp_path, caplog):
+    store = tmp_path / "kept"
+    replica = gpu_rig("vllm", arguments=["--tensor-parallel-size", "2"], snapshot_store=str(store))
+    with caplog.at_level(logging.INFO, "quickthaw"):
+        replica.start()
+        assert replica.tracker.phase is Phase.SERVING and answer(replica)
+    (line,) = [r.getMessage() for r in caplog.records if "multi-gpu" in r.getMessage()]
+    assert "--tensor-parallel-size 2" in line and "--snapshot-store" in line
+    assert replica.library.names() == []
+    assert not (gpu_rig.gpu / "calls").exists() or replica._cuda.changes() == []
+    # The remedy works: its compiled code is in the store.
+    wait_until(lambda: list(store.rglob("compile-vllm-*")))
+
+
+def test_an_engine_on_the_cpu_beside_a_gpu_is_not_put_to_sleep(gpu_rig, monkeypatch):
+    """SGLang's scheduler would end at a release of memory that it does not have there."""
+    monkeypatch.setitem(globals(), "is_worker", lambda pid: False)
+    replica = gpu_rig("sglang")
+    replica.start()
+    assert worker(replica)["calls"] == [["flush_cache"]]
+    assert not replica.snapshot.asleep and replica.snapshot.gpu.processes == 0
+
+
+def test_an_engine_that_cannot_resume_after_its_dump_is_restarted(gpu_rig, caplog):
+    write(gpu_rig.gpu / "faults.json", [{"op": "restore", "result": "CUDA_ERROR_OUT_OF_MEMORY", "state": "FAILED"}])
+    replica = gpu_rig("vllm")
+    with caplog.at_level(logging.INFO, "quickthaw"):
+        replica.start()
+    assert "cuda-stuck" in caplog.text
+    assert "a new one starts without a snapshot" in caplog.text
+    assert replica.tracker.phase is Phase.SERVING and answer(replica)
+    assert replica.snapshot is None and replica.library.names() == []
+    assert replica._cuda.changes() == ["lock", "checkpoint", "restore"]  # the second start takes no snapshot
+
+
+def test_a_snapshot_with_gpu_state_has_no_lazy_restore(gpu_rig, caplog):
+    """A plain restore is the only way: a second try would double the time of a failure."""
+    cold = gpu_rig("vllm")
+    cold.start()
+    cold.stop(5.0)
+    write(
+        gpu_rig.gpu / "faults.json",
+        [{"op": "restore", "result": "CUDA_ERROR_UNKNOWN", "state": "FAILED", "always": True}],
+    )
+    replica = gpu_rig("vllm", take_snapshot=False)
+    before = len(replica._cuda.changes())
+    with caplog.at_level(logging.INFO, "quickthaw"):
+        replica.start()
+    assert replica.tracker.phase is Phase.SERVING and not replica.restored
+    assert replica._cuda.changes()[before:].count("restore") == 1

@@ -80,12 +80,18 @@ def engine_facts(engine: str, interpreter: Path) -> EngineFacts:
         name=engine,
         version=f"{installed} {packages.pop(installed)}",
         build=_build(Path(folders[installed])),
-        interpreter=str(interpreter),
+        interpreter=str(_usual_name(interpreter)),
         python=configuration.get("version", "") or configuration.get("version_info", "") or short,
         python_build=_python_build(binary, elf),
         libc=libc_of(elf),
         packages={name: packages[name] for name in sorted(packages) if name not in _TOOLS},
     )
+
+
+def _usual_name(interpreter: Path) -> Path:
+    """Return `python` beside an interpreter if it is the same program: scripts name it python3 or python3.11, command lines python."""
+    usual = interpreter.with_name("python")
+    return usual if usual.resolve() == interpreter.resolve() else interpreter
 
 
 def package_folders(interpreter: Path) -> list[Path]:

@@ -76,6 +76,16 @@ def test_system_packages_count_if_the_environment_includes_them(tmp_path: Path) 
     assert engine_facts("sglang", blind).packages == {"torch": "3"}
 
 
+@pytest.mark.parametrize("name", ["python3", "python3.11"])
+def test_other_names_of_the_same_interpreter_are_the_same_installation(tmp_path: Path, name: str) -> None:
+    interpreter = venv(tmp_path, {"vllm": "0.33"})
+    interpreter.with_name(name).symlink_to("python")
+    assert engine_facts("vllm", interpreter.with_name(name)) == engine_facts("vllm", interpreter)
+    other = interpreter.with_name("python-of-another-build")
+    other.write_bytes(interpreter.read_bytes())
+    assert engine_facts("vllm", other).interpreter == str(other)
+
+
 def test_a_system_interpreters_version_is_read_from_its_folder(tmp_path: Path) -> None:
     assert engine_facts("vllm", venv(tmp_path, {"vllm": "1"}, configuration="")).python == "3.11"
 

@@ -192,7 +192,7 @@ class Engine(abc.ABC):
             "seed" in values,
             values.get("admin_key"),
             values.get("root_path", ""),
-            _seconds(values.get("shutdown_timeout", "")),
+            shutdown_timeout(values.get("shutdown_timeout", "")),
         )
 
     def _values_of(self, option: str, following: Sequence[str], least: int) -> int:
@@ -448,8 +448,8 @@ def tolerate_refusal() -> Iterator[None]:
         log.debug("not part of the warm-up: %s", error)
 
 
-def _seconds(value: str) -> float:
-    """Return a number of seconds; 0 for what the engine itself will refuse."""
+def shutdown_timeout(value: str) -> float:
+    """Return the seconds of vLLM's `--shutdown-timeout`; 0 for what the engine itself will refuse."""
     try:
         return max(0.0, float(value))
     except ValueError:

@@ -19,8 +19,10 @@ from lazyfs.cli.options import Duration as Duration
 from lazyfs.durations import invalid as invalid
 from lazyfs.durations import limit as limit
 from lazyfs.durations import seconds as seconds
+from plugin.runtime.signals import is_container_command
 
 PREFIX = "QUICKTHAW_"
+GRACE_S, GRACE_IN_CONTAINER_S = 30.0, 24 * 3600.0
 EVERY_INTERFACE = "0.0.0.0"
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -50,6 +52,13 @@ class Address(click.ParamType[tuple[str, int]]):
         if not colon or not port.isdecimal() or int(port) > 65535:
             self.fail(f"{value!r} is not HOST:PORT, such as 127.0.0.1:8000, [::1]:8000 or :8000", param, ctx)
         return host.strip("[]") or EVERY_INTERFACE, int(port)
+
+
+def _grace(_: click.Context, __: click.Parameter, value: float | None) -> float:
+    """Return the grace in seconds. Where none was given, a container's runtime has the limit: after SIGTERM it kills in time."""
+    if value is not None:
+        return value
+    return GRACE_IN_CONTAINER_S if is_container_command() else GRACE_S
 
 
 # Options
@@ -199,9 +208,10 @@ serving = (
     option(
         "--grace",
         type=Duration(),
-        default="30s",
+        show_default="30s; in a container as long as its runtime lets it run",
+        callback=_grace,
         old=["--drain"],
-        help="How long requests in flight may take when the command stops.",
+        help="How long requests in flight may take when the command stops, and then the engine to end.",
     ),
     option(
         "--hold-timeout",

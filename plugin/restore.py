@@ -17,20 +17,17 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from plugin.launch import start_log
 from plugin.options import option, replica, replica_settings_of, serving, using
 
-if TYPE_CHECKING:
-    from launchers.base import Engine
 
-
-def _root_path(engine: Engine, identity: Mapping[str, Any]) -> str:
-    """Return the prefix that the engine was configured to strip from paths."""
-    for flag in engine.root_path_flags:
+def _argument(identity: Mapping[str, Any], *flags: str) -> str:
+    """Return the value that the engine's command line gave one of these flags, or ""."""
+    for flag in flags:
         for values in identity.get("arguments", {}).get(flag, ()):
             return str(values[0]) if values else ""
     return ""
@@ -57,7 +54,7 @@ def restore(snapshot: str, **options: Any) -> int:
     """
     import launchers
     from checkpoint.snapshot.library import Library
-    from launchers.base import EngineCommand
+    from launchers.base import EngineCommand, shutdown_timeout
     from plugin.runtime.config import LaunchSettings, state_home
     from plugin.runtime.run import launch
     from plugin.runtime.steps.snapshot_fetch import manifest_of
@@ -72,6 +69,8 @@ def restore(snapshot: str, **options: Any) -> int:
     key = options["api_key"] or engine.key_from(os.environ)
     # Use the folder that the engine reads, whatever the current directory: the model name on its command line may be a relative path.
     model = found.model_path if Path(found.model_path or "/nonexistent").is_dir() else found.model
+    # What the engine may take to finish its requests is not cut short.
+    options["grace"] = max(options["grace"], shutdown_timeout(_argument(found.identity, "--shutdown-timeout")))
     return launch(
         LaunchSettings(
             engine=found.engine,
@@ -83,7 +82,7 @@ def restore(snapshot: str, **options: Any) -> int:
                 port,
                 key,
                 admin_key=options["admin_api_key"],
-                root_path=_root_path(engine, found.identity),
+                root_path=_argument(found.identity, *engine.root_path_flags),
             ),
             engine_python=str(interpreter),
             home=home,

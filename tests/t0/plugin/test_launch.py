@@ -42,6 +42,21 @@ def test_the_engines_shutdown_timeout_extends_the_grace(settings, options, engin
     assert (found.grace_s, found.proxy["drain_s"]) == (seconds, seconds)
 
 
+@pytest.mark.parametrize(
+    ("options", "engine", "seconds"),
+    [
+        ((), (), 86400),
+        ((), ("--shutdown-timeout", "90"), 86400),
+        (("--grace", "10"), (), 10),
+        (("--grace", "10"), ("--shutdown-timeout", "90"), 90),
+    ],
+)
+def test_in_a_container_its_runtime_has_the_limit(settings, monkeypatch, options, engine, seconds):
+    monkeypatch.setattr("plugin.options.is_container_command", lambda: True)
+    found = settings(*options, "vllm", "--model", "m", *engine)
+    assert (found.grace_s, found.proxy["drain_s"]) == (seconds, seconds)
+
+
 def test_shell_assignments_become_the_engines_environment(settings):
     found = settings("--", "sh", "-c", f"A_VARIABLE='x y' exec {sys.executable} -m sglang.launch_server --model-path m")
     assert found.environment["A_VARIABLE"] == "x y"

@@ -4,11 +4,14 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+
+from tests.kits.launch_rig import REPO
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]
 
@@ -242,3 +245,38 @@ def test_a_signal_during_the_shutdown_is_not_a_second_one(launch_rig):
     started.process.send_signal(signal.SIGTERM)
     assert started.process.wait(40) in (1, -15)  # -15: its handlers are removed, and nothing else is left
     assert "second time" not in started.text()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "expected"),
+    [
+        ((), False),
+        (("unshare", "--pid", "--fork", "--mount-proc"), True),
+        (("unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", '"$@"; exit $?', "sh"), True),
+        (("unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", '(:; "$@"; exit $?); exit $?', "sh"), False),
+    ],
+    ids=["host", "first", "behind a shell", "deeper"],
+)
+def test_the_command_of_a_container_is_known(prefix, expected):
+    code = "from plugin.runtime.signals import is_container_command as is_it; print(is_it())"
+    argv = [*prefix, sys.executable, "-c", code]
+    done = subprocess.run(argv, cwd=REPO, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == [str(expected)]
+
+
+def test_in_a_container_a_request_takes_as_long_as_the_runtime_lets_it(launch_rig):
+    """With the default grace of 1 s in place of 30: a container's command does not use it."""
+    rig = launch_rig
+    code = (
+        "import sys; from plugin import options; options.GRACE_S = 1.0; from plugin.cli import run; run(sys.argv[1:])"
+    )
+    for name, prefix in (("host", ()), ("container", ("unshare", "--pid", "--fork", "--mount-proc"))):
+        started = rig.start("--no-snapshot", prefix=prefix, program=("-c", code))
+        answer = started.ask()
+        started.wait_serving()
+        thread, answers = in_flight(started, 4.0)
+        os.kill(inner_first(started.process.pid) if prefix else started.process.pid, signal.SIGTERM)
+        started.process.wait(30)
+        thread.join(10)
+        assert (answers == [answer]) == (name == "container"), (name, answers, started.ours())
+    assert rig.watch.gone() == set()

@@ -260,7 +260,8 @@ class Criu:
         """Raise an error if CRIU's exit code reports a failed restore; `logs` keeps the log of a failed restore.
 
         Raises Incompatible (open-file-changed, open-file-missing) if a file that the engine held open has changed or
-        is missing, and Failed with CRIU's own error for everything else.
+        is missing, or if its processes had more privileges than this one (capabilities-fewer), and Failed with CRIU's own
+        error for everything else.
         """
         if code:
             cause = error_in_log(work / "restore.log", code)
@@ -274,6 +275,11 @@ class Criu:
                 raise Incompatible(
                     "open-file-missing",
                     f"/{found[1].lstrip('/')}, which the engine had open, does not exist here: {cause}{where}",
+                )
+            if _CAPABILITIES in cause:
+                raise Incompatible(
+                    "capabilities-fewer",
+                    f"the engine had Linux capabilities at the dump that this host does not grant: {cause}{where}",
                 )
             raise Failed("criu-restore-failed", f"CRIU could not restore: {cause}{where}")
         self.save_kernel_facts(sandbox)
@@ -345,8 +351,9 @@ _NOISE = re.compile(
 
 
 # Matches files outside the snapshot only; a defect in its own pages files is damage.
-_CHANGED = re.compile(r"File (?!\S*pages-\d+\.img )(.+) has bad (?:size|build-ID)")
+_CHANGED = re.compile(r"File (?!\S*pages-\d+\.img )(.+) has bad (?:size|mode|build-ID)")
 _MISSING = re.compile(r"Can't open file (?!\S*pages-\d+\.img )(.+) on restore: No such file")
+_CAPABILITIES = "Unable to restore capabilities"
 _LOGS_KEPT = 8
 _LOG_BYTES = 1 << 20
 

@@ -2,7 +2,8 @@
 
 An image is 4 or 8 bytes of magic numbers, then messages, each preceded by its length in 32 bits little-endian. Field
 numbers are those of CRIU's images/*.proto, which are its stable interface. Unknown fields are skipped, so images of
-newer CRIU versions can be read. Only checkpoint.snapshot.file_backed writes images.
+newer CRIU versions can be read. Only checkpoint.snapshot.file_backed and
+checkpoint.criu.host_state write images.
 
 Standard library only, and fast: the page server reads page maps with it while CRIU itself starts.
 """

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from checkpoint import disk
+from checkpoint.criu import host_state
 from checkpoint.criu.binary import Criu
 from checkpoint.cuda import checkpoint as cuda
 from checkpoint.cuda.driver import Driver
@@ -122,6 +123,7 @@ def take(
         script.unlink()
         found = dump_check.examine(folder / dump_check.FOLDER, images, ("/dev/shm", TMP_DIR))
         shutil.rmtree(folder / dump_check.FOLDER)
+        host_state.forget(images)
         criu.dump_cpu(images)
         for name in mapped:
             target = folder / "cache" / name

@@ -20,7 +20,7 @@ import sys
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
-from .launch import load_plugins, model_folder, options_of
+from .launch import load_plugins, model_folder, options_of, use_folders
 from .server import WorkerChannel, handler
 from .worker import Worker, compile_once
 
@@ -34,6 +34,9 @@ def main(engine):
         atexit.register(held.close)
     if os.environ.get("ENGINE_DOUBLE_STUBBORN") == "1":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if seconds := os.environ.get("ENGINE_DOUBLE_ALARM_S"):
+        signal.setitimer(signal.ITIMER_REAL, float(seconds))
+    use_folders()
     ours, theirs = socket.socketpair()
     if os.fork() == 0:
         ours.close()

@@ -1,7 +1,12 @@
 """What both processes know of their launch: the engine's options, the model's folder, the environment, the plugins."""
 
+import mmap
 import os
+import signal
+import socket
 import sys
+import tempfile
+import time
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -50,6 +55,45 @@ def values():
     """Return the variables that tests compare, as this process has them."""
     names = ("HOSTNAME", "POD_IP", "HF_TOKEN", "REDIS_SERVICE_HOST", "OMP_NUM_THREADS")
     return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def surroundings():
+    """What this process finds out about where it runs, as an engine's code would."""
+    return {
+        "host": socket.gethostname(),
+        "hosts": Path("/etc/hosts").read_text(),
+        "resolver": Path("/etc/resolv.conf").read_text(),
+        "zone": time.strftime("%Z"),
+        "time": time.time(),
+        "alarm_s": signal.getitimer(signal.ITIMER_REAL)[0],
+        "cpus": os.cpu_count(),
+        "affinity": sorted(os.sched_getaffinity(0)),
+        "nice": os.nice(0),
+        "oom_score_adj": int(Path("/proc/self/oom_score_adj").read_text()),
+        "tmp": tempfile.gettempdir(),
+        "folders": {name: os.environ[name] for name in FOLDERS if name in os.environ},
+    }
+
+
+FOLDERS = ("TMPDIR", "PROMETHEUS_MULTIPROC_DIR", "VLLM_CACHE_ROOT", "XDG_CACHE_HOME", "TRITON_CACHE_DIR")
+"""Variables that name folders which engines write to."""
+
+
+def use_folders():
+    """Write to each of these folders, made where it is not there, and keep the metrics' file mapped, as the engines do."""
+    for name in FOLDERS:
+        if not os.environ.get("ENGINE_DOUBLE_FOLDERS") or name not in os.environ:
+            continue
+        folder = Path(os.environ[name])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "written").write_bytes(bytes(4096))
+        if name == "PROMETHEUS_MULTIPROC_DIR":
+            with (folder / "counter.db").open("w+b") as file:
+                file.truncate(4096)
+                kept.append(mmap.mmap(file.fileno(), 0))
+
+
+kept = []
 
 
 def load_plugins(engine):

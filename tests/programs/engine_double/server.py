@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler
 
 import torch
 
-from .launch import model_folder, other_kind, values
+from .launch import model_folder, other_kind, surroundings, values
 
 NUMBERS = {"embed": ("/v1/embeddings", "embedding"), "classify": ("/classify", "probs"), "reward": ("/pooling", "data")}
 """Path and key of what a vLLM answers that does not generate."""
@@ -125,6 +125,7 @@ def handler(engine, ask, options):
                 own = {"random": random.random(), "pid": os.getpid(), "torch": torch.default_generator.state}
                 own["values"] = values()
                 own["environment"] = sorted(os.environ)
+                own["surroundings"] = surroundings()
                 return self.reply({"server": own, "worker": ask("facts")})
             return self.reply({"error": "not found"}, 404)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from checkpoint.errors import CheckpointError, Failed, NotFound
 from checkpoint.snapshot.library import Health, Library
 from checkpoint.snapshot.manifest import Snapshot
 from lazyfs.errors import one_line
+from lazyfs.paths import state_folder
 
 _json = click.option(
     "--json", "as_json", is_flag=True, envvar="QUICKTHAW_JSON", show_envvar=True, help="Print JSON instead of text."
@@ -33,7 +33,7 @@ _store = click.argument("store", required=False, envvar="QUICKTHAW_STORE")
 
 
 def _library() -> Library:
-    return Library(Path(os.environ.get("QUICKTHAW_HOME") or Path.home() / ".cache" / "quickthaw"))
+    return Library(state_folder())
 
 
 def _row(library: Library, name: str) -> dict[str, Any]:

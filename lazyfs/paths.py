@@ -20,9 +20,17 @@ from pathlib import Path
 from lazyfs.errors import Permanent, from_os_error
 
 
+def state_folder() -> Path:
+    """Return the state folder's absolute path, `/.cache/quickthaw` for a user who has no home."""
+    try:
+        return Path(os.environ.get("QUICKTHAW_HOME") or "~/.cache/quickthaw").expanduser().absolute()
+    except RuntimeError:  # a container's arbitrary user has neither a home nor a name
+        return Path("/.cache/quickthaw")
+
+
 def home() -> Path:
     """Return the state folder, created if needed. Raises DiskFull or Permanent if it cannot be created."""
-    return private_dir(Path(os.environ.get("QUICKTHAW_HOME") or "~/.cache/quickthaw").expanduser())
+    return private_dir(state_folder())
 
 
 def private_dir(path: Path) -> Path:
@@ -50,6 +58,11 @@ def state_dir(name: str) -> Path:
 def default_store_url() -> str:
     """Return `$QUICKTHAW_STORE`, else the URL of the directory `store/` under home."""
     return os.environ.get("QUICKTHAW_STORE") or f"file://{home() / 'store'}"
+
+
+def mount_namespace() -> str:
+    """Return what identifies this process's mount namespace among all hosts and boots."""
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/mnt').stat().st_ino}"
 
 
 def child_environment() -> dict[str, str]:

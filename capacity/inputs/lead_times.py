@@ -40,7 +40,10 @@ def expand(path: str) -> str:
 
 def home() -> Path:
     """Return `$QUICKTHAW_HOME`, or its default."""
-    return Path(os.environ.get("QUICKTHAW_HOME") or Path.home() / ".cache" / "quickthaw")
+    try:
+        return Path(os.environ.get("QUICKTHAW_HOME") or "~/.cache/quickthaw").expanduser().absolute()
+    except RuntimeError:  # a container's arbitrary user has neither a home nor a name
+        return Path("/.cache/quickthaw")
 
 
 def read(path: Path, *, model: str | None = None, engine: str | None = None) -> Samples:

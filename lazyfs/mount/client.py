@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lazyfs.errors import Busy, LazyfsError, NotFound, Permanent, Temporary, Usage, os_errors
 from lazyfs.mount.control import ask
-from lazyfs.paths import child_environment, default_store_url, flock_within, home, open_fd, private_dir, state_dir
+from lazyfs.paths import (
+    child_environment,
+    default_store_url,
+    flock_within,
+    home,
+    mount_namespace,
+    open_fd,
+    private_dir,
+    state_dir,
+)
 from lazyfs.stores.urls import normal_url, shown_url
 
 if TYPE_CHECKING:
@@ -30,6 +39,7 @@ _PING_S = 2.0
 _PATIENCE_S = 20.0
 _LOCK_S = 60.0
 _END_S = 1.0
+_RECORD_KEPT_S = 30 * 24 * 3600.0
 # Same limit as the kernel's.
 _MAX_LINKS = 40
 
@@ -124,7 +134,7 @@ def mount(
     found = _ping_or_none(socket)
     if found is not None:
         return _check_same_manifest(found, manifest_digest, where)
-    with _locked(state_dir("mounts") / f"{name}.lock"):
+    with _locked(state_dir("mounts") / f"{_path_name(where)}.lock"):
         found = _ping_or_none(socket)
         if found is not None:
             return _check_same_manifest(found, manifest_digest, where)
@@ -133,6 +143,7 @@ def mount(
             return _check_same_manifest(found, manifest_digest, where)
         _refuse_other_home(where, name)
         _recover(where, name, socket)
+        _forget_gone(where)
         from lazyfs.mount.config import MountConfig
 
         config = MountConfig(
@@ -140,7 +151,7 @@ def mount(
             mountpoint=where,
             store_url=url,
             cache_dir=str(cache_dir or home() / "cache"),
-            log_file=str(log_file or state_dir("logs") / f"mount-{name}.log"),
+            log_file=str(log_file or state_dir("logs") / f"mount-{_path_name(where)}.log"),
             socket=str(socket),
             state_file=str(state_dir("mounts") / f"{name}.json"),
             home=str(home()),
@@ -200,10 +211,43 @@ def _absolute(mountpoint: Path) -> str:
     raise Usage(f"{mountpoint}: too many symbolic links")
 
 
+def _path_name(where: str) -> str:
+    """Return the name of a mount point's lock and log."""
+    return _digest(where)
+
+
 def _name(where: str) -> str:
+    """Return the name of a mount point's record and socket: one per mount namespace, in which alone the mount is visible.
+
+    Containers and hosts that share a state folder so leave each other's daemons alone.
+    """
+    return f"{_digest(where)}-{_digest(mount_namespace())[:8]}"
+
+
+def _digest(text: str) -> str:
     import hashlib
 
-    return hashlib.blake2b(where.encode(errors="surrogateescape"), digest_size=8).hexdigest()
+    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).hexdigest()
+
+
+def _forget_gone(where: str) -> None:
+    """Remove records and sockets that killed containers left for this mount point long ago. The caller holds its lock."""
+    for record in state_dir("mounts").glob(f"{_path_name(where)}-*.json"):
+        socket = state_dir("run") / f"{record.stem}.sock"
+        with contextlib.suppress(OSError):
+            if time.time() - record.stat().st_mtime > _RECORD_KEPT_S and not _answers(socket):
+                record.unlink()
+                socket.unlink(missing_ok=True)
+
+
+def _answers(socket: Path) -> bool:
+    try:
+        ask(socket, {"op": "ping"}, _PING_S)
+    except Temporary:
+        return True  # slow
+    except LazyfsError:
+        return False
+    return True
 
 
 def _ping_or_none(socket: Path) -> MountHandle | None:

@@ -255,24 +255,43 @@ def test_few_open_files_are_enough_if_the_limit_can_be_raised(rig):
     assert "snapshot-not-found" in only_line(result, "snapshot-not-found")
 
 
-@pytest.mark.parametrize(("mode", "what"), [(0o777, "replace"), (0o750, "list"), (0o700, None)])
-def test_a_state_folder_open_to_others_is_reported(rig, mode, what):
-    rig.home.chmod(mode)
+@pytest.fixture
+def port_in_use():
+    """A launch on this port ends as soon as it has looked at its state folder."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        result = rig("launch", "vllm", "--model", rig.model, "--host", "127.0.0.1", "--port", port)
-    assert result.returncode == 2 and "another process listens there" in only_line(result, "port-in-use")
-    if what is None:
-        assert "state-folder-open" not in result.stderr
-    else:
-        line = only_line(result, "state-folder-open")
-        assert f"can {what} its files; chmod 700 {rig.home}" in line
+        yield str(taken.getsockname()[1])
+
+
+def start_in_vain(rig, port, *options):
+    result = rig("launch", *options, "vllm", "--model", rig.model, "--host", "127.0.0.1", "--port", port)
+    assert result.returncode == 2 and "another process listens there" in result.stderr, result.stderr
+    return [line for line in result.stderr.splitlines() if "state-folder-open" in line]
+
+
+@pytest.mark.parametrize(("mode", "what", "times"), [(0o777, "replace", 2), (0o750, "list", 1), (0o700, None, 0)])
+def test_a_state_folder_of_someone_else_that_others_can_enter_is_named_once(rig, port_in_use, mode, what, times):
+    (rig.home / "photographs").mkdir()
+    rig.home.chmod(mode)
+    lines = [line for _ in range(2) for line in start_in_vain(rig, port_in_use)]
+    assert len(lines) == times  # where others can replace files, each start says so
+    assert all(f"can {what} its files; chmod 700 {rig.home}" in line for line in lines)
+    assert rig.home.stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize("entries", [(), ("snapshots", "run", "model-digests.json", ".setup-vllm")], ids=["new", "old"])
+def test_a_state_folder_of_our_own_is_closed_without_a_word(rig, port_in_use, entries):
+    for name in entries:
+        (rig.home / name).mkdir(exist_ok=True)
+    rig.home.chmod(0o755)
+    assert start_in_vain(rig, port_in_use) == []
+    assert rig.home.stat().st_mode & 0o777 == 0o700
 
 
 def test_log_lines_are_json_on_request(rig):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         rig.home.chmod(0o755)
+        (rig.home / "photographs").mkdir()
         result = rig(
             "launch", "--log-format", "json", "vllm", "--model", rig.model, "--host", "127.0.0.1", "--port", port
         )

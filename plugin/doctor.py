@@ -6,14 +6,17 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from plugin.options import option
 from plugin.runtime.home import state_home
+
+if TYPE_CHECKING:
+    from plugin.runtime.capabilities import Host
 
 
 @dataclass(frozen=True)
@@ -46,71 +49,50 @@ def _kernel() -> Finding:
     return Finding("kernel", "ok", release)
 
 
-def _privileges() -> list[Finding]:
-    """Check the privileges of every capability, by name, as a launch does (plugin.runtime.capabilities)."""
-    from checkpoint.sandbox.privileges import Privileges
-    from plugin.runtime.capabilities import from_privileges
+def _capabilities(host: Host, home: Path) -> list[Finding]:
+    return [*_privileges(host), _sandbox(host), _criu(host), _roundtrip(host, home)]
 
-    off = from_privileges(Privileges.current()).off()
+
+def _privileges(host: Host) -> list[Finding]:
+    off = host.privileges.off()
     if not off:
         return [Finding("privileges", "ok", "every capability and device that is needed")]
-    return [
-        Finding("privileges", "off", f"{names}: {why.partition('; ')[0]}", _remedy(why)) for names, why in off.items()
-    ]
+    return [_off("privileges", why, f"{names}: ") for names, why in off.items()]
 
 
-def _remedy(why: str) -> str:
-    return why.partition("; ")[2]
+def _off(what: str, why: str, names: str = "") -> Finding:
+    detail, _, remedy = why.partition("; ")
+    return Finding(what, "off", f"{names}{detail}", remedy)
 
 
-def _sandbox() -> Finding:
-    from checkpoint.errors import CheckpointError
-    from checkpoint.sandbox.privileges import Privileges
-    from checkpoint.sandbox.sandbox import Sandbox
-    from plugin.runtime.capabilities import from_privileges
-    from plugin.runtime.steps.criu_trial import sandbox_reason
-
-    if from_privileges(Privileges.current()).sandbox:
+def _sandbox(host: Host) -> Finding:
+    if host.privileges.sandbox:
         return Finding("sandbox", "off", "not tried", "see privileges above")
-    try:
-        with Sandbox() as sandbox:
-            sandbox.connect(9).close()
-    except CheckpointError as error:
-        return Finding("sandbox", "off", sandbox_reason(error), "docs/deploy.md lists what a container must allow")
+    if host.sandbox:
+        return _off("sandbox", host.sandbox)
     return Finding("sandbox", "ok", "process, mount, network, IPC and time namespaces, seccomp")
 
 
-def _criu() -> Finding:
-    from checkpoint.criu.binary import Criu
-    from checkpoint.errors import CheckpointError
-
-    try:
-        criu = Criu.find(state_home())
-        return Finding("criu", "ok", f"{criu.version} at {criu.program}")
-    except CheckpointError as error:
-        return Finding("criu", "off", str(error), "setup/criu.sh unpacks a recent one privately")
+def _criu(host: Host) -> Finding:
+    if host.criu:
+        return Finding("criu", "ok", f"{host.criu.version} at {host.criu.program}")
+    if host.criu_missing:
+        return Finding("criu", "off", host.criu_missing, "setup/criu.sh unpacks a recent one privately")
+    return Finding("criu", "off", "not tried", "see privileges above")
 
 
-def _dump_and_restore() -> Finding:
+def _roundtrip(host: Host, home: Path) -> Finding:
     """Dump and restore a small process for real, as a host's first cold start does (plugin.runtime.steps.criu_trial)."""
-    from checkpoint.criu.binary import Criu
-    from checkpoint.errors import CheckpointError
-    from checkpoint.sandbox.privileges import Privileges
-    from plugin.runtime.capabilities import from_privileges
+    what = "dump and restore"
+    if host.privileges.snapshots or host.sandbox:
+        return Finding(what, "off", "not tried", f"see {'sandbox' if host.sandbox else 'privileges'} above")
+    if host.criu is None:
+        return Finding(what, "off", f"not tried ({(host.criu_missing or '').partition(':')[0]})", "see criu above")
     from plugin.runtime.steps import criu_trial
 
-    if from_privileges(Privileges.current()).snapshots:
-        return Finding("dump and restore", "off", "not tried", "see privileges above")
-    try:
-        criu = Criu.find(state_home())
-    except CheckpointError as error:
-        return Finding("dump and restore", "off", f"not tried ({error.code})", "see criu above")
-    try:
-        criu_trial.run(criu)
-    except CheckpointError as error:
-        what = criu_trial.sandbox_reason(error)
-        return Finding("dump and restore", "off", what, "docs/deploy.md lists what a container must allow")
-    return Finding("dump and restore", "ok", "a process was dumped and came back")
+    if why := criu_trial.try_out(host.criu, home):
+        return Finding(what, "off", why, "docs/deploy.md lists what a container must allow")
+    return Finding(what, "ok", "a process was dumped and came back")
 
 
 def _gpu() -> Finding:
@@ -127,12 +109,11 @@ def _gpu() -> Finding:
     return Finding("gpu", "ok", "; ".join(out))
 
 
-def _state_folder() -> Finding:
-    """Check by a write, as a launch does, that the state folder is usable, and how much room it has."""
-    from plugin.runtime.home import exposed, unusable
+def _state_folder(host: Host, home: Path) -> Finding:
+    """Say whether the state folder can be used, as a launch finds it, and how much room it has."""
+    from plugin.runtime.home import exposed
 
-    home = state_home()
-    if why := unusable(home):
+    if why := host.state_folder:
         what, _, remedy = why.rpartition("; ")
         return Finding("state folder", "off", what, remedy)
     if why := exposed(home):
@@ -148,23 +129,13 @@ def _state_folder() -> Finding:
     )
 
 
-CHECKS: tuple[Callable[[], Finding | list[Finding]], ...] = (
-    _kernel,
-    _privileges,
-    _sandbox,
-    _criu,
-    _dump_and_restore,
-    _gpu,
-    _state_folder,
-)
-
-
 def _findings() -> list[Finding]:
-    found: list[Finding] = []
-    for check in CHECKS:
-        one = check()
-        found += one if isinstance(one, list) else [one]
-    return found
+    """Try this host's capabilities as a launch does (plugin.runtime.capabilities), without what is remembered."""
+    from plugin.runtime.capabilities import detect
+
+    home = state_home()
+    host = detect(home, remembered=False)
+    return [_kernel(), *_capabilities(host, home), _gpu(), _state_folder(host, home)]
 
 
 @click.command()

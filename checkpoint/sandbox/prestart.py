@@ -175,6 +175,12 @@ def start() -> None:
     sys.setswitchinterval(0.0005)
 
 
+def add_init() -> None:
+    """Prestart one more init, for a sandbox beside the first one. Does nothing once this process has other threads."""
+    if threading.active_count() == 1:
+        _init.append(_fork("quickthaw-outer", _INIT))
+
+
 def end_start_phase() -> None:
     """End the start phase: restore the interpreter's defaults, and end an unused page server.
 

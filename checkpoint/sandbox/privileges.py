@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import stat
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +37,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "pages": ("CAP_SYS_PTRACE",),
 }
 _FLAGS = {FUSE: "--device /dev/fuse", SECCOMP: "--security-opt seccomp=unconfined", HOST_USERS: "--userns host"}
+_FUSE_NUMBER = os.makedev(10, 229)
 _CLONE_NEWNET = 0x40000000
 _SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -56,6 +59,7 @@ class Privileges(NamedTuple):
     traces_children_only: bool = False
     """Yama: only CAP_SYS_PTRACE may attach to processes that are not children (as CRIU must)."""
     user_namespaces: bool = True
+    uid: int = 0
 
     @classmethod
     def current(cls) -> Privileges:
@@ -67,10 +71,11 @@ class Privileges(NamedTuple):
             apparmor=_apparmor(),
             host_users=_text("/proc/self/uid_map").split() in ([], ["0", "0", "4294967295"]),
             own_network=_may_return(),
-            fuse=os.access("/dev/fuse", os.R_OK | os.W_OK),
+            fuse=_opens_fuse(),
             page_faults=_page_faults(),
             traces_children_only=_text("/proc/sys/kernel/yama/ptrace_scope").strip() not in ("", "0"),
             user_namespaces=_text("/proc/sys/user/max_user_namespaces").strip() != "0",
+            uid=os.geteuid(),
         )
 
     def has(self, name: str) -> bool:
@@ -98,7 +103,9 @@ class Privileges(NamedTuple):
     @property
     def key(self) -> str:
         """Return a file name part for the privileges that change what the kernel allows."""
-        return f"{self.effective:x}{'-seccomp' * self.seccomp}{'-users' * (not self.host_users)}"
+        profile = f"-{zlib.crc32(self.apparmor.encode()):08x}" if self.apparmor else ""
+        user = f"-u{self.uid}" if self.uid else ""
+        return f"{self.effective:x}{'-seccomp' * self.seccomp}{'-users' * (not self.host_users)}{user}{profile}"
 
 
 def remedy(missing: Iterable[str]) -> str:
@@ -113,6 +120,19 @@ def _text(path: str) -> str:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def _opens_fuse() -> bool:
+    """Return whether /dev/fuse is the device and opens: a container's device rules may forbid what its mode allows."""
+    try:
+        fd = os.open(FUSE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        found = os.fstat(fd)
+        return stat.S_ISCHR(found.st_mode) and found.st_rdev == _FUSE_NUMBER
+    finally:
+        os.close(fd)
 
 
 def _apparmor() -> str:

@@ -1,21 +1,33 @@
-"""Detect which capabilities this host has, in a few system calls, and log once which are off.
+"""Find out which capabilities this host has. `launch` decides by this, and `quickthaw doctor` prints it.
 
-A missing capability never stops a launch (unless `--strict`): the engine starts as it would alone, with the remaining
-ones. plugin.runtime.steps.criu_trial tests during a cold start what no system call reports.
+`detect` reads privileges, tries what no privilege tells (a sandbox, a write to the state folder) and looks for CRIU: under
+50 ms the first time, about 2 ms once a sandbox is known to work. A success is remembered in the state folder per boot, user
+and set of privileges, and forgotten when a sandbox is refused in use; a failure is tried again. A missing capability
+never stops a launch (unless `--strict`): the engine starts as it would alone, with the remaining ones.
+plugin.runtime.steps.criu_trial tests beside a cold start whether CRIU can dump and restore here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from checkpoint.criu.binary import Criu
-from checkpoint.errors import HostLacks
+from checkpoint.errors import CheckpointError, HostLacks
+from checkpoint.files import boot_id, private_folder
+from checkpoint.sandbox import prestart
 from checkpoint.sandbox.privileges import Privileges, remedy
+from checkpoint.sandbox.sandbox import Sandbox, make_run_dir
+from checkpoint.snapshot.library import Library
+from plugin.runtime.home import NO_LOCKS, hidden, unusable
 
 log = logging.getLogger("quickthaw")
 _logged: set[str] = set()
+_HIDDEN = "state-folder-hidden"
+_NOTES_KEPT_S = 30 * 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,34 @@ class Capabilities:
         return cls(why, why, why, why)
 
 
+@dataclass(frozen=True)
+class Host:
+    """What was found out about this host. Each reason is one line with its remedy, None for what works."""
+
+    privileges: Capabilities
+    """What privileges and devices allow."""
+    sandbox: str | None = None
+    """Why no sandbox can be made although the privileges allow it."""
+    criu: Criu | None = None
+    criu_missing: str | None = None
+    """Why there is no usable CRIU."""
+    state_folder: str | None = None
+    """Why the state folder cannot be written."""
+    may_restore: bool = False
+    """Whether the state folder is only full or read-only, and has snapshots: a restore writes almost nothing."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Return what a launch may use."""
+        if self.privileges.sandbox:
+            return self.privileges
+        if self.state_folder and not self.may_restore:
+            return Capabilities.none(self.state_folder)
+        if self.sandbox:
+            return Capabilities.none(self.sandbox)
+        return replace(self.privileges, snapshots=self.privileges.snapshots or self.criu_missing)
+
+
 def from_privileges(found: Privileges) -> Capabilities:
     """Return the capabilities that these privileges allow.
 
@@ -66,15 +106,86 @@ def from_privileges(found: Privileges) -> Capabilities:
     return Capabilities(**{name: remedy(names) if names else None for name, names in reasons.items()})
 
 
-def detect(home: Path) -> tuple[Capabilities, Criu | None]:
-    """Return this host's capabilities and its CRIU, if any.
+def detect(home: Path, *, remembered: bool = True) -> Host:
+    """Return what this host can do with the state folder `home`. `remembered=False` tries everything again."""
+    found = Privileges.current()
+    privileges = from_privileges(found)
+    state_folder = _hidden(home) or unusable(home)
+    if privileges.sandbox:
+        return Host(privileges, state_folder=state_folder)
+    sandbox = _sandbox(home, found, remembered)
+    criu, missing = None, None
+    if not privileges.snapshots:
+        try:
+            criu = Criu.find(home)
+        except HostLacks as error:
+            missing = str(error)
+    return Host(
+        privileges, sandbox, criu, missing, state_folder, bool(state_folder) and _may_restore(home, state_folder)
+    )
 
-    Takes under 1 ms, except the first time, when CRIU is run for its version.
-    """
-    capabilities = from_privileges(Privileges.current())
-    if capabilities.snapshots:
-        return capabilities, None
+
+def _hidden(home: Path) -> str | None:
+    """Return why a sandbox would not see the state folder, or None."""
+    own = hidden(home)
+    if own is None:
+        return None
+    return (
+        f"{_HIDDEN}: {home} lies below {own}, where a sandbox has its own files; set QUICKTHAW_HOME to another folder"
+    )
+
+
+def _may_restore(home: Path, state_folder: str | None) -> bool:
+    if (state_folder or "").startswith((_HIDDEN, NO_LOCKS)):
+        return False
     try:
-        return capabilities, Criu.find(home)
-    except HostLacks as error:
-        return Capabilities(capabilities.mount, capabilities.sandbox, str(error), capabilities.pages), None
+        return bool(Library(home).names())
+    except CheckpointError:
+        return False  # the folder cannot be read either
+
+
+def _sandbox(home: Path, found: Privileges, remembered: bool) -> str | None:
+    """Return why no sandbox can be made here; a success is remembered."""
+    note = _note(home, found)
+    try:
+        make_run_dir()
+        if remembered and note.exists():
+            return None
+        prestart.add_init()  # the one that is there already is for the engine
+        with Sandbox() as sandbox:
+            sandbox.connect(9).close()
+    except CheckpointError as error:
+        note.unlink(missing_ok=True)
+        return sandbox_reason(error)
+    except OSError as error:
+        return f"host-io: a sandbox could not be tried: {error.strerror or error}; see quickthaw doctor"
+    with contextlib.suppress(OSError):  # a full or read-only disk costs the next launch 50 ms
+        private_folder(note.parent)
+        note.touch(mode=0o600)
+        _remove_old(note)
+    return None
+
+
+def _note(home: Path, found: Privileges) -> Path:
+    return home / "run" / f"sandbox-{boot_id()[:8]}-{found.key}"
+
+
+def _remove_old(note: Path) -> None:
+    """Remove notes of earlier boots and other privileges that no launch has needed for a month."""
+    for kind in ("sandbox", "restores-criu-kernel", "criu-kernel"):
+        for old in note.parent.glob(f"{kind}-*"):
+            if time.time() - old.stat().st_mtime > _NOTES_KEPT_S:
+                old.unlink(missing_ok=True)
+
+
+def forget(home: Path) -> None:
+    """Forget that sandboxes work here, because one was refused: the next launch tries again."""
+    with contextlib.suppress(OSError):
+        _note(home, Privileges.current()).unlink(missing_ok=True)
+
+
+def sandbox_reason(error: Exception) -> str:
+    """Return the error with its usual cause (an AppArmor profile), if that applies."""
+    profile = Privileges.current().apparmor
+    hint = f"; the AppArmor profile {profile} may forbid it: in a container add --security-opt apparmor=unconfined"
+    return f"{error}{hint if profile else ''}"

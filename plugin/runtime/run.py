@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import launchers
-from checkpoint.snapshot.library import Library
+from checkpoint.compatibility.environment import classify
 from launchers.errors import LauncherError
 from launchers.model_source import why_plain
 from plugin.proxy.descriptor_limit import LEAST_FILES_WITH_ENGINE, require_files
 from plugin.runtime.capabilities import Capabilities, detect
-from plugin.runtime.home import exposed, unusable
+from plugin.runtime.home import hidden, protect
 from plugin.runtime.launcher import Launch
 from plugin.runtime.listening import announcement, bind
 from plugin.runtime.steps.model_mount import Weights
@@ -28,20 +30,19 @@ log = logging.getLogger("quickthaw")
 def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None = 2) -> int:
     """Run a launch to its end and return the exit code. Raises LauncherError for errors found before any process has started."""
     require_files(LEAST_FILES_WITH_ENGINE)
-    if open_to_others := exposed(settings.home):
-        log.warning("%s", open_to_others)
+    for warning in protect(settings.home):
+        log.warning("%s", warning)
     engine = launchers.engine(settings.engine)
-    capabilities, criu = detect(settings.home)
-    full = unusable(settings.home)
-    if full and not Library(settings.home).names():
-        # A restore of an existing snapshot writes almost nothing and may still succeed.
-        capabilities = Capabilities.none(full)
+    host = detect(settings.home)
+    capabilities = host.capabilities
     weights = Weights.of(settings, enabled=settings.mount and not capabilities.mount)
     if not settings.named and (why := _why_plain(settings, weights)):
         capabilities = Capabilities(
             mount=why, sandbox=capabilities.sandbox or why, snapshots=capabilities.snapshots or why
         )
     capabilities.log_off()
+    if host.state_folder and host.state_folder not in capabilities.off().values():
+        log.warning("nothing new is kept: %s", host.state_folder)
     if settings.strict and capabilities.off():
         raise LauncherError(
             "capability-off", f"--strict, and {', '.join(capabilities.off())} are off here; see quickthaw doctor"
@@ -54,7 +55,7 @@ def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None 
             admin_sock = bound.enter_context(bind(*settings.admin_listen, "choose another with --admin-listen"))
         log.info("%s", announcement(sock, admin_sock, settings.proxy.get("admin_prefix", "/-")))
         run = Launch(settings, sock, capabilities, admin_sock, stdout=stdout, stderr=stderr)
-        return _run(run, criu, engine, weights)
+        return _run(run, host.criu, engine, weights)
 
 
 def _why_plain(settings: LaunchSettings, weights: Weights) -> str | None:
@@ -63,6 +64,17 @@ def _why_plain(settings: LaunchSettings, weights: Weights) -> str | None:
         return why
     if weights.path is None and not (weights.hub and weights.hub.names_model):
         return f"model-missing: {settings.command.model} is no path on this host and no hub name; check its spelling"
+    return _hidden_input(settings)
+
+
+def _hidden_input(settings: LaunchSettings) -> str | None:
+    """Return why a sandboxed engine would not find a file that its launch names, or None."""
+    read = classify(settings.given_environment).relevant.values()
+    words = [os.getcwd(), settings.engine_python, *settings.command.arguments]
+    for word in (*words, *(part for value in read for part in value.split(os.pathsep))):
+        path = word.partition("=")[2] if word.startswith("--") else word
+        if path.startswith("/") and (own := hidden(Path(path))) and os.access(path, os.F_OK):
+            return f"input-hidden: {path} lies below {own}, where a sandbox has its own files; move it, for snapshots"
     return None
 
 

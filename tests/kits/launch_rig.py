@@ -194,6 +194,11 @@ class Started:
             assert time.monotonic() < limit, self.text()[-3000:]
             time.sleep(0.02)
 
+    def off(self):
+        """Why capabilities are off, by their names, as the launch says it."""
+        lines = [line.removeprefix("quickthaw: ") for line in self.ours().splitlines() if " off: " in line]
+        return dict(line.split(" off: ", 1) for line in lines)
+
     def stop(self, number=signal.SIGTERM, limit_s=60.0):
         if self.process.poll() is None:
             self.process.send_signal(number)
@@ -248,8 +253,8 @@ class Rig:
             env.pop(name, None)
         return env
 
-    def argv(self, *options, arguments=(), words=("launch",), model=None, port=None):
-        argv = [sys.executable, "-m", "plugin", *words, *map(str, options)]
+    def argv(self, *options, arguments=(), words=("launch",), model=None, port=None, program=("-m", "plugin")):
+        argv = [sys.executable, *program, *words, *map(str, options)]
         if words == ("launch",):
             flag = "--model-path" if self.engine == "sglang" else "--model"
             argv += ["--engine-python", str(self.python), self.engine, flag, str(model or self.model), *arguments]
@@ -293,10 +298,10 @@ class Rig:
             assert "snapshotted" in started.text() or self.library.names(), started.text()[-3000:]
         return answer
 
-    def cli(self, *words, limit_s=60.0, **env):
+    def cli(self, *words, limit_s=60.0, prefix=(), **env):
         """Run another command to its end."""
         return subprocess.run(
-            [sys.executable, "-m", "plugin", *map(str, words)],
+            [*prefix, sys.executable, "-m", "plugin", *map(str, words)],
             env=self.env(**env),
             cwd=REPO,
             capture_output=True,
@@ -305,3 +310,11 @@ class Rig:
             stdin=subprocess.DEVNULL,
             check=False,
         )
+
+    def doctor(self, prefix=()):
+        """What doctor says is off: each finding in one line."""
+        result = self.cli("doctor", "--json", prefix=prefix)
+        assert "Traceback" not in result.stderr, result.stderr
+        found = json.loads(result.stdout)
+        assert result.returncode == (3 if any(finding["state"] == "off" for finding in found) else 0)
+        return [f"{one['detail']}; {one['remedy']}" for one in found if one["state"] == "off"]

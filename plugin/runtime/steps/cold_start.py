@@ -14,9 +14,9 @@ from launchers.bare import BareProcess, free_port
 from launchers.base import ENGINE_SITE, INNER_PORT, Probe
 from launchers.engine_site import engine_site
 from launchers.errors import EngineDied, LauncherError
+from plugin.runtime.capabilities import forget, sandbox_reason
 from plugin.runtime.home import unusable
 from plugin.runtime.steps import take_snapshot
-from plugin.runtime.steps.criu_trial import sandbox_reason
 from plugin.runtime.steps.engine_output import Output
 from plugin.runtime.steps.engine_process import Running, client_of
 from plugin.runtime.steps.sandbox_binds import binds, compile_cache
@@ -104,6 +104,7 @@ def _sandbox(replica: StartContext, mounted: Path | None) -> Sandbox | None:
         shown = binds(replica.settings, replica.weights, mounted, replica.weights.engine_path if mounted else "")
         return Sandbox(SandboxConfig(binds=shown, kernel_facts=facts), on_exit=replica.on_exit())
     except CheckpointError as error:
+        forget(replica.settings.home)
         replica.turn_off(sandbox_reason(error), error)
     except OSError as error:
         replica.turn_off(unusable(replica.settings.home) or f"host-io: {error}", error)

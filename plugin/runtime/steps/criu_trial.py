@@ -18,18 +18,11 @@ from checkpoint import disk
 from checkpoint.criu.binary import Criu
 from checkpoint.errors import CheckpointError, Failed
 from checkpoint.files import private_folder
-from checkpoint.sandbox.privileges import Privileges
 from checkpoint.sandbox.sandbox import TMP_DIR, Sandbox, SandboxConfig
+from plugin.runtime.capabilities import sandbox_reason
 
 LIMIT_S = 30.0
 _HOUR_NS = 3600 * 10**9
-
-
-def sandbox_reason(error: Exception) -> str:
-    """Return the error with its usual cause (an AppArmor profile), if that applies."""
-    profile = Privileges.current().apparmor
-    hint = f"; the AppArmor profile {profile} may forbid it: in a container add --security-opt apparmor=unconfined"
-    return f"{error}{hint if profile else ''}"
 
 
 @disk.required("a small process was not dumped and restored", "host-io")
@@ -54,27 +47,38 @@ def run(criu: Criu) -> None:
         sandbox.signal(pid, 0)  # check that it is alive
 
 
+def _note(criu: Criu, home: Path) -> Path:
+    return home / "run" / f"restores-{criu.kernel_facts(home).name}"
+
+
+def try_out(criu: Criu, home: Path) -> str | None:
+    """Run the trial now and return why it failed, or None. A success is remembered; a failure forgets an earlier one."""
+    note = _note(criu, home)
+    try:
+        run(criu)
+    except CheckpointError as error:
+        with contextlib.suppress(OSError):
+            note.unlink(missing_ok=True)
+        return sandbox_reason(error)
+    with contextlib.suppress(OSError):  # on a full disk the next cold start repeats the trial
+        private_folder(note.parent)
+        note.touch(mode=0o600)
+    return None
+
+
 class Trial:
     """Run a trial in a thread, started by the constructor. `wait` returns why it failed, or None."""
 
     def __init__(self, criu: Criu, home: Path) -> None:
-        self._criu = criu
-        self._note = home / "run" / f"restores-{criu.kernel_facts(home).name}"
         self._why: str | None = None
         self._thread: threading.Thread | None = None
-        if not self._note.exists():
-            self._thread = threading.Thread(target=self._run, name="trial", daemon=True)
+        if not _note(criu, home).exists():
+            self._thread = threading.Thread(target=self._run, args=(criu, home), name="trial", daemon=True)
             self._thread.start()
 
-    def _run(self) -> None:
-        try:
-            run(self._criu)
-        except CheckpointError as error:
-            self._why = f"{sandbox_reason(error)}; quickthaw doctor tries it again"
-            return
-        with contextlib.suppress(OSError):  # on a full disk the next cold start repeats the trial
-            private_folder(self._note.parent)
-            self._note.touch(mode=0o600)
+    def _run(self, criu: Criu, home: Path) -> None:
+        if why := try_out(criu, home):
+            self._why = f"{why}; quickthaw doctor tries it again"
 
     def wait(self) -> str | None:
         """Wait for the trial and return why dump and restore do not work here, or None. It ends long before an engine has loaded."""

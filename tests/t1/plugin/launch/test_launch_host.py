@@ -2,7 +2,10 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +65,11 @@ def without(*capabilities):
     return ["setpriv", "--bounding-set", ",".join(f"-{name}" for name in capabilities)]
 
 
+def after(script):
+    """A prefix for a command in a mount namespace that a shell prepares."""
+    return ["unshare", "--mount", "sh", "-c", f'{script} && exec "$@"', "sh"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("prefix", "layers", "named"),
@@ -74,16 +82,52 @@ def without(*capabilities):
         (without("sys_admin"), "lazy weights, sandbox, snapshots", "CAP_SYS_ADMIN"),
         (without("all"), "lazy weights, sandbox, snapshots", "--cap-add SYS_ADMIN --cap-add NET_ADMIN"),
         (["unshare", "-Ur"], "lazy weights, sandbox, snapshots", "the host's user namespace"),
+        (["unshare", "-Urm"], "lazy weights, sandbox, snapshots", "the host's user namespace"),
+        (
+            after("mount --bind /dev/null /dev/fuse"),
+            "lazy weights",
+            "missing /dev/fuse; run as root, in a container add --device /dev/fuse",
+        ),
+        (
+            after("mount -t tmpfs -o ro none /run"),
+            "lazy weights, sandbox, snapshots",
+            "sandbox-run-dir: cannot create /run/quickthaw",
+        ),
+        (["setpriv", "--no-new-privs"], None, None),
+        (after("mount -t tmpfs none /dev/net"), None, None),
     ],
-    ids=["net_admin", "sys_admin", "none", "user-namespace"],
+    ids=["net_admin", "sys_admin", "none", "user-namespace", "user-and-mounts", "fuse", "run", "no-new-privs", "tun"],
 )
-def test_what_is_missing_is_named_and_the_engine_serves(launch_rig, prefix, layers, named):
+def test_what_is_missing_is_named_as_doctor_does_and_the_engine_serves(launch_rig, prefix, layers, named):
     with launch_rig.running(prefix=prefix) as started:
         assert started.ask()
-        (line,) = off(started)
-        assert line.startswith(f"quickthaw: {layers} off: ") and named in line, line
-        assert "again" not in line
-    assert launch_rig.library.names() == []
+        started.wait_serving()
+        found = started.off()
+        if layers is None:
+            assert found == {}
+        else:
+            assert list(found) == [layers] and named in found[layers] and "again" not in found[layers], started.ours()
+    assert bool(launch_rig.library.names()) == ("snapshots" not in (layers or ""))
+    told = launch_rig.doctor(prefix)
+    assert all(any(why in line for line in told) for why in found.values()), (found, told)
+    assert bool(told) == bool(found)
+
+
+@pytest.mark.slow
+def test_that_a_sandbox_works_is_remembered_until_it_is_refused(launch_rig):
+    def notes():
+        return list((launch_rig.home / "run").glob("sandbox-*"))
+
+    assert launch_rig.doctor() == []
+    (note,) = notes()
+    hidden = after("mount --make-rslave / && mount -t tmpfs none /run && touch /run/quickthaw")
+    with launch_rig.running("--no-mount", prefix=hidden) as started:
+        assert started.ask()
+        assert "sandbox-run-dir" in "".join(started.off().values()), started.ours()
+    assert notes() == []
+    with launch_rig.running("--no-mount", "--no-snapshot") as started:
+        assert started.ask() and started.off() == {}
+    assert notes() == [note]
 
 
 def test_strict_refuses_what_is_missing(launch_rig):
@@ -104,17 +148,6 @@ def test_without_sys_ptrace_and_sys_time_a_snapshot_is_taken_and_restored(launch
 
 
 @pytest.mark.slow
-def test_a_sandbox_that_is_refused_in_use_gives_a_plain_start(launch_rig):
-    """A read-only /run, as in a container with a read-only root, which no look at privileges shows."""
-    prefix = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o ro none /run && exec "$@"', "sh"]
-    with launch_rig.running("--no-mount", prefix=prefix) as started:
-        assert started.ask()
-        (line,) = off(started)
-        assert line.startswith("quickthaw: lazy weights, sandbox, snapshots off: sandbox-run-dir") and "/run" in line
-    assert launch_rig.library.names() == []
-
-
-@pytest.mark.slow
 def test_no_snapshot_is_taken_where_a_restore_cannot_work(launch_rig, tmp_path):
     """A CRIU that dumps and does not restore: found out beside the loading engine, before anything is dumped."""
     real = launch_rig.home / "criu" / "criu"
@@ -131,6 +164,40 @@ def test_no_snapshot_is_taken_where_a_restore_cannot_work(launch_rig, tmp_path):
 
 
 # The state folder
+
+
+@pytest.mark.slow
+def test_a_state_folder_below_dev_shm_costs_the_layers(launch_rig, shm_folder):
+    launch_rig.fresh_home(shm_folder / "home")
+    with launch_rig.running() as started:
+        assert started.ask()
+        assert list(started.off()) == ["lazy weights, sandbox, snapshots"]
+        assert f"state-folder-hidden: {launch_rig.home} lies below /dev/shm" in "".join(started.off().values())
+    assert any("state-folder-hidden" in line for line in launch_rig.doctor())
+
+
+@pytest.fixture
+def shm_folder():
+    """A folder below /dev/shm."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="quickthaw-test-") as made:
+        yield Path(made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["model", "tokenizer", "variable"])
+def test_what_a_launch_reads_below_dev_shm_gives_a_plain_start(launch_rig, shm_folder, what):
+    shown = shm_folder / "model"
+    shutil.copytree(launch_rig.model, shown)
+    more = {
+        "model": {"model": shown},
+        "tokenizer": {"arguments": ("--tokenizer-path", shown)},
+        "variable": {"env": {"HF_HOME": str(shown)}},
+    }
+    with launch_rig.running(**more[what]) as started:
+        assert started.ask()
+        started.wait_serving()
+        assert list(started.off()) == ["lazy weights, sandbox, snapshots"]
+        assert f"input-hidden: {shown} lies below /dev/shm" in "".join(started.off().values())
 
 
 @pytest.fixture

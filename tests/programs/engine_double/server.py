@@ -198,8 +198,8 @@ def handler(engine, ask, options):
                 places = (
                     [None, *([[-0.5, i, None]] for i in greedy_choices(prompt))] if body.get("return_logprob") else []
                 )
-                told = {"input_top_logprobs": places}
-                return ({"text": " ".join(map(str, ids)), "output_ids": ids, "meta_info": told},)
+                meta = {"input_top_logprobs": places}
+                return ({"text": " ".join(map(str, ids)), "output_ids": ids, "meta_info": meta},)
             if path == "/flush_cache":
                 return (b"", 200 if ask("flush_cache") else 400)
             if path == "/update_weights_from_disk":

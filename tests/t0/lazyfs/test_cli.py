@@ -341,7 +341,7 @@ def test_names_from_a_store_are_escaped_on_the_terminal(tmp_path, home, chunks):
     )
     assert not [c for c in said if c != "\n" and not c.isprintable()]
     assert not [line for line in said.splitlines() if line.startswith("quickthaw: ready")]
-    assert "rm '" in said, "what is to be typed is quoted for a shell"
+    assert "rm '" in said, "commands to type are quoted for a shell"
 
 
 def test_errors_are_one_line_for_any_quoted_text():

@@ -54,14 +54,14 @@ class Taken:
 
     @contextlib.contextmanager
     def restored(self, lazy: bool = True) -> Iterator[Restored]:
-        told: list[str] = []
-        how = LazyRestore(None, False, told.append, told.append) if lazy else None
+        warnings: list[str] = []
+        how = LazyRestore(None, False, warnings.append, warnings.append) if lazy else None
         replica = restore(self.library, self.criu, self.snapshot, [], self.library.home / "compile", {}, lazy=how)
         try:
             yield replica
         finally:
             replica.close()
-        assert not told
+        assert not warnings
 
 
 @pytest.fixture(scope="module")

@@ -106,12 +106,12 @@ def test_an_environment_larger_than_a_packet_starts(kilobytes):
                 "-I",
                 "-S",
                 "-c",
-                script + "os.rename('/run/quickthaw/tmp/new', '/run/quickthaw/tmp/told')",
+                script + "os.rename('/run/quickthaw/tmp/new', '/run/quickthaw/tmp/environment')",
             ],
             env,
             "/",
         )
-        assert env.items() <= json.loads(wait_for(sandbox_tmpdir(sandbox) / "told", 20)).items()
+        assert env.items() <= json.loads(wait_for(sandbox_tmpdir(sandbox) / "environment", 20)).items()
         assert sandbox.wait(pid, 10) == 0
 
 

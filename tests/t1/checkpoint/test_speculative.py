@@ -39,7 +39,7 @@ class Command:
     def __init__(self, home: Path, snapshot: Snapshot, criu: Criu) -> None:
         self.library, self.snapshot, self.criu = Library(home), snapshot, criu
         self.home = home
-        self.told: list[str] = []
+        self.warnings: list[str] = []
 
     def begin_saved(self) -> speculative.BegunRestore | None:
         speculative.begin_saved(self.home, WORDS)
@@ -48,7 +48,7 @@ class Command:
     @contextlib.contextmanager
     def restored(self, *binds: Bind) -> Iterator[tuple[Restored, Output]]:
         output = Output(None, pipe=speculative.take_pipe("stdout"))
-        how = LazyRestore(None, False, self.told.append, self.told.append)
+        how = LazyRestore(None, False, self.warnings.append, self.warnings.append)
         try:
             replica = restore(
                 self.library,
@@ -161,7 +161,7 @@ def test_a_speculative_restore_stays_stopped_until_claimed(command: Command) -> 
         replica.pages.first_token()
         replica.pages.requests_done()
         assert replica.pages.wait_complete(30)
-    assert not command.told
+    assert not command.warnings
     assert not Path(f"/proc/{pid}").exists()
 
 
@@ -174,7 +174,7 @@ def test_another_plan_ends_a_speculative_restore(command: Command, tmp_path: Pat
         assert not begun.work.exists()
         assert not Path(f"/proc/{pid}").exists()
         assert replica.sandbox.alive
-    assert not command.told
+    assert not command.warnings
 
 
 def test_unpacked_compiled_code_ends_a_speculative_restore(command: Command, monkeypatch) -> None:
@@ -194,7 +194,7 @@ def test_a_failed_speculative_restore_is_repeated(command: Command) -> None:
     assert gone(pid)  # the kernel has killed init with its parent, and the tree with init
     with command.restored() as (replica, _):
         assert replica.work != begun.work
-        assert [text for text in command.told if "once more from the start" in text]
+        assert [text for text in command.warnings if "once more from the start" in text]
         (pid,) = processes(replica.sandbox.init_pid)
         assert counts_on(pid)
 

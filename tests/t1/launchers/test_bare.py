@@ -43,7 +43,7 @@ def test_a_foreign_listener_at_the_engines_port_gets_neither_request_nor_key(add
     with listener(NOBODY, address, port) as squatter:
         with pytest.raises(OSError, match="engine-port-taken"):
             client.call("GET", "/health", timeout_s=5.0)
-        assert squatter.stdout.readline() == "0\n", "it was sent something"
+        assert squatter.stdout.readline() == "0\n", "it received data"
     assert caplog.text.count("engine-port-taken") == 1
 
 

@@ -168,10 +168,10 @@ def test_verify_lists_quarantined_chunks_with_reasons(stored, rig, control):
     control()
     command = [sys.executable, "-c", "from lazyfs.cli.weights import weights; weights()", "verify"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=LIMIT_S, check=False)
-    assert done.returncode == 0 and "clean" in done.stdout, "the store itself is whole"
+    assert done.returncode == 0 and "clean" in done.stdout, "the store itself is intact"
     assert "config.json" in done.stderr and "instead of" in done.stderr and control.url in done.stderr
-    told = json.loads(subprocess.run([*command, "--json"], capture_output=True, cwd=ROOT, timeout=LIMIT_S).stdout)
-    assert told["quarantine"] and all("config.json" in q["reason"] for q in told["quarantine"])
+    report = json.loads(subprocess.run([*command, "--json"], capture_output=True, cwd=ROOT, timeout=LIMIT_S).stdout)
+    assert report["quarantine"] and all("config.json" in q["reason"] for q in report["quarantine"])
 
 
 @pytest.mark.parametrize("fault", [pytest.param(f, marks=pytest.mark.slow) for f in FAULTS])

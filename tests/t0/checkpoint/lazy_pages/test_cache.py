@@ -14,7 +14,7 @@ pytestmark = pytest.mark.t0
 FIELDS = [name for name in ProcessImage.__slots__ if not name.startswith("_")]
 
 
-def told(found: dict[int, ProcessImage]) -> dict[int, list[object]]:
+def contents(found: dict[int, ProcessImage]) -> dict[int, list[object]]:
     return {pid: [getattr(image, field) for field in FIELDS] for pid, image in found.items()}
 
 
@@ -41,7 +41,7 @@ def test_cached_page_maps_equal_the_images(images: Path) -> None:
     assert not kept and set(first) == {7, 9}
     assert keep(images, first) is None
     again, kept = read(images)
-    assert kept and told(again) == told(first)
+    assert kept and contents(again) == contents(first)
     assert (images.parent / cache.PAGE_MAPS).stat().st_mode & 0o777 == 0o600
 
 
@@ -54,7 +54,7 @@ def test_damaged_page_maps_are_ignored(images: Path, at: int) -> None:
     data[at] ^= 1
     file.write_bytes(data)
     again, kept = read(images)
-    assert not kept and told(again) == told(found)
+    assert not kept and contents(again) == contents(found)
 
 
 @pytest.mark.parametrize("what", ["pagemap-7.img", "mm-9.img"])

@@ -111,12 +111,12 @@ def test_listed_pages_are_read_once(folder):
         with file.open("rb+") as open_file:
             os.fsync(open_file.fileno())
             os.posix_fadvise(open_file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    told = threading.Event()
+    notified = threading.Event()
     reading = ColdReads(str(folder))
-    reading.listen(told.set)
+    reading.listen(notified.set)
     assert reading.working_set == DIGEST
     if reading.cold:  # tmpfs cannot drop its pages
-        assert told.wait(10) and reading.requested.is_set()
+        assert notified.wait(10) and reading.requested.is_set()
     # Eager and used pages, the pack, and mapped pages.
     assert reading.size == (4 + 2 + 8 + 5) * PAGE
     source = Source(str(files[1]))

@@ -47,30 +47,30 @@ def until(disk: Disk, asked: list[int]) -> None:
 
 
 def test_jobs_are_requested_within_the_window_and_finish_in_order(disk: Disk) -> None:
-    told = threading.Semaphore(0)
-    fetcher = Fetcher("test", told.release)
+    notified = threading.Semaphore(0)
+    fetcher = Fetcher("test", notified.release)
     for number in range(4):
         fetcher.submit(number, [(disk, number, 100)])  # type: ignore[list-item]
     fetcher.start()
     until(disk, [0, 1])
     disk.go_on.release()
-    assert told.acquire(timeout=10.0)
+    assert notified.acquire(timeout=10.0)
     until(disk, [0, 1, 2])
     for _ in range(3):
         disk.go_on.release()
-        assert told.acquire(timeout=10.0)
+        assert notified.acquire(timeout=10.0)
     assert list(fetcher._done) == [(0, 0, 100), (1, 0, 100), (2, 5, 100), (3, 0, 100)]
 
 
 def test_a_job_larger_than_the_window_is_requested_at_once(disk: Disk) -> None:
-    told = threading.Semaphore(0)
-    fetcher = Fetcher("test", told.release)
+    notified = threading.Semaphore(0)
+    fetcher = Fetcher("test", notified.release)
     fetcher.start()
     fetcher.submit(7, [(disk, at, 300) for at in range(3)])  # type: ignore[misc]
     until(disk, [0, 1, 2])
     for _ in range(3):
         disk.go_on.release()
-    assert told.acquire(timeout=10.0) and fetcher._done[0] == (7, 5, 900)
+    assert notified.acquire(timeout=10.0) and fetcher._done[0] == (7, 5, 900)
 
 
 def test_a_failing_thread_is_reported(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,10 +78,10 @@ def test_a_failing_thread_is_reported(disk: Disk, monkeypatch: pytest.MonkeyPatc
         raise OSError(5, "the disk")
 
     monkeypatch.setattr(disk, "advise", broken)
-    told = threading.Semaphore(0)
-    fetcher = Fetcher("test", told.release)
+    notified = threading.Semaphore(0)
+    fetcher = Fetcher("test", notified.release)
     fetcher.start()
     fetcher.submit(0, [(disk, 0, 100)])  # type: ignore[list-item]
-    assert told.acquire(timeout=10.0)
+    assert notified.acquire(timeout=10.0)
     assert list(fetcher._done) == [(readahead.FAILED, 5, 0)]
     fetcher.stop()

@@ -158,7 +158,7 @@ def test_only_files_named_by_the_manifest_are_pulled(
     with pytest.raises(Integrity) as caught:
         pull("snap", chunks, tmp_path / "other/snap")
     assert caught.value.code == CODES.get(what, "archive-entry-refused")
-    assert "the archive" in str(caught.value), "refused by what it says it holds, not by what was written"
+    assert "the archive" in str(caught.value), "refused by its stated content, before anything is written"
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "other").iterdir()) == []
 

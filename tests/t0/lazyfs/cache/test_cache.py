@@ -46,7 +46,7 @@ def test_two_threads_needing_room_at_once_both_get_it(tmp_path, monkeypatch):
     [t.start() for t in threads]
     [t.join() for t in threads]
     assert granted == [True, True]
-    assert not oldest.exists() and other.exists(), "room for 11 MB was there once the oldest 11 MB were gone"
+    assert not oldest.exists() and other.exists(), "11 MB are free once the oldest 11 MB are evicted"
 
 
 def test_granted_room_is_not_granted_again_before_it_is_written(tmp_path):
@@ -76,8 +76,8 @@ def test_memory_and_disk_share_one_limit_until_the_owner_is_killed(tmp_path):
     holder = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[4])
     try:
         assert holder.stdout.readline() == "claimed\n"
-        assert not cache.reserve_room(31 * MB), "64 MB of memory and 6 MB pinned by name leave 30"
-        assert pinned.exists() and not other.exists(), "the older image is pinned"
+        assert not cache.reserve_room(31 * MB), "64 MB of memory and 6 MB pinned leave 30"
+        assert pinned.exists() and not other.exists(), "the older file is pinned"
         assert cache.reserve_room(29 * MB)
         cache.release_room(29 * MB)
     finally:
@@ -85,8 +85,8 @@ def test_memory_and_disk_share_one_limit_until_the_owner_is_killed(tmp_path):
         holder.wait(30)
         holder.stdout.close()
     assert cache.reserve_room(93 * MB) and pinned.exists()
-    assert cache.reserve_room(6 * MB) and not pinned.exists(), "nobody lives who pins it"
-    assert len(list((tmp_path / "claims").glob("[!.]*"))) == 1, "what the dead left behind is gone"
+    assert cache.reserve_room(6 * MB) and not pinned.exists(), "the process that pinned it has ended"
+    assert len(list((tmp_path / "claims").glob("[!.]*"))) == 1, "files of ended processes are removed"
 
 
 def test_two_processes_are_not_granted_the_same_room(tmp_path):
@@ -95,7 +95,7 @@ def test_two_processes_are_not_granted_the_same_room(tmp_path):
     assert granted == [[True, True], [True, False]]
     for _ in range(2):
         one.release_room(8 * MB)
-    assert two.reserve_room(8 * MB), "it failed there, say: nothing of it is on the disk"
+    assert two.reserve_room(8 * MB), "as after a failure: nothing of it is on the disk"
 
 
 def test_pins_are_replaced_by_the_next_ones(tmp_path):

@@ -226,7 +226,7 @@ def test_a_chunk_damaged_in_transit_is_read_again_before_it_counts_as_damaged(tm
     assert set(once.store.asked.values()) == {2}
     twice = verify(ChunkStore(SpoiledOnTheWay(tmp_path / "store", 2)))
     assert list(twice.broken_manifests) == [digest]
-    assert verify(chunks).clean, "nothing was deleted for a bit that flipped elsewhere"
+    assert verify(chunks).clean, "a bit flipped in transit deletes nothing"
 
 
 @pytest.mark.parametrize(("times", "right"), [(1, True), (2, False)])

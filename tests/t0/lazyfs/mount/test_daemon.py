@@ -177,7 +177,7 @@ def test_few_sparse_files_are_open_for_any_number_of_files(model):
         for index in range(FILES):
             with sparse_files.use(index) as sparse_file:
                 assert sparse_file.file is model.manifest.files[index]
-        assert first.state(0) == 0, "what is in use is not closed"
+        assert first.state(0) == 0, "files in use are not closed"
     assert len(sparse_files) <= 4
     # Four descriptors each, and the reservation that pins all forty.
     assert len(os.listdir("/proc/self/fd")) <= before + 4 * 4 + 2

@@ -140,7 +140,7 @@ def test_the_users_middlewares_are_kept_inside_the_control_middleware():
     engine = launchers.engine("vllm")
     command = engine.parse(["--model", "m", "--middleware", "a.B", "--middleware=c.D", "--root-path", "/api"], {})
     argv = engine.command("python", command, "127.0.0.1", 8000)
-    assert not any("quickthaw" in word for word in argv), "what a user's arguments are is not changed"
+    assert not any("quickthaw" in word for word in argv), "the user's arguments are not changed"
     assert command.root_path == "/api" and {"--middleware", "a.B", "--middleware=c.D", "/api"} <= set(argv)
     assert engine.control_arguments() == ("--middleware", CONTROL_MIDDLEWARE)
 

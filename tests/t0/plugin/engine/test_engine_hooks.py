@@ -89,7 +89,7 @@ def sglang_begins(identifier):
 def test_a_client_cannot_make_an_engine_wait_by_its_requests_name(monkeypatch, begin):
     assert clients(begin) == 0, "it was never woken"
     monkeypatch.setattr(joining, "allowed", True)
-    assert clients(begin) == 1, "one wait for each wake, whoever takes it"
+    assert clients(begin) == 1, "one wait for each wake"
 
 
 def test_a_wake_allows_the_wait():
@@ -192,11 +192,11 @@ def test_a_gpus_canary_also_decodes():
 
 
 def test_only_sglangs_first_canary_names_the_weights(monkeypatch):
-    told = []
-    monkeypatch.setattr(control, "answer", lambda name, text: told.append(name))
+    written = []
+    monkeypatch.setattr(control, "answer", lambda name, text: written.append(name))
     monkeypatch.setattr(sglang_hooks, "_named", False)
     model = SimpleNamespace(parameters=list)
     scheduler = SimpleNamespace(tp_size=1, tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model=model)))
     for identifier, count in (("the user's", 0), (canary_id(False), 1), (canary_id(False), 1)):
         sglang_hooks._after_ingest([SimpleNamespace(rid=identifier)], scheduler)
-        assert told == ["areas"] * count
+        assert written == ["areas"] * count

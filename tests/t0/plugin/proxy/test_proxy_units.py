@@ -147,7 +147,7 @@ def test_deadlines_and_remaining_times_follow_measured_starts():
 
 def test_one_slow_start_changes_no_estimate():
     history = History(restored=(0.4, 13.4))
-    assert history.typical(Kind.RESTORED) == 0.4, "the lower of two"
+    assert history.typical(Kind.RESTORED) == 0.4, "the lower median"
     history = History(restored=(0.4, 0.5, 0.4), cold=(90.0,))
     history.record(Kind.RESTORED, 13.4, (Span(Phase.MOUNTING, 0.0, 0.4), Span(Phase.RESTORING, 0.4, 13.0)))
     assert history.left(Kind.RESTORED, 0.3, Phase.MOUNTING, 0.3) == pytest.approx(0.1), "its phases, measured once"
@@ -185,8 +185,8 @@ def test_the_remaining_time_follows_the_phase():
     # mounting took far longer than ever; the phases after it do not take longer
     assert history.left(Kind.COLD, 100.0, Phase.STARTING, 0.0) == 34.0
     assert history.left(Kind.COLD, 100.0, Phase.WARMING, 5.0) == 15.0
-    assert history.left(Kind.COLD, 100.0, Phase.WARMING, 25.0) == 15.0, "to the slowest that was seen"
-    assert history.left(Kind.COLD, 100.0, Phase.WARMING, 50.0) == 25.0, "then half its age again"
+    assert history.left(Kind.COLD, 100.0, Phase.WARMING, 25.0) == 15.0, "until the slowest measured start"
+    assert history.left(Kind.COLD, 100.0, Phase.WARMING, 50.0) == 25.0, "then half its age"
     assert history.left(Kind.COLD, 5.0, Phase.RESTORING, 1.0) == 30.0, "a phase that was never measured"
     # the timeline begins with a failed restore, whose mounting does not count
     failed = (Span(Phase.MOUNTING, 0, 3.0), Span(Phase.RESTORING, 3, 2.0), Span(Phase.MOUNTING, 5, 1.0))
@@ -365,4 +365,4 @@ def test_a_process_tree_includes_descendants():
         found = process_tree(os.getpid())
         assert found[0] == os.getpid() and child.pid in found and len(process_tree(child.pid)) == 2
         child.communicate(b"\n")
-    assert process_tree(child.pid) == [child.pid], "one that has ended has nothing below it"
+    assert process_tree(child.pid) == [child.pid], "an ended process has no descendants"

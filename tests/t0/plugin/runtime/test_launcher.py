@@ -60,17 +60,17 @@ def test_with_restore_concurrency_1_the_next_replica_starts_after_a_failure():
 
 def test_a_stop_as_a_start_ends_leaves_the_engine_to_the_shutdown():
     launch = Launch(SimpleNamespace(idle_timeout_s=None, restore_concurrency=1), None, None)
-    told = []
+    graces = []
 
     class Started(Replica):
         def start(self, before_cold=None):
             launch._ending.set()
 
         def stop(self, grace_s=None):
-            told.append(grace_s)
+            graces.append(grace_s)
 
     assert not launch._start_one(Started())
-    assert told == []
+    assert graces == []
 
 
 def test_a_canary_expects_a_client_that_the_proxy_has_not_accepted_yet(monkeypatch):

@@ -19,10 +19,10 @@ def through(tracker: PhaseTracker, *phases: Phase) -> None:
 
 
 @pytest.mark.parametrize(
-    "told, cores, at_once", [(0, 1, 1), (0, 2, 1), (0, 3, 1), (0, 4, 2), (0, 9, 4), (3, 2, 3), (1, 8, 1)]
+    "configured, cores, at_once", [(0, 1, 1), (0, 2, 1), (0, 3, 1), (0, 4, 2), (0, 9, 4), (3, 2, 3), (1, 8, 1)]
 )
-def test_the_default_is_one_restore_for_every_two_processors(told, cores, at_once):
-    limit = RestoreLimit(told, cores, limit_s=0.01)
+def test_the_limit_is_configured_or_one_for_every_two_processors(configured, cores, at_once):
+    limit = RestoreLimit(configured, cores, limit_s=0.01)
     with contextlib.ExitStack() as stack:
         got = [stack.enter_context(limit.slot(PhaseTracker())) for _ in range(at_once + 1)]
     assert got == [True] * at_once + [False]

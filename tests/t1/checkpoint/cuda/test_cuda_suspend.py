@@ -332,7 +332,7 @@ def test_any_mixture_of_faults_ends_all_running_all_suspended_or_named(
         (children.folder / f"{pid}.vram").write_text(f"contents of {pid}")
         write(children.folder / f"{pid}.json", {"state": "RUNNING", "memory": {GPU0: 1 << 20}})
 
-    def told(faults: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def with_pids(faults: list[dict[str, Any]]) -> list[dict[str, Any]]:
         moving = ("lock", "checkpoint", "restore", "unlock")
         return [
             {
@@ -348,14 +348,14 @@ def test_any_mixture_of_faults_ends_all_running_all_suspended_or_named(
             named = f"process {pid}:" in str(error).partition("did not return to the GPU")[2]
             assert named if children.state(pid) != "RUNNING" else not named
 
-    children.faults(*told(going))
+    children.faults(*with_pids(going))
     try:
         _, needs = suspend(driver, pids)
     except CheckpointError as error:
         ended_well(error)
         return
     assert children.states(pids) == ["CHECKPOINTED"] * 2
-    children.faults(*told(coming))
+    children.faults(*with_pids(coming))
     try:
         resume(driver, pids, needs, lock_folders=[tmp_path])
     except CheckpointError as error:

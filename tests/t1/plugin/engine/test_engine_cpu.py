@@ -35,17 +35,17 @@ code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXE
 code.write(bytes.fromhex("c4e2784907" "c4e27b49c0" "c4e27849c0" "c3"))
 use = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(ctypes.addressof(ctypes.c_char.from_buffer(code)))
 config = bytes([1]) + bytes(15) + (64).to_bytes(2, "little") + bytes(30) + bytes([16]) + bytes(15)
-def tell(number, frame):
+def record_masks(number, frame):
     now = cpu.permitted()
     if before & TILES:
         use(config)
     with open(f"{os.environ['TMPDIR']}/new", "w") as file:
         file.write(f"{before:x} {now:x}")
-    os.rename(f"{os.environ['TMPDIR']}/new", f"{os.environ['TMPDIR']}/told")
-signal.signal(signal.SIGUSR1, tell)
-tell(0, None)
+    os.rename(f"{os.environ['TMPDIR']}/new", f"{os.environ['TMPDIR']}/masks")
+signal.signal(signal.SIGUSR1, record_masks)
+record_masks(0, None)
 while True:
-    time.sleep(0.02)  # not pause(): a signal just before it is heard with the next one only
+    time.sleep(0.02)  # not pause(): it would miss a signal that arrives just before it
 """
 
 
@@ -58,8 +58,8 @@ def watch(tmp_path, monkeypatch):
 
 
 def masks(sandbox):
-    before, now = wait_for(sandbox_tmpdir(sandbox) / "told").decode().split()
-    (sandbox_tmpdir(sandbox) / "told").unlink()
+    before, now = wait_for(sandbox_tmpdir(sandbox) / "masks").decode().split()
+    (sandbox_tmpdir(sandbox) / "masks").unlink()
     return before, now
 
 
@@ -86,15 +86,15 @@ def test_a_woken_process_has_its_amx_permission_again(tmp_path, watch):
     back = restore(library, criu, library.load("cpu"), [], tmp_path / "compile", {"stdout": again.write_fd})
     try:
         again.close_write_end()
-        told = control.notify(back.sandbox.init_pid, control.WAKE)
-        assert len(told) == 1
+        notified = control.notify(back.sandbox.init_pid, control.WAKE)
+        assert len(notified) == 1
         try:
             wait_for(back.sandbox.control_dir / f"{back.root_pid}.woken", 10)
         except AssertionError as error:
-            error.add_note(Path(f"/proc/{told[0]}/status").read_text())
+            error.add_note(Path(f"/proc/{notified[0]}/status").read_text())
             error.add_note(f"its last lines: {again.last()!r}")
             raise
-        os.kill(told[0], signal.SIGUSR1)
+        os.kill(notified[0], signal.SIGUSR1)
         assert masks(back.sandbox) == (before, before)
     finally:
         back.close()

@@ -86,7 +86,7 @@ def test_a_controlled_vllm_opens_no_additional_endpoints(launch_rig):
         assert "VLLM_SERVER_DEV_MODE" not in facts["environment"]
         assert launch_rig.library.load("thin").weights == "thin"
     with launch_rig.running("thin", words=("restore",)) as started:
-        assert started.ask() == answer, "the control of a restored engine goes by a key of its own"
+        assert started.ask() == answer, "a restored engine is controlled with a new key"
         assert post(started.port, CONTROL_PATH, "k" * 64) == 404
 
 

@@ -67,12 +67,12 @@ def test_below_a_mount_the_engine_sees_the_rest_of_the_path():
     async def main():
         async with upstream() as up, gateway(*mounted(Settings(denied_paths=frozenset({"/sleep"})))) as (rig, _):
             rig.add("a", up.port, phase=Phase.IDLE)
-            assert (await rig.get("/health")).json() == {"mine": True}, "the gateway's own page wakes nobody"
+            assert (await rig.get("/health")).json() == {"mine": True}, "the gateway's own page wakes no engine"
             waiting = asyncio.create_task(rig.get("/llm/v1/models?q=%20"))
             await until(lambda: rig.pool.held == 1)
             rig.restore("a")
             assert (await waiting).json()["target"] == "/v1/models?q=%20"
-            assert (await rig.get("/llm/a%2Fb%20c")).json()["target"] == "/a%2Fb%20c", "escapes stay as they came"
+            assert (await rig.get("/llm/a%2Fb%20c")).json()["target"] == "/a%2Fb%20c", "escapes are unchanged"
             assert (await rig.get("/ll%6D/x")).json()["target"] == "/x"
             for path in ("/llm/sleep", "/llm/%73leep", "/llm//sleep", "/llm/x/../sleep", "/llm/sleep/now"):
                 assert (await rig.get(path)).json()["error"]["code"] == "not-found"

@@ -170,7 +170,7 @@ def test_unknown_paths_do_not_wake(proxy, method, target, status):
             assert rig.pool.waker.wakes == 0 and not up.seen
             await rig.get("/v1/x", KEY)
             assert (await rig.get(target, method=method, body=b"{}" if method == "POST" else b"")).status in (200, 401)
-            assert up.seen[-1].target == target, "an engine that is awake gets everything"
+            assert up.seen[-1].target == target, "an engine that is awake gets every request"
 
     run(main())
 

@@ -208,7 +208,7 @@ def test_wrong_tokens_are_limited_per_address():
             assert refused.status == 429 and refused.json()["error"]["code"] == "admin-throttled"
             assert 1 <= int(refused.headers["retry-after"]) <= 60
             assert (await rig.get("/-/status", BEARER)).status == 429, "guessing gets no answer for a minute"
-            assert (await rig.get("/-/status", f"Cookie: {signed}")).status == 200, "who has signed in reads on"
+            assert (await rig.get("/-/status", f"Cookie: {signed}")).status == 200, "existing sessions stay valid"
             assert (await post(rig, "sign-in", "token=s3cret", source="127.0.0.2")).status == 200
             assert (await rig.get("/-/ready")).status in (200, 503)
 
@@ -266,9 +266,9 @@ def test_an_engines_last_lines_reach_the_log_and_admin_pages_only(caplog):
 
         async with proxy(wake=wake) as rig:
             rig.add("a", 1, phase=Phase.ASLEEP)
-            told = await rig.get("/v1/x")
-            assert told.status == 503 and told.json()["error"]["code"] == "engine-died"
-            assert "code 3" in told.json()["error"]["message"] and "secret" not in told.body.decode()
+            refused = await rig.get("/v1/x")
+            assert refused.status == 503 and refused.json()["error"]["code"] == "engine-died"
+            assert "code 3" in refused.json()["error"]["message"] and "secret" not in refused.body.decode()
             rig.pool.start_failed(died)
             again = await rig.get("/v1/messages")
             assert again.json()["error"]["code"] == "engine-died" and "secret" not in again.body.decode()

@@ -272,7 +272,7 @@ def test_a_browser_signs_in_and_out(tmp_path, caplog):
             await page.run("document.getElementById('sign-out').click()")
             text = await page.wait_text("Admin token", "signed out")
             assert "Serving" not in text
-            assert (await rig.get("/-/status", session)).status == 401, "signed out, not only forgotten"
+            assert (await rig.get("/-/status", session)).status == 401, "the session ended on the server, too"
 
     run(main())
     assert "s3cret" not in caplog.text

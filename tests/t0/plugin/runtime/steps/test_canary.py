@@ -17,27 +17,27 @@ RIGHT, WRONG = [1, 2], [1, 3]
 
 
 def replica(answers: list[list[int]], ran_beside: bool) -> tuple[SimpleNamespace, list[str]]:
-    told: list[str] = []
+    events: list[str] = []
 
     def answer(client, canary, joined=False):
-        told.append("asked with another" if joined else "asked")
+        events.append("joined" if joined else "asked")
         if client.sent:
             client.sent()
         return answers.pop(0)
 
     def cancel_requests() -> bool:
-        told.append("recalled")
+        events.append("cancelled")
         return ran_beside
 
     tracker = PhaseTracker(phase=Phase.WAKING)
-    tracker.listen(lambda old, new, reason: told.append(str(new)))
+    tracker.listen(lambda old, new, reason: events.append(str(new)))
     made = SimpleNamespace(
         engine=SimpleNamespace(answer=answer),
         tracker=tracker,
         cancel_requests=cancel_requests,
         expects=lambda: ran_beside,
     )
-    return made, told
+    return made, events
 
 
 RUNNING = SimpleNamespace(client=Client(lambda: pytest.fail("no engine here")))
@@ -45,15 +45,15 @@ SNAPSHOT = SimpleNamespace(canary=Canary("The", RIGHT))
 
 
 def test_the_canary_is_sent_before_a_request_may_join_it():
-    checked, told = replica([RIGHT], True)
+    checked, events = replica([RIGHT], True)
     check_canary(checked, RUNNING, SNAPSHOT)
-    assert told == ["asked with another", "verifying"]
+    assert events == ["joined", "verifying"]
 
 
 def test_a_differing_canary_beside_a_request_is_repeated_alone():
-    checked, told = replica([WRONG, RIGHT], True)
+    checked, events = replica([WRONG, RIGHT], True)
     check_canary(checked, RUNNING, SNAPSHOT)
-    assert told == ["asked with another", "verifying", "recalled", "asked"]
+    assert events == ["joined", "verifying", "cancelled", "asked"]
 
 
 @pytest.mark.parametrize(("answers", "ran_beside"), [([WRONG], False), ([WRONG, WRONG], True)])

@@ -19,7 +19,7 @@ def test_several_gpus_are_read_from_the_command_line_or_its_config_file(tmp_path
     file = tmp_path / "engine.yaml"
     file.write_text("tensor-parallel-size: 2\n")
     digest = {"--config": (("blake3:0",),)}
-    assert launch("--config", str(file), arguments=digest), "the identity holds the file's digest, which says nothing"
+    assert launch("--config", str(file), arguments=digest), "the identity has only the file's digest"
     assert "multi-gpu" in caplog.text and "uses several GPUs" in caplog.text
     assert launch(arguments={"--tensor-parallel-size": (("2",),)})
     file.write_text("tensor-parallel-size: 1\n")

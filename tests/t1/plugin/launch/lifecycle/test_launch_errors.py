@@ -136,7 +136,7 @@ def test_an_engine_that_dies_at_once_gives_its_exit_code_and_last_lines(rig, tmp
     assert result.returncode == 17
     line = only_line(result, "quickthaw: engine-died")
     assert "code 17" in line and "out of luck" in line
-    assert result.stderr.count("engine-died") == 1, "said once"
+    assert result.stderr.count("engine-died") == 1, "logged once"
 
 
 @pytest.mark.slow
@@ -148,8 +148,8 @@ def test_the_engines_own_help_is_printed(rig, tmp_path, name, words):
     engine = engine_script(tmp_path, 'echo "usage of $*"', "exit 0")
     result = rig("launch", "--engine-python", engine, name, *words)
     assert result.returncode == 0 and result.stderr == "", result.stderr
-    told = "usage of -c" if "--version" in words else f"usage of -m {name}"
-    assert result.stdout.startswith(told) and (words[-1] in result.stdout or result.stdout.endswith(f"{name}\n"))
+    usage = "usage of -c" if "--version" in words else f"usage of -m {name}"
+    assert result.stdout.startswith(usage) and (words[-1] in result.stdout or result.stdout.endswith(f"{name}\n"))
     assert not list(rig.home.iterdir()), "no port, no sandbox, no state"
 
 

@@ -58,7 +58,7 @@ def test_a_stopped_replica_gets_no_new_requests_and_is_restarted(launch_rig, whi
             assert time.monotonic() - began < 30
         for thread in asking:
             thread.join(60)
-        assert answers == [answer] * 4, "what it held was asked again"
+        assert answers == [answer] * 4, "its requests were sent again"
         started.wait_for("replica-silent: it has sent nothing for 3 s")
         started.wait_serving()
         (alive,) = {pid for pids in engines(started).values() for pid in pids} & set(stopped) or (None,)

@@ -157,7 +157,7 @@ def test_a_running_timeout_continues_after_the_restore(launch_rig):
         assert started.facts()["worker"]["fired"] is None
         limit = time.monotonic() + 20
         while started.facts()["worker"]["fired"] is None:
-            assert time.monotonic() < limit, "the clock stands still"
+            assert time.monotonic() < limit, "the clock does not advance"
             time.sleep(0.1)
 
 

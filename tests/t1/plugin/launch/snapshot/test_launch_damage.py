@@ -118,9 +118,7 @@ def test_a_manifest_of_another_version_is_refused(taken):
     good = file.read_bytes()
     file.write_bytes(json.dumps({"format": 99, "something": "else"}).encode())
     ours = goes_cold(rig, answer, "format-newer")
-    assert json.loads(file.read_bytes())["format"] == 99, (
-        "a newer quickthaw's snapshot is not an older one's to replace"
-    )
+    assert json.loads(file.read_bytes())["format"] == 99, "an older version must not replace a newer version's snapshot"
     assert "taking it again" not in ours
     file.write_bytes(good)
 

@@ -125,7 +125,7 @@ def test_a_second_interrupt_ends_it_at_once_with_its_engine(workers):
             eventually(lambda: call(f"{url}/-/status")[1]["pools"][0]["outstanding"] == 1, "in flight")
             p.send_signal(signal.SIGINT)
             eventually(lambda: refused(int(url.rsplit(":", 1)[1])), "it no longer accepts")
-            assert p.poll() is None, "it waits for what is in flight"
+            assert p.poll() is None, "it waits for requests in flight"
             p.send_signal(signal.SIGINT)
             assert p.wait(LIMIT_S) == 1
         eventually(lambda: not any(alive(n) for n in (pid, *children)), "the engine and the workers end with it")
@@ -299,7 +299,7 @@ def test_the_admin_prefix_and_json_logs(tmp_path):
     arguments = ["--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), "--admin-prefix", "/admin"]
     with command(*arguments, "--admin-token", "s3cret", kept=(kept := [])) as (_, url):
         assert call(f"{url}/v1/x", {}, **{"X-Request-Id": "mine-1"})[0] == 200
-        assert call(f"{url}/-/status")[1]["path"] == "/-/status", "no longer the proxy's: the engine answers"
+        assert call(f"{url}/-/status")[1]["path"] == "/-/status", "no longer an admin path: the engine answers"
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(f"{url}/admin/status", timeout=LIMIT_S)
         assert refused.value.code == 401 and refused.value.headers["www-authenticate"].startswith("Bearer")

@@ -107,7 +107,9 @@ def test_a_healthy_engine_serves_only_after_a_generation():
                 got = await asyncio.gather(*(rig.get(f"/{n}") for n in range(5)))
                 assert {a.status for a in got} == {200} and tries == 4
                 first = next(n for n, s in enumerate(up.seen) if s.target not in ("/health", "/v1/completions"))
-                assert sum(s.target == "/v1/completions" for s in up.seen[:first]) == 4, "held until a token came"
+                assert sum(s.target == "/v1/completions" for s in up.seen[:first]) == 4, (
+                    "held until a token was generated"
+                )
 
     run(main())
 
@@ -201,7 +203,7 @@ def test_the_death_of_a_started_engine_is_detected_without_a_request():
             endpoint.tracker._began -= 5000.0
             assert (await rig.get("/")).json()["pid"] != first
             assert rig.pool.waker.wakes == 2
-            assert max(rig.pool.history.seen(Kind.COLD)) < 100, "a start lasts from its own beginning"
+            assert max(rig.pool.history.seen(Kind.COLD)) < 100, "a start is measured from its own beginning"
             spans = rig.pool.history.last[Kind.COLD]
             assert [str(s.phase) for s in spans] == ["mounting", "starting", "loading", "warming"]
             assert spans[0].at_s == 0 and spans[-1].at_s < 100
@@ -364,8 +366,8 @@ def test_a_readiness_check_that_needs_a_key_is_reported_at_once(key, path, statu
                 assert got.status == 503 and error["code"] == "api-key-refused"
                 assert status[:3] in error["message"] and "--api-key or QUICKTHAW_API_KEY" in error["message"]
                 assert ("without a key" if key is None else "with the key that was given") in error["message"]
-                told = json.dumps((await rig.get("/-/status")).json()) + repr(spec) + caplog.text
-                assert "wr0ng" not in told
+                shown = json.dumps((await rig.get("/-/status")).json()) + repr(spec) + caplog.text
+                assert "wr0ng" not in shown
 
     run(main(), limit_s=20)
 
@@ -378,8 +380,8 @@ def test_a_readiness_check_with_the_key_succeeds():
             async with in_front_of(spec) as (rig, endpoint):
                 assert endpoint.tracker.phase is Phase.SERVING
                 assert (await rig.get("/v1/x")).status == 200
-                assert ("/health", []) in engine.keys, "a page that wants no key gets none"
-                assert ("/v1/x", []) in engine.keys, "clients bring their own"
+                assert ("/health", []) in engine.keys, "no key is sent to a page that needs none"
+                assert ("/v1/x", []) in engine.keys, "clients send their own"
                 assert "s3cret" not in repr(spec)
         async with upstream(WantsKey("/health")) as up:
             spec = EndpointSpec(tcp("127.0.0.1", up.port), api_key="s3cret")

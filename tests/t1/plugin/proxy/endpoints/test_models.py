@@ -65,13 +65,13 @@ models:
         squeezed = gzip.compress(json.dumps({"model": "blue"}).encode())
         renamed = '{"model":"org/blue-7b"}'
         got = call(f"{url}/v1/x", squeezed, **{"Content-Encoding": "gzip", "X-Echo": "1"})
-        assert got[1]["name"] == "blue" and got[1]["body"] == renamed, "named as its engine knows it"
+        assert got[1]["name"] == "blue" and got[1]["body"] == renamed, "the engine's own name of the model"
         text = b'{"seed": 12345678901234567890, "x": {"model": "a"}, "model": "blue", "t": 1.10}'
         got = call(f"{url}/v1/x", text, **{"X-Echo": "1"})
         assert got[1]["body"] == '{"seed":12345678901234567890,"x":{"model": "a"},"model":"org/blue-7b","t":1.10}'
         squeezed = gzip.compress(json.dumps({"model": "green"}).encode())
         got = call(f"{url}/v1/x", squeezed, **{"Content-Encoding": "gzip"})
-        assert got[1]["name"] == "green" and got[1]["length"] == len(squeezed), "what is sent on stays as it came"
+        assert got[1]["name"] == "green" and got[1]["length"] == len(squeezed), "the forwarded body is unchanged"
         assert call(f"{url}/v1/x", b"no gzip", **{"Content-Encoding": "gzip"})[1]["error"]["code"] == "content-encoding"
         form = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nblue\r\n--b--\r\n'
         got = call(f"{url}/v1/audio/transcriptions", form, **{"Content-Type": "multipart/form-data; boundary=b"})

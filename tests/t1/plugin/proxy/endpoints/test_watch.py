@@ -212,6 +212,8 @@ def test_a_port_taken_by_another_user_during_the_probe_is_not_trusted(monkeypatc
             endpoint = Endpoint("default", EndpointSpec(tcp("127.0.0.1", up.port), wake="exit 1", exclusive_port=True))
             why = await endpoint.ready()
             assert why is not None and "engine-port-taken: user 65534" in why and len(up.seen) == 1
-            assert "engine-port-taken" in (await endpoint.ready() or "") and len(up.seen) == 1, "nor is it asked again"
+            assert "engine-port-taken" in (await endpoint.ready() or "") and len(up.seen) == 1, (
+                "and it is not probed again"
+            )
 
     run(main())

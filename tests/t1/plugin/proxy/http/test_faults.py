@@ -65,7 +65,7 @@ def test_a_fault_after_every_byte_of_the_answer(framing, fault):
         assert rest == b"", f"at {point}: something after the answer"
         if got.status == 200:
             assert point >= head_end or fault == "stall"
-            assert got.whole == (point == len(whole)), f"at {point}: a cut answer passed for a whole one"
+            assert got.whole == (point == len(whole)), f"at {point}: an aborted answer looked complete"
             assert b"0123456789abcdefghij".startswith(got.body)
             assert not got.whole or got.body == b"0123456789abcdefghij"
         else:
@@ -130,8 +130,8 @@ def test_a_fault_after_every_byte_of_the_request(fault):
                     break
             assert 502 in statuses or 504 in statuses
             sent_on = [seen.target for seen in live.seen]
-            assert len(sent_on) == len(set(sent_on)) == statuses.count(200), "each answered is one that was seen"
-            assert not touched & set(sent_on), "the other replica got what the first may have run"
+            assert len(sent_on) == len(set(sent_on)) == statuses.count(200), "each answered request was seen"
+            assert not touched & set(sent_on), "the other replica got a request that the first may have run"
             assert injected > 12
             await until(lambda: rig.pool.outstanding == 0)
         server.close()
@@ -190,9 +190,9 @@ def test_a_slow_replica_pauses_the_client():
             while last != sent:  # until it stops by itself
                 last = sent
                 await asyncio.sleep(0.1)
-            assert sent < size // 2, "the client was read although the replica took nothing"
+            assert sent < size // 2, "the client was read although the replica read nothing"
             (client,) = rig.server.clients
-            assert client.exchange.connection.transport.get_write_buffer_size() < 1 << 20, "gathered in between"
+            assert client.exchange.connection.transport.get_write_buffer_size() < 1 << 20, "buffered in between"
             listening.set()
             await pushing
             assert (await read_answer(reader)).body == b"all of it"
@@ -349,7 +349,7 @@ def test_a_replica_may_answer_before_the_body_is_complete():
             async with asyncio.timeout(LIMIT_S):
                 got = await read_answer(reader)
                 assert got.status in (413, 502)
-                assert await reader.read(-1) == b"", "the connection ends, for its body is not all there"
+                assert await reader.read(-1) == b"", "the connection ends, because its body is incomplete"
             writer.close()
             assert len(up.seen) == 1
 
@@ -464,7 +464,7 @@ def test_a_client_that_disconnects_after_any_byte_of_its_request(framing, reset_
             await one(0)
             await asyncio.gather(*(one(point) for point in range(1, size)))
             await until(lambda: not rig.server.clients and rig.pool.outstanding == 0)
-            assert whole == [], "a request that never was whole was answered as one"
+            assert whole == [], "an incomplete request was answered"
             assert rig.server.buffered == 0
 
     run(main())

@@ -187,7 +187,7 @@ def test_replica_junk_ends_in_one_answer_or_an_aborted_one(junk, where, after):
                     got = await read_answer(reader)
                     assert got.status == 502 or after
                 except (asyncio.IncompleteReadError, ConnectionError):
-                    assert after, "an answer is due when nothing has been sent on"
+                    assert after, "an answer is due if nothing was forwarded"
             writer.close()
             assert len(up.seen) == 1
 

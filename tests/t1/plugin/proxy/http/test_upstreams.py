@@ -147,7 +147,7 @@ def test_a_replica_in_another_network_namespace(run):
                 # held and retried until the engine in the namespace listens
                 got = await rig.get("/x")
                 assert got.status == 200 and got.json()["name"] == "inside"
-                assert os.readlink("/proc/thread-self/ns/net") == home, "the thread came home"
+                assert os.readlink("/proc/thread-self/ns/net") == home, "the thread returned to its namespace"
         finally:
             process.kill()
             await process.wait()

@@ -38,7 +38,7 @@ def test_pauses_double_up_to_a_limit_and_reset():
     assert backoff.failed() == 1
 
 
-def told(said: str, word: str) -> int:
+def count_lines(said: str, word: str) -> int:
     return sum(word in line for line in said.splitlines())
 
 
@@ -64,10 +64,10 @@ def test_a_model_that_cannot_sleep_is_an_error_for_the_other_without_busy_waitin
             assert status == 503 and "stays did not go to sleep" in body["error"]["message"], body
             codes.add(body["error"]["code"])
         assert codes == {"no-room"}
-        assert call(f"{url}/v1/x", {"model": "stays"})[1]["name"] == "stays", "it goes on serving"
+        assert call(f"{url}/v1/x", {"model": "stays"})[1]["name"] == "stays", "it keeps serving"
         wakes = {p["name"]: p["wakes"] for p in call(f"{url}/-/status")[1]["pools"]}
-        assert wakes["other"] <= 2, "the answers in the pause come without another try"
-    assert told("".join(said), '"sleep-failed"') == 1
+        assert wakes["other"] <= 2, "during the pause requests are answered without another try"
+    assert count_lines("".join(said), '"sleep-failed"') == 1
     assert len("".join(said)) < 20_000
 
 
@@ -175,7 +175,7 @@ def test_a_failed_drain_is_an_error_for_waiting_clients_and_the_busy_model_serve
                 with pytest.raises((TimeoutError, OSError)):
                     urllib.request.urlopen(request, timeout=1.0)
             assert call(f"{url}/v1/x", {"model": "busy"})[0] == 200, "the busy model takes new requests"
-            assert stream.recv(4096), "its stream was not cut"
+            assert stream.recv(4096), "its stream was not aborted"
             stream.close()
 
 
@@ -215,7 +215,7 @@ def test_a_failed_sleep_is_retried_with_growing_pauses(caplog):
             await until(lambda: len(tries) == 2)
             await asyncio.sleep(0.3)
             assert len(tries) == 2 and tries[1] - tries[0] > 0.9
-            assert rig.pool.sleeper.sleeps == 0, "what failed is no sleep"
+            assert rig.pool.sleeper.sleeps == 0, "a failed sleep does not count"
             assert sum(record.levelname == "WARNING" for record in caplog.records) == 1
             assert (await rig.get("/x")).status == 200
 

@@ -114,7 +114,7 @@ def test_an_owner_without_a_wake_reports_the_final_failure(proxy):
             await until(lambda: rig.pool.held == 1)
             rig.trackers["a"].to(Phase.FAILED, "x")
             await asyncio.sleep(0.05)
-            assert rig.pool.held == 1, "a failed phase alone ends nothing"
+            assert rig.pool.held == 1, "a failed phase alone ends no request"
             rig.pool.start_failed(StartFailed("no-gpu", "no GPU"))
             assert (await waiting).json()["error"]["code"] == "no-gpu"
             assert (await rig.get("/")).json()["error"]["code"] == "no-gpu"

@@ -210,7 +210,7 @@ class Copier:
                 self.plans = cached
                 self._awaiting = cold_reads.cold and not cold_reads.requested.is_set()
                 return
-            cold_reads.working_set = b""  # the plans cached with it are gone: make both anew
+            cold_reads.working_set = b""  # the plans cached with it are gone: make both again
             resident = not cold_reads.cold
         self._plan(ranges, resident)
         self._new_plans = self.plans

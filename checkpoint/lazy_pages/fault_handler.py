@@ -106,7 +106,7 @@ class FaultHandler:
             return self.planner.working_set(path)
         except BadWorkingSet as error:
             self.tree.send(
-                event="warning", message=f"{error}; restoring without it, and the next restore records it anew"
+                event="warning", message=f"{error}; restoring without it, and the next restore records it again"
             )
             with contextlib.suppress(OSError):
                 os.unlink(path)

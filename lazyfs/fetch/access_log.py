@@ -42,7 +42,7 @@ class AccessLog:
     """Access log of one manifest.
 
     `known` is the recorded order as (file index, chunk index). `record`: "auto" records chunks not known yet, "always"
-    starts anew, "never" records nothing.
+    starts a new one, "never" records nothing.
     """
 
     def __init__(self, path: Path, record: str = "auto") -> None:

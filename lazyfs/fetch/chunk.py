@@ -217,7 +217,7 @@ class ChunkFetcher:
     def _verify(self, file: File, index: int, data: bytes) -> bool:
         """Return whether bytes that survived a power cut are the chunk.
 
-        Without a recorded digest nothing can be verified: the next fetch records it anew.
+        Without a recorded digest nothing can be verified: the next fetch records it again.
         """
         if not file.chunks[index].digest and (self.digests is None or not self.digests.expected(file, index)):
             return False

@@ -2,7 +2,7 @@
 
 Guarantees: a request is written at most once, and only to a connection that was open at that moment. The answer's body
 is relayed byte for byte in order and never collected. Pausing the client pauses the replica. Framing is decoded by
-llhttp and encoded anew, so nothing that a replica sends can shift the boundary between two answers.
+llhttp and encoded again, so nothing that a replica sends can shift the boundary between two answers.
 """
 
 from __future__ import annotations

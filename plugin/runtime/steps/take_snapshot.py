@@ -46,7 +46,7 @@ LEAST_PROOF_S, PROOF_SHARE = 10.0, 0.25
 """Limits of the wait for the model's digest before a snapshot: at least so many seconds, or this share of the cold start. Requests
 wait meanwhile."""
 DAMAGED = ("manifest-", "file-", "canary-differs", "signature-")
-"""Prefixes of restore failures that mean the snapshot's own bytes are wrong: the next cold start takes it anew."""
+"""Prefixes of restore failures that mean the snapshot's own bytes are wrong: the next cold start takes it again."""
 NO_CANARY = (
     "no-canary: this {} answers no generation, embedding, classification or score of a text, by which a restore could be "
     "verified; it starts cold each time"
@@ -54,7 +54,7 @@ NO_CANARY = (
 PASSING = ("gpu-memory-short", "gpu-gone", "format-newer")
 """Mismatches that may pass and leave the snapshot valid: it is kept."""
 STALE = ("open-file-changed", "open-file-missing")
-"""Mismatches that change over time for the same launch: the snapshot is taken anew, even if the user named it."""
+"""Mismatches that change over time for the same launch: the snapshot is taken again, even if the user named it."""
 
 
 class NotResumed(EngineFailed):
@@ -228,7 +228,7 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
 
 
 def _drop(replica: StartContext, why: str) -> None:
-    """Remove the snapshot just taken. If that fails, record a failure: launches then skip it and take it anew."""
+    """Remove the snapshot just taken. If that fails, record a failure: launches then skip it and take it again."""
     if replica.snapshot is None:
         return
     name, replica.snapshot = replica.snapshot.name, None

@@ -74,7 +74,7 @@ def call(url: str, body: Any = None, **headers: str) -> tuple[int, Any]:
 
 
 def alive(pid: int) -> bool:
-    """Return True if a process runs. A zombie counts as ended: it only waits for whoever adopted it."""
+    """Return True if a process runs. A zombie counts as ended: only its adoptive parent has yet to reap it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):

@@ -108,7 +108,7 @@ LINKS_OUT = {
     # Each target stays inside if read alone.
     "through another": [Symlink("sub/up", ".."), Symlink("a", "sub/up/../etc")],
     "through two": [Symlink("sub/up", ".."), Symlink("b", "sub/up"), Symlink("a", "b/../etc")],
-    "to one that leads out": [Symlink("a", "b"), Symlink("b", "/etc/passwd")],
+    "to a link that leads outside": [Symlink("a", "b"), Symlink("b", "/etc/passwd")],
 }
 
 

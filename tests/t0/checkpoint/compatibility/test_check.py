@@ -148,7 +148,7 @@ IRRELEVANT = {
     "GPU's UUID": host(gpus=(msgspec.structs.replace(H100, uuid="GPU-bbbb"),)),
     "more GPU memory": host(gpus=(msgspec.structs.replace(H100, memory=H100.memory * 2),)),
     "a secret that does not matter": replace(HERE, secret_names=("HF_TOKEN", "OTHER_TOKEN")),
-    "a variable that is given anew": replace(HERE, renewed={"HOSTNAME": "pod-8"}),
+    "a renewed variable": replace(HERE, renewed={"HOSTNAME": "pod-8"}),
 }
 
 

@@ -1,4 +1,4 @@
-"""Which environment variables change a launch's identity, which a restored engine gets anew, and which are ignored."""
+"""Which environment variables change a launch's identity, which are renewed in a restored engine, and which are ignored."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ FORGED: dict[str, Forge] = {
     "this host's view of the images": in_folder(".mapped", ".mapped/facts.json"),
     "a folder of its own": in_folder("more", "more/x"),
     "a file of its own": with_file("while-frozen.sh"),
-    "a map of what has come": with_file(".arriving"),
+    "a residency bitmap": with_file(".arriving"),
     "a hard link for the manifest": with_links(["shm/sem", "shm/link_remap.1", "manifest.json"]),
     "a hard link for its signature": with_links(["shm/sem", "shm/link_remap.1", "manifest.sig"]),
     "a hard link for the working set": with_links(["shm/sem", "shm/link_remap.1", "working-set"]),

@@ -171,7 +171,7 @@ print("complete", flush=True)
 
 @pytest.mark.parametrize("moment", [0.0, 0.05, 0.15, 0.3])
 def test_killed_at_any_moment(host: Host, faulty: Callable[..., str], moment: float, taken: Path) -> None:
-    """Nobody sees a part; the next attempt goes on from what is there, or a sweep removes it."""
+    """No partial snapshot is visible; the next attempt resumes, or a sweep removes the rest."""
     url = faulty(fault="slow", seconds=0.05, only="chunks/")
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(host.library.home), url],

@@ -98,7 +98,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "a file renamed": lambda path: path.rename(path.with_name("renamed.safetensors")),
     "a byte appended": lambda path: path.write_bytes(path.read_bytes() + b"x"),
     "the configuration": lambda path: overwrite(path.with_name("config.json"), b"7", 5),
-    "what a link leads to": lambda path: overwrite(path.parent.parent / "blob"),
+    "the target of a link": lambda path: overwrite(path.parent.parent / "blob"),
     "where a link leads": lambda path: (
         path.with_name("linked.safetensors").unlink(),
         path.with_name("linked.safetensors").symlink_to(path.parent.parent / "blob2"),

@@ -135,7 +135,7 @@ def test_a_damaged_working_set_is_recorded_again(taken):
             for _ in range(4):
                 assert started.ask() == answer
             started.wait_serving()
-            assert ("records it anew" in started.ours()) is warned, started.ours()
+            assert ("records it again" in started.ours()) is warned, started.ours()
             assert COLD not in started.ours()
     assert known.read_bytes() != damaged
     shown = rig.cli("snapshot", "inspect", rig.name)

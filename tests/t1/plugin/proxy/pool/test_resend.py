@@ -121,12 +121,12 @@ def test_a_stream_that_has_begun_is_aborted(proxy):
     run(main())
 
 
-@pytest.mark.parametrize("why", ["not lost", "nothing was to come", "no generation"])
+@pytest.mark.parametrize("why", ["not lost", "no pages are pending", "no generation"])
 def test_other_failures_are_answered_as_usual(proxy, why):
     async def main():
         async with upstream(dies(b"")) as up, proxy(speculative=True) as rig:
             add(rig, up.port)
-            if why == "nothing was to come":
+            if why == "no pages are pending":
                 rig.pool.replicas["a"].pages_pending = lambda: False
             path = "/v1/files" if why == "no generation" else PATH
             waiting = asyncio.create_task(rig.get(path, method="POST", body=b"{}"))

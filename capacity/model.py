@@ -88,6 +88,13 @@ class Service:
             and self.rate_on(pool.gpu) is not None
         )
 
+    def no_pool(self) -> str:
+        """Return the text of an error that says why no pool fits."""
+        return (
+            f"{self.name} fits no pool: {self.memory:g} GiB a GPU, in {', '.join(self.regions or ('any region',))}, "
+            f"with a rate for the GPU type"
+        )
+
     def lead_samples(self, kind: Kind) -> tuple[float, ...]:
         return self.cold if kind == "cold" else self.restored
 
@@ -213,35 +220,22 @@ class Problem:
                     "no-demand", f"no forecast for {service.name}", file=self.source, where="demand.forecast"
                 )
             if not any(service.fits(pool) for pool in self.pools):
-                raise InputError(
-                    "no-pool",
-                    f"service {service.name} fits no pool: it needs {service.memory:g} GiB a GPU, in "
-                    f"{', '.join(service.regions or ('any region',))}, with a rate known for the GPU type",
-                    file=self.source,
-                    where="services",
-                )
-        self._check_numbers()
+                raise InputError("no-pool", service.no_pool(), file=self.source, where="services")
+            self._finite(
+                f"service {service.name}: rate or lead_time", *service.rates.values(), *service.cold, *service.restored
+            )
+            others = service.memory, service.target_wait, service.probability
+            self._finite(f"service {service.name}: memory, target_wait or probability", *others)
+        for pool in self.pools:
+            numbers = pool.price, pool.memory, pool.interruptions, *pool.boot
+            self._finite(f"pool {pool.name}: price, memory, interruptions or boot", *numbers)
+        for name, forecast in self.demand.forecasts.items():
+            self._finite(f"demand.forecast.{name}", *(v for row in forecast.values for v in row))
         if self.demand.steps < 1:
             raise InputError("empty", "the forecast has no step", file=self.source, where="demand")
 
-    def _check_numbers(self) -> None:
+    def _finite(self, where: str, *values: float) -> None:
         """Raise InputError for NaN, infinity or a negative number, which no comparison in a solver would reject."""
-        for pool in self.pools:
-            for field_name, values in (
-                ("price", (pool.price,)),
-                ("memory", (pool.memory,)),
-                ("interruptions", (pool.interruptions,)),
-                ("boot", pool.boot),
-            ):
-                self._finite(values, f"pool {pool.name}: {field_name}")
-        for service in self.services:
-            self._finite(tuple(service.rates.values()), f"service {service.name}: rate")
-            self._finite((*service.cold, *service.restored), f"service {service.name}: lead_time")
-            self._finite((service.memory, service.target_wait, service.probability), f"service {service.name}")
-        for name, forecast in self.demand.forecasts.items():
-            self._finite(tuple(v for row in forecast.values for v in row), f"demand.forecast.{name}")
-
-    def _finite(self, values: tuple[float, ...], where: str) -> None:
         for value in values:
             if not math.isfinite(value) or value < 0:
                 raise InputError(

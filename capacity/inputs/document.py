@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -17,6 +18,7 @@ from capacity.files import read_text
 from capacity.inputs.units import parse
 
 MAX_BYTES = 32 * 1024 * 1024
+Reader = Callable[["Field"], Any]
 
 
 class Field:
@@ -56,17 +58,24 @@ class Field:
             found[key] = Field(value_node, path, self.file)
         return found
 
-    def items(self, *, empty: bool = False) -> list[Field]:
-        """Return the members of a list. An empty list raises InputError unless `empty`."""
+    def record(self, readers: Mapping[str, Reader], *required: str) -> dict[str, Any]:
+        """Return the values of the given fields of a mapping, each converted by its reader.
+
+        Raises InputError for a field without a reader, or if one of `required` is missing.
+        """
+        entries = self.mapping(readers)
+        for key in required:
+            if key not in entries:
+                raise self.error("missing-field", f"{key} is missing")
+        return {key: readers[key](value) for key, value in entries.items()}
+
+    def items(self) -> list[Field]:
+        """Return the members of a list. Raises InputError if it is empty."""
         if not isinstance(self.node, yaml.SequenceNode):
             raise self.error("wrong-type", f"expected a list, found {_kind(self.node)}")
-        if not self.node.value and not empty:
+        if not self.node.value:
             raise self.error("empty", "the list is empty")
         return [Field(node, f"{self.path}[{i}]", self.file) for i, node in enumerate(self.node.value)]
-
-    @property
-    def is_list(self) -> bool:
-        return isinstance(self.node, yaml.SequenceNode)
 
     @property
     def is_mapping(self) -> bool:
@@ -87,12 +96,6 @@ class Field:
         if not isinstance(value, str) or not value.strip():
             raise self.error("wrong-type", f"expected a word, found {value!r}")
         return value.strip()
-
-    def boolean(self) -> bool:
-        value = self.scalar()
-        if not isinstance(value, bool):
-            raise self.error("wrong-type", f"expected true or false, found {value!r}")
-        return value
 
     def integer(self, low: int = 0, high: int = 10_000_000) -> int:
         value = self.scalar()
@@ -132,9 +135,19 @@ class Field:
 
     def samples(self, kind: str, low: float = 0.0, high: float = math.inf) -> tuple[float, ...]:
         """Return one quantity or a list of them, as a tuple."""
-        if self.is_list:
+        if isinstance(self.node, yaml.SequenceNode):
             return tuple(item.quantity(kind, low, high) for item in self.items())
         return (self.quantity(kind, low, high),)
+
+
+def integer(low: int = 0, high: int = 10_000_000) -> Reader:
+    """Return a reader of an integer in [low, high]."""
+    return lambda field: field.integer(low, high)
+
+
+def quantity(kind: str, low: float = 0.0, high: float = math.inf, *, open_low: bool = False) -> Reader:
+    """Return a reader of a number in the base unit of `kind`."""
+    return lambda field: field.quantity(kind, low, high, open_low=open_low)
 
 
 def _kind(node: yaml.Node) -> str:

@@ -1,5 +1,6 @@
 """Load a `Problem` from a plan file: every value is checked, every error names its line and field.
 
+Each section has a table of its fields and their readers; a field that is left out has the default of its class in `model.py`.
 Lead times written in the file take precedence over those read from `lead_time.from`.
 """
 
@@ -9,19 +10,56 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from capacity.errors import InputError
 from capacity.inputs import lead_times
 from capacity.inputs.demand import learn
-from capacity.inputs.document import Field, read
-from capacity.model import Demand, Forecast, Hysteresis, Policy, Pool, Problem, Quota, Service, Share
+from capacity.inputs.document import Field, integer, quantity, read
+from capacity.model import KINDS, Demand, Forecast, Hysteresis, Policy, Pool, Problem, Quota, Service, Share
 
 LONGEST_START = 6 * 3600.0
 MOST_MEMORY = 4096.0
 MOST_RATE = 1e9  # units per second
 MAX_STEPS = 10_000
 Named = TypeVar("Named", Pool, Service, Quota)
+
+
+def _starts(field: Field) -> tuple[float, ...]:
+    return field.samples("duration", 0.0, LONGEST_START)
+
+
+_rate = quantity("rate", 0.0, MOST_RATE, open_low=True)
+_share = quantity("fraction", 0.0, 1.0)
+
+POOL = {
+    "name": Field.text,
+    "instance": Field.text,
+    "gpu": Field.text,
+    "gpus": integer(1, 1024),
+    "memory": quantity("memory", 0.0, MOST_MEMORY, open_low=True),
+    "region": Field.text,
+    "zone": Field.text,
+    "price": quantity("price", 0.0, 1e6),
+    "quota": integer(),
+    "supply": integer(),
+    "held": integer(),
+    "boot": _starts,
+    "interruptions": quantity("rate_per_hour", 0.0, 60.0),
+    "refused": lambda field: _refused(field),
+}
+POLICY = {
+    "headroom": quantity("fraction", 0.0, 10.0),
+    "switching_cost": lambda field: field.quantity("duration", 0.0, 7 * 86400.0) / 3600,
+    "zone_loss": _share,
+    "max_start": integer(),
+    "max_stop": integer(),
+    "lead_quantile": _share,
+    "correlation": _share,
+    "hysteresis": lambda field: Hysteresis(
+        **field.record({"band": _share, "saving": _share, "hold_down": quantity("duration", 0.0, 86400.0)})
+    ),
+}
 
 
 def load(path: Path) -> Problem:
@@ -42,37 +80,21 @@ def from_field(root: Field, path: Path) -> Problem:
             raise root.error("missing-field", f"{key} is missing")
     step = top["step"].quantity("duration", 1.0, 7 * 86400.0) if "step" in top else 3600.0
     pools = _named(top["pools"], _pool)
-    services = _named(top["services"], lambda field: _service(field, path))
-    quotas = _named(top["quotas"], lambda f: _quota(f, pools)) if "quotas" in top else ()
-    regions = {pool.region for pool in pools}
-    for field in top["services"].items():
-        for region in field.mapping().get("regions", field).items() if "regions" in field.mapping() else ():
-            _known(region, regions, "region")
-        rates = field.mapping()["rate"]
-        if rates.is_mapping:
-            for gpu in rates.mapping().values():
-                _known_key(gpu, {pool.gpu for pool in pools}, "GPU type")
-    for field, service in zip(top["services"].items(), services, strict=True):
-        if not any(service.fits(pool) for pool in pools):
-            raise field.error(
-                "no-pool",
-                f"{service.name} fits no pool: {service.memory:g} GiB a GPU, in {', '.join(service.regions or ('any region',))}, "
-                f"with a rate for the GPU type",
-            )
-    policy = _policy(top["policy"], regions) if "policy" in top else Policy()
+    services = _named(top["services"], lambda field: _service(field, pools, path))
+    quotas = _named(top["quotas"], lambda field: _quota(field, pools)) if "quotas" in top else ()
+    policy = _policy(top["policy"], pools) if "policy" in top else Policy()
     demand = _demand(top["demand"], services, step, path)
     return Problem(pools, services, demand, policy, quotas, step, str(path))
 
 
-def _known(field: Field, names: set[str], what: str) -> None:
-    if field.text() not in names:
-        raise field.error("unknown-name", f"no pool has the {what} {field.text()}; known: {', '.join(sorted(names))}")
+def _known(field: Field, name: str, known: set[str], what: str) -> str:
+    if name not in known:
+        raise field.error("unknown-name", f"no pool has the {what} {name}; known: {', '.join(sorted(known))}")
+    return name
 
 
-def _known_key(field: Field, names: set[str], what: str) -> None:
-    key = field.path.rsplit(".", 1)[-1]
-    if key not in names:
-        raise field.error("unknown-name", f"no pool has the {what} {key}; known: {', '.join(sorted(names))}")
+def _region_in(pools: tuple[Pool, ...]) -> Callable[[Field], str]:
+    return lambda field: _known(field, field.text(), {pool.region for pool in pools}, "region")
 
 
 def _named(field: Field, make: Callable[[Field], Named]) -> tuple[Named, ...]:
@@ -86,108 +108,59 @@ def _named(field: Field, make: Callable[[Field], Named]) -> tuple[Named, ...]:
     return tuple(made for made, _ in found.values())
 
 
-def _need(field: Field, entries: dict[str, Field], *keys: str) -> None:
-    for key in keys:
-        if key not in entries:
-            raise field.error("missing-field", f"{key} is missing")
+def _refused(field: Field) -> tuple[int, int]:
+    pair = field.record({"asked": integer(), "got": integer()}, "asked", "got")
+    if pair["got"] > pair["asked"]:
+        raise field.mapping()["got"].error("out-of-range", f"got {pair['got']} of {pair['asked']} asked")
+    return pair["asked"], pair["got"]
 
 
 def _pool(field: Field) -> Pool:
-    known = (
-        "name",
-        "instance",
-        "gpu",
-        "gpus",
-        "memory",
-        "region",
-        "zone",
-        "price",
-        "quota",
-        "supply",
-        "held",
-        "boot",
-        "interruptions",
-        "refused",
-    )
-    e = field.mapping(known)
-    _need(field, e, "name", "gpu", "gpus", "memory", "region", "price")
-    refused = None
-    if "refused" in e:
-        pair = e["refused"].mapping(("asked", "got"))
-        _need(e["refused"], pair, "asked", "got")
-        asked, got = pair["asked"].integer(), pair["got"].integer()
-        if got > asked:
-            raise pair["got"].error("out-of-range", f"got {got} of {asked} asked")
-        refused = (asked, got)
-    name, region = e["name"].text(), e["region"].text()
-    return Pool(
-        name=name,
-        instance=e["instance"].text() if "instance" in e else name,
-        gpu=e["gpu"].text(),
-        gpus=e["gpus"].integer(1, 1024),
-        memory=e["memory"].quantity("memory", 0.0, MOST_MEMORY, open_low=True),
-        region=region,
-        zone=e["zone"].text() if "zone" in e else region,
-        price=e["price"].quantity("price", 0.0, 1e6),
-        quota=e["quota"].integer() if "quota" in e else None,
-        supply=e["supply"].integer() if "supply" in e else None,
-        held=e["held"].integer() if "held" in e else 0,
-        boot=e["boot"].samples("duration", 0.0, LONGEST_START) if "boot" in e else (0.0,),
-        interruptions=e["interruptions"].quantity("rate_per_hour", 0.0, 60.0) if "interruptions" in e else 0.0,
-        refused=refused,
-        labelled=frozenset({"region", *({"instance", "zone"} & e.keys())}),
-    )
+    given = field.record(POOL, "name", "gpu", "gpus", "memory", "region", "price")
+    filled = {"instance": given["name"], "zone": given["region"]} | given
+    return Pool(**filled, labelled=frozenset({"region", *({"instance", "zone"} & given.keys())}))
 
 
-def _service(field: Field, path: Path) -> Service:
-    known = (
-        "name",
-        "gpus",
-        "memory",
-        "rate",
-        "unit",
-        "lead_time",
-        "target_wait",
-        "probability",
-        "regions",
-        "min",
-        "max",
-        "concurrency",
-    )
-    e = field.mapping(known)
-    _need(field, e, "name", "gpus", "rate")
-    rates: dict[str, float] = {}
-    if e["rate"].is_mapping:
-        for gpu, value in e["rate"].mapping().items():
-            rates[gpu] = value.quantity("rate", 0.0, MOST_RATE, open_low=True)
-        if not rates:
-            raise e["rate"].error("empty", "no rate given")
-    else:
-        rates["*"] = e["rate"].quantity("rate", 0.0, MOST_RATE, open_low=True)
-    unit = e["unit"].text() if "unit" in e else "requests"
-    if unit not in ("requests", "tokens"):
-        raise e["unit"].error("unknown-name", f"expected requests or tokens, found {unit}")
-    name = e["name"].text()
-    cold, restored = _lead_times(field, e.get("lead_time"), name, path)
-    minimum = e["min"].integer() if "min" in e else 0
-    maximum = e["max"].integer() if "max" in e else None
-    if maximum is not None and maximum < minimum:
-        raise e["max"].error("out-of-range", f"max {maximum} is below min {minimum}")
-    return Service(
-        name=name,
-        gpus=e["gpus"].integer(1, 1024),
-        rates=rates,
-        cold=cold,
-        restored=restored,
-        memory=e["memory"].quantity("memory", 0.0, MOST_MEMORY) if "memory" in e else 0.0,
-        unit=unit,
-        target_wait=e["target_wait"].quantity("duration", 0.0, LONGEST_START) if "target_wait" in e else 0.0,
-        probability=e["probability"].quantity("fraction", 0.0, 0.999999) if "probability" in e else 0.99,
-        regions=tuple(item.text() for item in e["regions"].items()) if "regions" in e else None,
-        minimum=minimum,
-        maximum=maximum,
-        concurrency=e["concurrency"].integer(1, 4096) if "concurrency" in e else 1,
-    )
+def _service(field: Field, pools: tuple[Pool, ...], path: Path) -> Service:
+    def rates(value: Field) -> dict[str, float]:
+        if not value.is_mapping:
+            return {"*": _rate(value)}
+        types = {pool.gpu for pool in pools}
+        found = {_known(each, gpu, types, "GPU type"): _rate(each) for gpu, each in value.mapping().items()}
+        if not found:
+            raise value.error("empty", "no rate given")
+        return found
+
+    def unit(value: Field) -> str:
+        if value.text() not in ("requests", "tokens"):
+            raise value.error("unknown-name", f"expected requests or tokens, found {value.text()}")
+        return value.text()
+
+    readers: dict[str, Callable[[Field], Any]] = {
+        "name": Field.text,
+        "gpus": integer(1, 1024),
+        "memory": quantity("memory", 0.0, MOST_MEMORY),
+        "rate": rates,
+        "unit": unit,
+        "lead_time": lambda value: value,
+        "target_wait": quantity("duration", 0.0, LONGEST_START),
+        "probability": quantity("fraction", 0.0, 0.999999),
+        "regions": lambda value: tuple(map(_region_in(pools), value.items())),
+        "min": integer(),
+        "max": integer(),
+        "concurrency": integer(1, 4096),
+    }
+    given = field.record(readers, "name", "gpus", "rate")
+    given["cold"], given["restored"] = _lead_times(field, given.pop("lead_time", None), given["name"], path)
+    for key, attribute in (("rate", "rates"), ("min", "minimum"), ("max", "maximum")):
+        if key in given:
+            given[attribute] = given.pop(key)
+    service = Service(**given)
+    if service.maximum is not None and service.maximum < service.minimum:
+        raise field.mapping()["max"].error("out-of-range", f"max {service.maximum} is below min {service.minimum}")
+    if not any(service.fits(pool) for pool in pools):
+        raise field.error("no-pool", service.no_pool())
+    return service
 
 
 def _lead_times(
@@ -198,124 +171,86 @@ def _lead_times(
     Kinds missing in the file are read from measurements: those at `from`, else `$QUICKTHAW_HOME`, where the model's default
     name is the service's name.
     """
-    e = {} if given is None else given.mapping(("cold", "restored", "from", "model", "engine"))
     here = field if given is None else given
-    samples: dict[str, tuple[float, ...]] = {}
-    for kind in ("cold", "restored"):
-        if kind in e:
-            samples[kind] = e[kind].samples("duration", 0.0, LONGEST_START)
-    if len(samples) == 2:
-        return samples["cold"], samples["restored"]
-    model = e["model"].text() if "model" in e else None if "from" in e else service
-    engine = e["engine"].text() if "engine" in e else None
-    if "from" in e:
-        here, source = e["from"], path.parent / Path(lead_times.expand(e["from"].text()))
-    else:
-        source = lead_times.home()
-    lacking = " and ".join(kind for kind in ("cold", "restored") if kind not in samples)
-    advice = f"service {service}: write the {lacking} samples here, or measure them: quickthaw bench coldstart"
-    try:
-        for kind, values in lead_times.read(source, model=model, engine=engine).items():
-            if values:
-                samples.setdefault(kind, values)
-    except InputError as bad:
-        more = "" if "from" in e else f"; {advice}"
-        raise here.error(bad.code, f"lead times: {bad.message}{more}") from bad
-    for kind in ("cold", "restored"):
-        if kind not in samples:
-            raise here.error("missing-field", f"{source} has no {kind} start of {model or 'any model'}; {advice}")
+    readers = {"cold": _starts, "restored": _starts, "from": Field.text, "model": Field.text, "engine": Field.text}
+    e = {} if given is None else given.record(readers)
+    samples: dict[str, tuple[float, ...]] = {kind: e[kind] for kind in KINDS if kind in e}
+    if len(samples) < len(KINDS):
+        model, source = e.get("model"), lead_times.home()
+        if given is not None and "from" in e:
+            here, source = given.mapping()["from"], path.parent / Path(lead_times.expand(e["from"]))
+        else:
+            model = model or service
+        lacking = " and ".join(kind for kind in KINDS if kind not in samples)
+        advice = f"service {service}: write the {lacking} samples here, or measure them: quickthaw bench coldstart"
+        try:
+            read_there = lead_times.read(source, model=model, engine=e.get("engine"))
+        except InputError as bad:
+            more = "" if "from" in e else f"; {advice}"
+            raise here.error(bad.code, f"lead times: {bad.message}{more}") from bad
+        samples = {kind: values for kind, values in read_there.items() if values} | samples
+        for kind in KINDS:
+            if kind not in samples:
+                raise here.error("missing-field", f"{source} has no {kind} start of {model or 'any model'}; {advice}")
     return samples["cold"], samples["restored"]
 
 
 def _quota(field: Field, pools: tuple[Pool, ...]) -> Quota:
-    e = field.mapping(("name", "gpu", "region", "gpus"))
-    _need(field, e, "gpu", "gpus")
-    _known(e["gpu"], {pool.gpu for pool in pools}, "GPU type")
-    if "region" in e:
-        _known(e["region"], {pool.region for pool in pools}, "region")
-    gpu, region = e["gpu"].text(), e["region"].text() if "region" in e else None
-    name = e["name"].text() if "name" in e else f"{gpu}@{region or 'anywhere'}"
-    return Quota(name, gpu, region, e["gpus"].integer())
+    def gpu(value: Field) -> str:
+        return _known(value, value.text(), {pool.gpu for pool in pools}, "GPU type")
+
+    readers = {"name": Field.text, "gpu": gpu, "region": _region_in(pools), "gpus": integer()}
+    given = field.record(readers, "gpu", "gpus")
+    return Quota(**{"name": f"{given['gpu']}@{given.get('region', 'anywhere')}", "region": None} | given)
 
 
-def _policy(field: Field, regions: set[str]) -> Policy:
-    known = (
-        "headroom",
-        "region_mix",
-        "hysteresis",
-        "switching_cost",
-        "zone_loss",
-        "max_start",
-        "max_stop",
-        "lead_quantile",
-        "correlation",
-    )
-    e = field.mapping(known)
-    default = Policy()
-    mix: dict[str, Share] = {}
-    if "region_mix" in e:
-        for region, value in e["region_mix"].mapping().items():
-            _known_key(value, regions, "region")
-            pair = value.mapping(("min", "max"))
-            least = pair["min"].quantity("fraction", 0.0, 1.0) if "min" in pair else 0.0
-            most = pair["max"].quantity("fraction", 0.0, 1.0) if "max" in pair else 1.0
-            if most < least:
-                raise value.error("out-of-range", f"max {most:g} is below min {least:g}")
-            mix[region] = Share(least, most)
-        if sum(share.least for share in mix.values()) > 1 + 1e-9:
-            raise e["region_mix"].error("out-of-range", "the minimum shares add up to more than 1")
-    headroom = e["headroom"].quantity("fraction", 0.0, 10.0) if "headroom" in e else default.headroom
-    hysteresis = default.hysteresis
-    if "hysteresis" in e:
-        h = e["hysteresis"].mapping(("band", "saving", "hold_down"))
-        hysteresis = Hysteresis(
-            h["band"].quantity("fraction", 0.0, 1.0) if "band" in h else hysteresis.band,
-            h["saving"].quantity("fraction", 0.0, 1.0) if "saving" in h else hysteresis.saving,
-            h["hold_down"].quantity("duration", 0.0, 86400.0) if "hold_down" in h else hysteresis.hold_down,
-        )
-    if hysteresis.band > headroom:
-        raise e.get("hysteresis", field).error(
+def _policy(field: Field, pools: tuple[Pool, ...]) -> Policy:
+    def mix(value: Field) -> dict[str, Share]:
+        regions = {pool.region for pool in pools}
+        found = {_known(each, name, regions, "region"): _region_share(each) for name, each in value.mapping().items()}
+        if sum(share.least for share in found.values()) > 1 + 1e-9:
+            raise value.error("out-of-range", "the minimum shares add up to more than 1")
+        return found
+
+    policy = Policy(**field.record({**POLICY, "region_mix": mix}))
+    if policy.hysteresis.band > policy.headroom:
+        where = field.mapping().get("hysteresis", field)
+        raise where.error(
             "out-of-range",
-            f"band {hysteresis.band:g} is over headroom {headroom:g}: demand could outgrow the plan without a reaction",
+            f"band {policy.hysteresis.band:g} is over headroom {policy.headroom:g}: demand could outgrow the plan without a reaction",
         )
-    return Policy(
-        headroom=headroom,
-        region_mix=mix,
-        hysteresis=hysteresis,
-        switching_cost=e["switching_cost"].quantity("duration", 0.0, 7 * 86400.0) / 3600
-        if "switching_cost" in e
-        else default.switching_cost,
-        zone_loss=e["zone_loss"].quantity("fraction", 0.0, 1.0) if "zone_loss" in e else default.zone_loss,
-        max_start=e["max_start"].integer() if "max_start" in e else None,
-        max_stop=e["max_stop"].integer() if "max_stop" in e else None,
-        lead_quantile=e["lead_quantile"].quantity("fraction", 0.0, 1.0)
-        if "lead_quantile" in e
-        else default.lead_quantile,
-        correlation=e["correlation"].quantity("fraction", 0.0, 1.0) if "correlation" in e else default.correlation,
-    )
+    return policy
+
+
+def _region_share(field: Field) -> Share:
+    pair = field.record({"min": _share, "max": _share})
+    share = Share(pair.get("min", 0.0), pair.get("max", 1.0))
+    if share.most < share.least:
+        raise field.error("out-of-range", f"max {share.most:g} is below min {share.least:g}")
+    return share
 
 
 def _demand(field: Field, services: tuple[Service, ...], step: float, path: Path) -> Demand:
     e = field.mapping(("quantile", "forecast", "trace"))
     level = e["quantile"].quantity("fraction", 0.0, 0.999999) if "quantile" in e else 0.9
-    names = {service.name for service in services}
     if ("forecast" in e) == ("trace" in e):
         raise field.error("missing-field", "give either a forecast or a trace to learn it from")
     if "trace" in e:
         return learn(e["trace"], services, level, step, path)
+    names = {service.name for service in services}
     forecasts: dict[str, Forecast] = {}
-    length: int | None = None
+    lengths: set[int] = set()
     for name, value in e["forecast"].mapping().items():
         if name not in names:
             raise value.error("unknown-name", f"no service is named {name}; known: {', '.join(sorted(names))}")
-        forecasts[name] = _forecast(value)
-        if length is not None and len(forecasts[name].values[0]) != length:
-            raise value.error("unequal-length", f"has {len(forecasts[name].values[0])} steps, others have {length}")
-        length = len(forecasts[name].values[0])
-        if level > forecasts[name].levels[-1] + 1e-9:
+        forecast = forecasts[name] = _forecast(value)
+        lengths.add(len(forecast.values[0]))
+        if len(lengths) > 1:
+            raise value.error("unequal-length", f"has {len(forecast.values[0])} steps, others have a different number")
+        if level > forecast.levels[-1] + 1e-9:
             raise value.error(
                 "out-of-range",
-                f"ends at quantile {forecasts[name].levels[-1]:g}, below demand.quantile {level:g}; add that quantile",
+                f"ends at quantile {forecast.levels[-1]:g}, below demand.quantile {level:g}; add that quantile",
             )
     for service in services:
         if service.name not in forecasts:

@@ -63,16 +63,17 @@ def test_the_nearest_change_is_enough_and_no_more_than_enough(problem):
         solve(replace(problem, pools=(replace(east, quota=4), problem.pools[1])))
 
 
-def test_every_constraint_of_the_conflict_is_needed(problem):
+@pytest.mark.parametrize("few", [0, 60], ids=["from HiGHS' subsystem", "from all"])
+def test_every_constraint_of_the_conflict_is_needed(problem, monkeypatch, few):
     """Left out one at a time, the rest can hold together."""
+    monkeypatch.setattr(explain, "FEW", few)
     built = program.build(problem, requirements.compute(problem, "restored"))
-    elastic = explain._elastic(built)
-    deadline = 1e18
-    named, smallest = explain._conflict(elastic, False, deadline)
+    owners, deadline = explain.owners_of(built), 1e18
+    named, smallest = explain.conflict(built, owners, deadline, integers=False)
     assert smallest
-    assert explain._solve(elastic, set(named), deadline, integers=False).values is None
+    assert not explain.feasible(built, owners, set(named), deadline, integers=False)
     for rest in combinations(named, len(named) - 1):
-        assert explain._solve(elastic, set(rest), deadline, integers=False).values is not None
+        assert explain.feasible(built, owners, set(rest), deadline, integers=False)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_the_nearest_change_is_enough_and_no_more_than_enough(problem):
         solve(replace(problem, pools=(replace(east, quota=4), problem.pools[1])))
 
 
-@pytest.mark.parametrize("few", [0, 60], ids=["from HiGHS' subsystem", "from all"])
+@pytest.mark.parametrize("few", [0, 60], ids=["from HiGHS' proof", "from all"])
 def test_every_constraint_of_the_conflict_is_needed(problem, monkeypatch, few):
     """Left out one at a time, the rest can hold together."""
     monkeypatch.setattr(explain, "FEW", few)

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 
@@ -23,9 +23,11 @@ from checkpoint.snapshot.manifest import GENERATE, Answer, Canary, Prompt
 from launchers import canary as canaries
 from launchers.canary import CANARY_TOKENS, CANARY_TOKENS_ON_GPU
 from launchers.client import Client
-from launchers.errors import BadModel, EngineDied, EngineFailed, Usage
-from launchers.given_options import given_options, is_option, last
+from launchers.errors import EngineDied, EngineFailed, Usage
+from launchers.given_options import first, given_options, is_option
 from launchers.known_options import KnownOptions
+from launchers.options.as_given import why_as_given
+from launchers.options.front import BLANKED, TAKEN_OVER, Tls
 
 log = logging.getLogger("quickthaw")
 INNER_PORT = 8000
@@ -35,17 +37,6 @@ RELOAD_LIMIT_S = 600.0
 """Time limit for moving or reading all of a model's weights."""
 PATIENCE_S = 30.0
 """How long a healthy engine is asked again for what it refuses with an internal error, in seconds."""
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
-REMOTE_FORMATS = (
-    "dummy",
-    "tensorizer",
-    "runai_streamer",
-    "runai_streamer_sharded",
-    "remote",
-    "remote_instance",
-    "private",
-)
-"""Values of --load-format with which a model's folder need not hold weights."""
 
 
 def without_own_variables(environment: Mapping[str, str]) -> dict[str, str]:
@@ -71,6 +62,9 @@ class EngineCommand:
     """The prefix that the engine removes from a path before matching it."""
     shutdown_timeout_s: float = 0.0
     """How long the engine finishes its requests after SIGTERM (vLLM's `--shutdown-timeout`)."""
+    uds: str = ""
+    """Path of the UNIX socket to listen on, in place of host and port (vLLM's `--uds`)."""
+    tls: Tls | None = None
 
 
 @dataclass
@@ -111,12 +105,20 @@ class Engine(abc.ABC):
     """Control endpoints, which the proxy never forwards to."""
     seed_flags: tuple[str, ...] = ()
     root_path_flags: tuple[str, ...] = ()
+    front_flags: Mapping[str, str] = MappingProxyType({})
+    """Options by which it listens, beside host and port (launchers/options/front.py), with the names of their values."""
+
     # Command line
+
+    def why_as_given(self, arguments: Sequence[str], environment: Mapping[str, str], python: str = "") -> str:
+        """Return why a command line of this engine runs as given, in a few words, or "" (launchers/options/as_given.py)."""
+        words = self.options.expanded(arguments, python)
+        return why_as_given(self.name, given_options(words[: (*words, "--").index("--")]), environment)
 
     def parse(
         self, arguments: Sequence[str], environment: Mapping[str, str], spin: bool = False, python: str = ""
     ) -> EngineCommand:
-        """Parse the engine's own arguments: model, host, port, keys, seed, root path.
+        """Parse the engine's own arguments: model, host, port, UNIX socket, TLS, keys, seed, root path.
 
         `spin`: keep SGLang's busy polling when idle; otherwise --sleep-on-idle is added. `python`: the engine's interpreter,
         whose installation has a say in what an abbreviated option means. Raises Usage (no-model, bad-port,
@@ -136,7 +138,7 @@ class Engine(abc.ABC):
             "--shutdown-timeout": "shutdown_timeout",
         }
         takes |= dict.fromkeys(self.seed_flags, "seed")
-        takes |= dict.fromkeys(self.root_path_flags, "root_path")
+        takes |= dict.fromkeys(self.root_path_flags, "root_path") | dict(self.front_flags)
         positional: list[str] = []
         index = 0
         while index < len(words):
@@ -154,13 +156,15 @@ class Engine(abc.ABC):
             flag = flag.replace("_", "-") if flag.startswith("--") else flag
             name = takes.get(flag)
             used = 1 if equals else 1 + self._values_of(flag, words[index + 1 :], 1 if name else 0)
-            if name:
+            if name and self.options.count(flag) == 0:
+                values[name] = "" if flag.startswith("--no-") else flag
+            elif name:
                 if used == 1 and not equals:
                     raise Usage("argument-without-value", f"{flag} needs a value")
-                values[name] = inline if equals else words[index + 1]
+                values[name] = inline if equals else first(words[index + 1 : index + used])
             if name == "model":  # SGLang's two names of this option mean the same
                 kept += [self.model_flags[0], values[name]]
-            elif name not in ("host", "port"):
+            elif name not in TAKEN_OVER:
                 kept += words[index : index + used]
             index += used
         if positional:
@@ -169,8 +173,12 @@ class Engine(abc.ABC):
         if any(word.partition("=")[0] == "--config" for word in kept):
             written = given_options(kept)
             for flag, name in takes.items():
-                if name not in values and (value := last(written, flag.removeprefix("--"))):
+                found = written.get(flag.removeprefix("--"))
+                if found is None or name in values:
+                    continue
+                if value := first(found) or flag * (self.options.count(flag) == 0):
                     values[name] = value
+                    kept += [f"{flag}="] * (name in BLANKED)
         if "model" not in values and (default := self.default_model(python)):
             values["model"] = default
             kept = [self.model_flags[0], default, *kept]
@@ -193,6 +201,8 @@ class Engine(abc.ABC):
             values.get("admin_key"),
             values.get("root_path", ""),
             shutdown_timeout(values.get("shutdown_timeout", "")),
+            values.get("uds", ""),
+            Tls.of(values),
         )
 
     def _values_of(self, option: str, following: Sequence[str], least: int) -> int:
@@ -460,30 +470,3 @@ def has_flag(command: EngineCommand, *flags: str) -> bool:
     """Return whether the user gave one of these flags (with `-` or `_`, with or without a value)."""
     given = {word.partition("=")[0].replace("_", "-") for word in command.arguments if word.startswith("--")}
     return not given.isdisjoint(flags)
-
-
-def check_model(model: Path, command: EngineCommand | None = None) -> None:
-    """Check that a model directory can be served. Raises BadModel with what is missing and the remedy.
-
-    Options in `command` may supply what is missing: weights from another place or none at all, or another configuration.
-    """
-    if not model.exists():
-        raise BadModel(
-            "model-missing", f"there is no model directory {model}; give the path of one with config.json and weights"
-        )
-    if not model.is_dir():
-        return  # a file, such as GGUF: the engine validates it
-    options = given_options(command.arguments) if command else {}
-    names = [entry.name for entry in os.scandir(model)]
-    if any(name.endswith(".gguf") for name in names):
-        return
-    configured = options.keys() & {"hf-config-path", "config-format"} or {"config.json", "params.json"} & set(names)
-    if not configured:
-        raise BadModel("model-without-config", f"{model} has no config.json; is it the right directory?")
-    if last(options, "load-format") in REMOTE_FORMATS or "model-weights" in options:
-        return
-    if not any(name.endswith(WEIGHT_SUFFIXES) for name in names):
-        raise BadModel(
-            "model-without-weights",
-            f"{model} holds no weights ({', '.join(WEIGHT_SUFFIXES[:3])} …); was the download completed?",
-        )

@@ -41,11 +41,6 @@ _OTHER_COMMANDS = {
     "sglang": frozenset(["generate", "version"]),
 }
 """Commands of the engines' scripts that start no server."""
-_OTHER_SERVERS = {
-    "vllm": frozenset(["--omni", "--headless", "--grpc"]),
-    "sglang": frozenset(["--smg-grpc-mode", "--grpc-mode", "--encoder-only"]),
-}
-"""Options with which an engine serves something else than HTTP requests for text."""
 _PYTHON = r"python(\d+(\.\d+)?)?"
 _SHELLS = frozenset(["sh", "bash", "dash", "ash"])
 _SCRIPT_OPTION = r"-[eux]*c"
@@ -87,6 +82,21 @@ def read(words: Sequence[str], path: str | None = None) -> Words:
     if found.plain:
         return Words(plain=found.plain, given=tuple(words))
     return found
+
+
+def as_one_command(words: Sequence[str], python: str) -> tuple[str, ...]:
+    """Return the command that starts an engine alone, for words that begin with an engine's name and its options.
+
+    vLLM's `serve` is more than its server's module, but needs the distribution `vllm`, which builds of other names lack.
+    """
+    engine, *rest = words
+    if engine not in ENGINES or rest[:1] == ["serve"]:
+        return tuple(words)
+    from checkpoint.compatibility.engine import package_folders
+
+    script = engine == "vllm" and any(any(folder.glob("vllm-*.dist-info")) for folder in package_folders(Path(python)))
+    modules = [name for name, (of, needed) in _MODULES.items() if of == engine and bool(needed) == script]
+    return (python, "-m", modules[0], *(["serve"] if script else []), *rest)
 
 
 def program_of(name: str, path: str | None = None) -> str | None:
@@ -138,8 +148,6 @@ def asks_for_help(words: Sequence[str]) -> bool:
 
 def _served(engine: str, words: Sequence[str], python: str) -> Words:
     """Read the arguments of `serve`, or of a server's module."""
-    if other := _OTHER_SERVERS.get(engine, frozenset()).intersection(word.replace("_", "-") for word in words):
-        return Words(plain=f"{min(other)} serves no HTTP requests for text")
     kept: list[str] = []
     at = 0
     while at < len(words):

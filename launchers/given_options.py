@@ -28,6 +28,11 @@ def last(options: dict[str, list[str]], *names: str) -> str:
     return next((options[name][-1] for name in names if options.get(name)), "")
 
 
+def first(values: Sequence[str]) -> str:
+    """Return the first value that is not empty, or "". Of several API keys each is accepted, and an empty one is none."""
+    return next(filter(None, values), "")
+
+
 def config_words(file: Path) -> list[str]:
     """Return the command-line words that both engines make of a YAML file of options.
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from checkpoint.snapshot.manifest import GENERATE, Prompt
 from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, has_flag, tolerate_refusal
 from launchers.canary import EMBED, canary_id, numbers, refuses
 from launchers.client import Client
 from launchers.errors import EngineFailed
+from launchers.given_options import config_words, given_options, last
 from launchers.known_options import SGLANG
+from launchers.options.front import SSL
 
 SLEEP_ON_IDLE = "--sleep-on-idle"
 WORKS_WHILE_IDLE = (
@@ -31,6 +34,8 @@ WORKS_WHILE_IDLE = (
 here): a scheduler that wakes once per second would delay them.
 """
 
+_SSL = ("--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--ssl-keyfile-password", "--enable-ssl-refresh")
+
 
 class Sglang(Engine):
     """Launcher for SGLang's HTTP server."""
@@ -42,6 +47,7 @@ class Sglang(Engine):
     options = SGLANG
     seed_flags = ("--random-seed",)
     root_path_flags = ("--fastapi-root-path",)
+    front_flags = {flag: SSL[flag] for flag in _SSL}
     denied_paths = frozenset(
         {
             "/flush_cache",
@@ -81,6 +87,13 @@ class Sglang(Engine):
             "/load_lora_adapter_from_tensors",  # pickled tensors
         }
     )
+
+    def why_as_given(self, arguments: Sequence[str], environment: Mapping[str, str], python: str = "") -> str:
+        """As for every engine. A file of options cannot be overruled where it refreshes certificates that quickthaw takes over."""
+        file = last(given_options(arguments), "config")
+        if file and "enable-ssl-refresh" in given_options(config_words(Path(file))):
+            return f"enable-ssl-refresh stands in {file}, not on the command line"
+        return super().why_as_given(arguments, environment, python)
 
     def parse(
         self, arguments: Sequence[str], environment: Mapping[str, str], spin: bool = False, python: str = ""

@@ -23,6 +23,7 @@ from launchers.client import Client
 from launchers.errors import EngineFailed
 from launchers.given_options import given_options
 from launchers.known_options import VLLM
+from launchers.options.front import SSL, UDS
 
 log = logging.getLogger("quickthaw")
 NUMBERS = {
@@ -49,6 +50,7 @@ class Vllm(Engine):
     seed_flags = ("--seed",)
     denied_paths = frozenset({CONTROL_PATH})
     root_path_flags = ("--root-path",)
+    front_flags = UDS | {flag: name for flag, name in SSL.items() if name != "ssl_keyfile_password"}
 
     def default_model(self, python: str) -> str | None:
         """Return the default of vLLM's ModelConfig, read from its source: importing vLLM takes seconds."""

@@ -95,6 +95,22 @@ def _roundtrip(host: Host, home: Path) -> Finding:
     return Finding(what, "ok", "a process was dumped and came back")
 
 
+def _egress() -> Finding:
+    """Open a way out of a sandbox, which only some engines need."""
+    from checkpoint.errors import CheckpointError
+    from checkpoint.sandbox.egress import Egress
+    from checkpoint.sandbox.sandbox import Sandbox, SandboxConfig
+
+    try:
+        egress = Egress.find()
+        with Sandbox(SandboxConfig(egress=egress)) as sandbox:
+            sandbox.wait_egress()
+    except CheckpointError as error:
+        what = f"{error}; engines that fetch images by URL, or send traces, start as they would alone"
+        return Finding("way out (egress)", "note", what, "docs/limits.md says who needs it")
+    return Finding("way out (egress)", "ok", egress.program)
+
+
 def _gpu() -> Finding:
     if not Path("/dev/nvidiactl").exists():
         return Finding("gpu", "note", "no NVIDIA device: CPU snapshots only")
@@ -135,7 +151,7 @@ def _findings() -> list[Finding]:
 
     home = state_home()
     host = detect(home, remembered=False)
-    return [_kernel(), *_capabilities(host, home), _gpu(), _state_folder(host, home)]
+    return [_kernel(), *_capabilities(host, home), _egress(), _gpu(), _state_folder(host, home)]
 
 
 @click.command()

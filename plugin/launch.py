@@ -147,6 +147,12 @@ def run_unsupported(words: Words, environment: Mapping[str, str], options: Mappi
         is_flag=True,
         help="Keep SGLang's busy polling when idle; otherwise --sleep-on-idle is added.",
     ),
+    option(
+        "--egress/--no-egress",
+        default=None,
+        show_default="where the engine's command line asks for it",
+        help="A way out of the engine's sandbox into this host's network, for traces, tools, images by URL, the hub; needs pasta.",
+    ),
     option("--start-timeout", type=Duration(0.1), default="30m", help="How long a cold start may take."),
     option(
         "--scrub-env",
@@ -182,16 +188,21 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
     from plugin.runtime.run import launch as start
 
     start_log(options)
-    words = command_words.read((engine, *engine_arguments))
+    given = (engine, *engine_arguments)
+    words = command_words.read(given)
     if words.plain:
         run_unsupported(words, os.environ, options)
     environment = {**os.environ, **words.variables}
     python = options["engine_python"] or words.python or interpreter_of(words.engine)
+    launcher = launchers.engine(words.engine)
     if command_words.asks_for_help(words.arguments) and os.access(python, os.X_OK, effective_ids=True):
-        return show_help(launchers.engine(words.engine), python, words.arguments)
+        return show_help(launcher, python, words.arguments)
+    if why := launcher.why_as_given(words.arguments, environment, python):
+        alone = command_words.as_one_command(given, os.path.abspath(python))
+        run_unsupported(command_words.Words(plain=why, given=alone), os.environ, options)
     for word in command_words.unexpanded(words.arguments):
         log.warning("argument-not-expanded: %s is given as written; set the variable, or leave the argument out", word)
-    command = launchers.engine(words.engine).parse(words.arguments, environment, options["spin_idle"], python)
+    command = launcher.parse(words.arguments, environment, options["spin_idle"], python)
     if not os.access(python, os.X_OK, effective_ids=True):
         raise Usage("engine-python", f"{python} cannot be executed; give the engine's interpreter with --engine-python")
     # What the engine may take to finish its requests is not cut short.
@@ -208,6 +219,7 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
             take_snapshot=options["snapshot"],
             use_snapshot=options["restore"],
             strict=options["strict"],
+            egress=options["egress"],
             shrink=options["shrink"],
             start_timeout_s=options["start_timeout"],
             scrub_env=options["scrub_env"],

@@ -38,6 +38,18 @@ def _argument(identity: Mapping[str, Any], *flags: str) -> str:
 @using(
     option("--host", show_default="the engine's own", help="Address to listen on."),
     option("--port", type=click.IntRange(0, 65535), show_default="the engine's own", help="Port to listen on."),
+    option("--uds", metavar="PATH", help="UNIX socket to listen on, in place of host and port."),
+    option("--ssl-certfile", metavar="PATH", help="Certificate with which to serve TLS."),
+    option("--ssl-keyfile", metavar="PATH", help="Key of --ssl-certfile, if it is not in that file."),
+    option("--ssl-keyfile-password", help="Password of --ssl-keyfile."),
+    option("--ssl-ca-certs", metavar="PATH", help="Certificates with which to check those of clients."),
+    option(
+        "--ssl-cert-reqs",
+        type=click.Choice(["0", "1", "2"]),
+        default="0",
+        help="Certificates of clients: 0 none, 1 optional, 2 required.",
+    ),
+    option("--enable-ssl-refresh", is_flag=True, help="Read changed files of --ssl-… again."),
     option("--api-key", help="The key that the engine was started with, for the canary."),
     option("--admin-api-key", help="SGLang's key for its control endpoints, if it was started with one."),
     *replica,
@@ -55,6 +67,7 @@ def restore(snapshot: str, **options: Any) -> int:
     import launchers
     from checkpoint.snapshot.library import Library
     from launchers.base import EngineCommand, shutdown_timeout
+    from launchers.options.front import Tls
     from plugin.runtime.config import LaunchSettings, state_home
     from plugin.runtime.run import launch
     from plugin.runtime.steps.snapshot_fetch import manifest_of
@@ -83,6 +96,8 @@ def restore(snapshot: str, **options: Any) -> int:
                 key,
                 admin_key=options["admin_api_key"],
                 root_path=_argument(found.identity, *engine.root_path_flags),
+                uds=options["uds"] or "",
+                tls=Tls.of(options | {"ssl_refresh": options["enable_ssl_refresh"]}),
             ),
             engine_python=str(interpreter),
             home=home,

@@ -26,9 +26,12 @@ from checkpoint.compatibility.file_digests import FILES_LIMIT, FileDigests
 
 log = logging.getLogger("quickthaw")
 _NAMES = frozenset(
-    {"served-model-name", "root-path", "fastapi-root-path", "api-key", "admin-api-key", "otlp-service-name"}
+    [
+        *("served-model-name", "root-path", "fastapi-root-path", "api-key", "admin-api-key", "otlp-service-name"),
+        *("uds", "ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-keyfile-password"),
+    ]
 )
-"""Flags whose values never refer to files, even if the working folder has a file of that name."""
+"""Flags whose values never refer to files that the engine reads: names and keys, and what quickthaw's port takes over."""
 _WRITTEN = re.compile(
     r"(^|[-_.])(save|export|download|trace|profiler|storage|offload|cache|dump|output|media|metrics-to-file)[-_](dir|path|folder)$"
 )

@@ -59,6 +59,22 @@ def loopback_up() -> None:
         fcntl.ioctl(sock, 0x8914, struct.pack("16sh22x", b"lo", flags | 1))
 
 
+def add_address(address: str) -> None:
+    """Give loopback a second address, and a default route that every other one precedes (netdevice(7), rtnetlink(7)).
+
+    A restored socket can be bound to the address, or connected to one outside, before the sandbox's way out is up.
+    """
+    inet, netmask = socket.inet_aton(address), b"\xff" * 4
+    with error_context("second address"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for request, value in ((0x8916, inet), (0x891C, netmask)):  # SIOCSIFADDR, SIOCSIFNETMASK
+            fcntl.ioctl(sock, request, struct.pack("16sHH4s8x", b"lo:1", socket.AF_INET, 0, value))
+        nowhere, name = struct.pack("H14x", socket.AF_INET), ctypes.create_string_buffer(b"lo")
+        route = struct.pack(
+            "@L16s16s16sHhLPhPLLH", 0, nowhere, bytes(16), nowhere, 1, 0, 0, 0, 10000, ctypes.addressof(name), 0, 0, 0
+        )
+        fcntl.ioctl(sock, 0x890B, route)  # SIOCADDRT
+
+
 def set_monotonic(wanted_ns: int) -> None:
     """Set the children's monotonic and boot clocks to `wanted_ns` (time_namespaces(7)).
 
@@ -70,16 +86,18 @@ def set_monotonic(wanted_ns: int) -> None:
         file.write(f"monotonic {seconds} {nanoseconds}\nboottime {seconds} {nanoseconds}\n")
 
 
-def make_network_and_clock(monotonic_ns: int) -> None:
-    """Unshare the network, with loopback up, and the clock, set to `monotonic_ns` unless that is 0."""
+def make_network_and_clock(monotonic_ns: int, address: str) -> None:
+    """Unshare the network, with loopback up and an `address` unless that is "", and the clock, set to `monotonic_ns` unless that is 0."""
     check(libc.unshare(CLONE_NEWNET), "unshare(network)")
     loopback_up()
+    if address:
+        add_address(address)
     check(libc.unshare(CLONE_NEWTIME), "unshare(time)")
     if monotonic_ns:
         set_monotonic(monotonic_ns)
 
 
-def join_network_and_clock(monotonic_ns: int) -> None:
+def join_network_and_clock(monotonic_ns: int, address: str) -> None:
     """Join a network and a clock that belong to a user namespace of our own. Call it before CLONE_NEWPID.
 
     The creator of a user namespace has all capabilities over what belongs to it (user_namespaces(7)), so neither
@@ -90,7 +108,7 @@ def join_network_and_clock(monotonic_ns: int) -> None:
     if not child:
         try:
             check(libc.unshare(CLONE_NEWUSER), "unshare(user)")
-            make_network_and_clock(monotonic_ns)
+            make_network_and_clock(monotonic_ns, address)
             fds = [
                 os.open(f"/proc/self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in ("net", "time_for_children")
             ]
@@ -117,10 +135,10 @@ def enter_namespaces(config: Message) -> None:
     """
     check(libc.unshare(CLONE_NEWNS | CLONE_NEWIPC), "unshare")
     try:
-        make_network_and_clock(config["monotonic_ns"])
+        make_network_and_clock(config["monotonic_ns"], config["address"])
     except PermissionError as direct:
         try:
-            join_network_and_clock(config["monotonic_ns"])
+            join_network_and_clock(config["monotonic_ns"], config["address"])
         except OSError as error:
             raise OSError(direct.errno, f"{direct.strerror}; in a user namespace {error.strerror}") from error
     check(libc.unshare(CLONE_NEWPID), "unshare(processes)")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import functools
 import getpass
 import json
 import logging
@@ -21,7 +20,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,8 @@ from typing import Any
 
 from checkpoint.errors import Failed, HostLacks
 from checkpoint.sandbox import prestart
+from checkpoint.sandbox.egress import Egress, WayOut
+from checkpoint.sandbox.network import ADDRESS, close_outgoing, inside, own_network
 from checkpoint.snapshot import speculative
 
 log = logging.getLogger("quickthaw")
@@ -42,7 +43,6 @@ QUEUES_DIR = f"{RUN_DIR}/queues"
 READY_TIMEOUT_S = 10.0
 REQUEST_TIMEOUT_S = 30.0
 _PACKET_BYTES = 64 << 10  # the kernel takes at most SO_SNDBUF, some 200 KiB
-_CLONE_NEWNET = 0x40000000
 _SYS_OPEN_TREE, _AT_FDCWD, _OPEN_TREE_CLONE = 428, -100, 1  # the same on every architecture
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -61,13 +61,15 @@ class SandboxConfig:
     """Settings of a sandbox.
 
     `monotonic_ns`: the monotonic clock at the start (a snapshot's, in nanoseconds); 0 keeps the host's clock.
-    `kernel_facts`: CRIU's cached kernel features (Criu.kernel_facts); the file need not exist.
+    `kernel_facts`: CRIU's cached kernel features (Criu.kernel_facts); the file need not exist. `egress`: the way out into
+    this host's network; None for a sandbox with loopback only.
     """
 
     binds: Sequence[Bind] = ()
     refuse_io_uring: bool = True
     monotonic_ns: int = 0
     kernel_facts: Path | None = None
+    egress: Egress | None = None
 
     def message(self) -> dict[str, Any]:
         """Return the first message to init (checkpoint.sandbox.init)."""
@@ -78,6 +80,7 @@ class SandboxConfig:
             "kernel_facts": str(self.kernel_facts or ""),
             "run_dir": RUN_DIR,
             "user": _user(),
+            "address": ADDRESS if self.egress else "",
         }
 
 
@@ -103,25 +106,6 @@ def make_run_dir() -> None:
         ) from error
 
 
-@functools.cache
-def own_network() -> int:
-    """Return a descriptor of this process's network namespace, which stays open until the process ends.
-
-    Raises HostLacks (sandbox-network) if a thread that entered a sandbox's network could not return: in a user
-    namespace without its own network.
-    """
-    fd = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    if _libc.setns(fd, _CLONE_NEWNET):  # a no-op for this thread that tests the permission
-        error = ctypes.get_errno()
-        os.close(fd)
-        raise HostLacks(
-            "sandbox-network",
-            f"cannot enter this host's network namespace ({os.strerror(error)}); "
-            "run as root with CAP_SYS_ADMIN outside of a user namespace",
-        )
-    return fd
-
-
 @dataclass
 class Sandbox:
     """A running sandbox. Use it as a context manager, or call `close`; it also closes when its owner dies."""
@@ -145,6 +129,7 @@ class Sandbox:
         self._roots: set[int] = set()
         self._exits: dict[int, int] = {}
         self._network: int | None = None
+        self._way_out: WayOut | None = None
         self._network_lock = threading.Lock()
         if begun and begun.init:
             (self._process, self._control), begun.init = begun.init, None
@@ -193,6 +178,8 @@ class Sandbox:
             raise ConnectionResetError(0, "init died")
         self._init_pid = int(children[0])
         self._network = os.open(f"/proc/{self._init_pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        if self.config.egress:
+            self._way_out = WayOut(self.config.egress, self._network)
 
     def __enter__(self) -> Sandbox:
         return self
@@ -425,26 +412,10 @@ class Sandbox:
     def connect(self, port: int, host: str = "127.0.0.1") -> socket.socket:
         """Return a non-blocking TCP socket inside the sandbox's network, on which a connect was started.
 
-        A socket belongs to the namespace it was created in, so the calling thread enters the namespace, creates it,
-        and returns. The two setns calls take about 10 µs. Raises Failed (sandbox-gone), HostLacks (sandbox-network),
-        ConnectionRefusedError.
+        Raises Failed (sandbox-gone), HostLacks (sandbox-network), ConnectionRefusedError.
         """
-        home = own_network()
-        with self._network_lock:  # `close` must not close the descriptor during the calls: its number could be reused
-            if self._network is None:
-                raise Failed("sandbox-gone", "the sandbox has ended")
-            if _libc.setns(self._network, _CLONE_NEWNET):
-                raise Failed("sandbox-gone", "the sandbox's network is gone")
-            try:
-                sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-            finally:
-                back = _libc.setns(home, _CLONE_NEWNET)
-        if back:  # it worked in own_network, so this process has lost a privilege since
-            sock.close()
-            raise HostLacks(
-                "sandbox-network",
-                "cannot leave the sandbox's network any more; keep CAP_SYS_ADMIN for this process",
-            )
+        with self._entered():
+            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         error = sock.connect_ex((host, port))
@@ -452,6 +423,35 @@ class Sandbox:
             sock.close()
             raise ConnectionRefusedError(error, os.strerror(error))
         return sock
+
+    @contextlib.contextmanager
+    def _entered(self) -> Iterator[int]:
+        """Let this thread be in the sandbox's network, and yield its descriptor. Raises Failed, HostLacks."""
+        with self._network_lock:  # `close` must not close the descriptor meanwhile: its number could be reused
+            if self._network is None:
+                raise Failed("sandbox-gone", "the sandbox has ended")
+            with inside(self._network):
+                yield self._network
+
+    def wait_egress(self) -> None:
+        """Return once the way out is open, at once if there is none. Raises HostLacks (egress-failed)."""
+        if self._way_out:
+            self._way_out.wait()
+
+    def close_outgoing(self) -> None:
+        """Close the connections that leave the sandbox, before a dump. Raises Failed (egress-not-closed, sandbox-gone)."""
+        if not self.config.egress:
+            return
+        try:
+            with self._network_lock:
+                if self._network is not None:
+                    close_outgoing(self._network, self.config.egress.host_ports)
+        except OSError as error:
+            raise Failed(
+                "egress-not-closed",
+                f"this kernel does not close the engine's connections ({error.strerror}), and no snapshot can hold them; "
+                "launch with --no-egress, or with --no-snapshot",
+            ) from error
 
     # Shutdown
 
@@ -471,6 +471,8 @@ class Sandbox:
         Idempotent.
         """
         self._closing = True
+        if self._way_out:
+            self._way_out.close()
         self.end()
         try:
             self._process.wait(timeout_s)

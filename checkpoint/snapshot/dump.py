@@ -116,6 +116,7 @@ def take(
             wanted = private_bytes(pids) + shared
             free_space.check_disk(library.folder, wanted)
             limit_s = DUMP_TIMEOUT_S + wanted / DUMP_SLOWEST
+            sandbox.close_outgoing()
             monotonic_ns = criu.dump(sandbox, draft.root_pid, images, script, limit_s, logs=library.home / LOGS)
         finally:
             if driver and suspended:

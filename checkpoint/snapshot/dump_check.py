@@ -10,12 +10,14 @@ later restore fails.
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from checkpoint.criu.images import Message, messages, nested, number, text
 from checkpoint.errors import Failed
+from checkpoint.sandbox.network import is_inside
 from checkpoint.sandbox.sandbox import QUEUES_DIR
 
 FOLDER = "frozen"
@@ -30,12 +32,13 @@ ls -A {queues} > "{folder}/queues" 2>/dev/null || :
 """
 
 _STOPPED = 3  # TASK_STOPPED, criu/include/image.h
-_SYN_SENT = 2  # include/net/tcp_states.h
+_SYN_SENT, _CLOSED, _LISTEN = 2, 7, 10  # include/net/tcp_states.h
+_TCP = 6
 # Fields of PstreeEntry, CoreEntry and its TaskCoreEntry, FileEntry, RegFileEntry, InetSkEntry, RemapFilePathEntry (images/*.proto).
 _PID, _TC, _TASK_STATE = 1, 3, 1
 _REG, _ISK = 3, 4
 _REG_ID, _REG_FLAGS, _REG_NAME, _REG_SIZE = 1, 2, 6, 8
-_ISK_STATE, _ISK_DST_PORT = 6, 8
+_ISK_PROTOCOL, _ISK_STATE, _ISK_DST_PORT, _ISK_DST_ADDRESS = 5, 6, 8, 12
 _REMAPPED = 1
 
 
@@ -66,7 +69,7 @@ def examine(folder: Path, images: Path, kept: Iterable[str]) -> Frozen:
     """Read `script`'s output in `folder` and CRIU's in `images`, and reject what a restore could not bring back.
 
     `kept` names the sandbox folders whose files are part of the snapshot. Raises Failed (process-left-out, sysv-ipc,
-    message-queue, open-file-grows, connection-half-open), or Integrity when an image is garbled.
+    message-queue, open-file-grows, connection-half-open, connection-open), or Integrity when an image is garbled.
     """
     tree = {number(entry, _PID) for entry in messages(images / "pstree.img")}
     processes = {process.pid: process for process in _processes(folder / "stat")}
@@ -185,6 +188,14 @@ def _refuse_half_open(entries: list[Message]) -> None:
                     f"the engine was connecting to port {number(sock, _ISK_DST_PORT)}, and a restore cannot finish that; "
                     "the next cold start takes the snapshot",
                 )
+            if number(sock, _ISK_PROTOCOL) == _TCP and number(sock, _ISK_STATE) not in (_CLOSED, _LISTEN):
+                words = [word for word in sock.get(_ISK_DST_ADDRESS, ()) if isinstance(word, int)]
+                if words and not is_inside(struct.pack(f"={len(words)}I", *words)):
+                    raise Failed(
+                        "connection-open",
+                        f"the engine was connected to port {number(sock, _ISK_DST_PORT)} of another host, and a restore cannot "
+                        "go on with that; the next cold start takes the snapshot",
+                    )
 
 
 def _state(core: Path) -> int:

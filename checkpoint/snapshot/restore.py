@@ -26,6 +26,7 @@ from checkpoint.cuda.driver import Driver
 from checkpoint.errors import CheckpointError, Failed, HostLacks
 from checkpoint.files import private_folder, replacing
 from checkpoint.lazy_pages.client import DownloadingImages, PageServer, server_config
+from checkpoint.sandbox.egress import Egress
 from checkpoint.sandbox.process_tree import processes
 from checkpoint.sandbox.sandbox import TMP_DIR, Bind, Sandbox, SandboxConfig, make_run_dir
 from checkpoint.snapshot import file_backed, speculative
@@ -206,6 +207,7 @@ def restore(
     gpu_pairs: Sequence[tuple[str, str]] = (),
     underway: Callable[[], None] = lambda: None,
     cancellation: Cancellation | None = None,
+    egress: Egress | None = None,
 ) -> Restored:
     """Restore a replica into a new sandbox.
 
@@ -214,8 +216,8 @@ def restore(
     checkpoint.cuda.checkpoint. A snapshot with GPU state is never restored lazily, because the driver reads all of
     it at once. `pipes` maps the snapshot's stream names (`stdout`, `stderr`) to descriptors for the engine's output.
     The caller must check the canary. `underway` is called once CRIU runs and this process only waits. `cancellation`
-    ends the restore. The owner must cancel when `lazy.on_death` is called, because CRIU would wait for a page
-    forever.
+    ends the restore. `egress` is the way out of the sandbox. The owner must cancel when `lazy.on_death` is called,
+    because CRIU would wait for a page forever.
 
     Raises a CheckpointError. On failure no process, mount, namespace or file is left.
     """
@@ -234,7 +236,10 @@ def restore(
         make_run_dir()
         with cancellation, library.in_use(snapshot.name) as folder:
             config = SandboxConfig(
-                binds=binds, monotonic_ns=snapshot.monotonic_ns, kernel_facts=criu.kernel_facts(library.home)
+                binds=binds,
+                monotonic_ns=snapshot.monotonic_ns,
+                kernel_facts=criu.kernel_facts(library.home),
+                egress=egress,
             )
             plan = _plan(criu, snapshot, folder, run_folder, config, pipes, lazy)
             if unpack_cache(folder, compile_cache):

@@ -35,6 +35,7 @@ from plugin.proxy.settings import Settings
 
 if TYPE_CHECKING:
     from plugin.proxy.admin.access import Sessions
+    from plugin.proxy.tls import Certificates
 
 log = logging.getLogger("quickthaw.proxy")
 _ORDINARY = frozenset({"forwarded", "own", "tunnel", "client-gone", probes.REMEMBERED, probes.NOT_AWAKE})
@@ -314,26 +315,40 @@ class ProxyServer(Proxy):
         super().__init__(target, settings)
         self._servers: list[asyncio.Server] = []
 
-    async def start(self, sock: socket.socket, *, admin_sock: socket.socket | None = None) -> None:
-        """Accept clients on `sock` (bound and listening). `admin_sock`, if given, serves the admin endpoints on a port of their own."""
+    async def start(
+        self,
+        sock: socket.socket,
+        *,
+        admin_sock: socket.socket | None = None,
+        certificates: Certificates | None = None,
+    ) -> None:
+        """Accept clients on `sock` (bound and listening), over TLS with `certificates`.
+
+        `admin_sock`, if given, serves the admin endpoints on a port of their own, without TLS.
+        """
         from plugin.runtime.listening import url
 
         self.begin()
-        self.listens_at = url(sock)
-        await self._listen(sock, on_admin_port=False)
+        self.listens_at = url(sock, certificates is not None)
+        await self._listen(sock, certificates, on_admin_port=False)
+        if certificates is not None and certificates.refresh:
+            self._tasks.append(self.loop.create_task(certificates.watch()))
         if admin_sock is not None:
-            await self._listen(admin_sock, on_admin_port=True)
+            await self._listen(admin_sock, None, on_admin_port=True)
 
-    async def _listen(self, sock: socket.socket, *, on_admin_port: bool) -> None:
+    async def _listen(self, sock: socket.socket, certificates: Certificates | None, *, on_admin_port: bool) -> None:
         sock.setblocking(False)
+        more: dict[str, Any] = {"sock": sock, "backlog": self.settings.backlog}
+        if certificates is not None:
+            more |= {"ssl": certificates.context, "ssl_handshake_timeout": self.settings.head_timeout_s}
 
         def protocol() -> ClientConnection:
             return ClientConnection(self, on_admin_port=on_admin_port)
 
         if sock.family == socket.AF_UNIX:
-            server = await self.loop.create_unix_server(protocol, sock=sock, backlog=self.settings.backlog)
+            server = await self.loop.create_unix_server(protocol, **more)
         else:
-            server = await self.loop.create_server(protocol, sock=sock, backlog=self.settings.backlog)
+            server = await self.loop.create_server(protocol, **more)
         self._servers.append(server)
 
     def drain(self) -> None:

@@ -30,6 +30,7 @@ class LaunchSettings:
     - strict: fail, instead of continuing without, when a capability is off or a restore fails.
     - proxy: the user's values for plugin.proxy.settings.Settings.
     - admin_listen: host and port of a separate listener for the admin endpoints.
+    - egress: whether the sandbox has a way out into this host's network; None where the command line asks for it.
     """
 
     engine: str
@@ -47,6 +48,7 @@ class LaunchSettings:
     take_snapshot: bool = True
     use_snapshot: bool = True
     strict: bool = False
+    egress: bool | None = None
     lazy_restore: bool = True
     shrink: bool = True
     verify: str = "auto"

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from plugin.proxy.pool.pool import ReplicaPool
     from plugin.proxy.pool.replica import Replica as ProxyReplica
     from plugin.proxy.server import ProxyServer
+    from plugin.proxy.tls import Certificates
     from plugin.runtime.capabilities import Capabilities
 
 log = logging.getLogger("quickthaw")
@@ -59,6 +60,8 @@ class Launch:
     sock: socket.socket
     capabilities: Capabilities
     admin_sock: socket.socket | None = None
+    certificates: Certificates | None = None
+    """TLS of `sock`."""
     replicas: list[Replica] = field(default_factory=list)
     weights: Weights | None = None
     exit_code: int = 0
@@ -337,7 +340,7 @@ class Launch:
         # Raised only now: the first sandbox's init has started with the old limit, and both engines raise their own.
         raise_files()
         self._server = ProxyServer(pool, behaviour)
-        await self._server.start(self.sock, admin_sock=self.admin_sock)
+        await self._server.start(self.sock, admin_sock=self.admin_sock, certificates=self.certificates)
         self._accepts_since = time.monotonic()
         if self._ending.is_set():
             stop.set()

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import logging
+import os
 import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launchers.errors import Usage
+
+if TYPE_CHECKING:
+    from launchers.base import EngineCommand
 
 log = logging.getLogger("quickthaw")
 _REASONS = {
@@ -33,19 +42,87 @@ def bind(host: str, port: int, remedy: str = "choose another port") -> socket.so
     return sock
 
 
+@contextlib.contextmanager
+def bind_front(command: EngineCommand, remedy: str) -> Iterator[socket.socket]:
+    """Listen where the engine of a command line would; a UNIX socket's file is removed at the end.
+
+    Raises Usage (port-in-use, socket-in-use).
+    """
+    if not command.uds:
+        with bind(command.host, command.port, remedy) as sock:
+            yield sock
+        return
+    file = Path(command.uds)
+    sock = bind_unix(file)
+    made = file.stat()
+    try:
+        with sock:
+            yield sock
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(file.lstat(), made):
+                file.unlink()
+
+
+def bind_unix(path: Path) -> socket.socket:
+    """Bind a UNIX socket and return it, listening; its mode is that of the umask, as with vLLM.
+
+    A socket that a killed process left there is replaced. Raises Usage (socket-in-use).
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # two launches must not both find the same file left behind
+            if _left_behind(path):
+                path.unlink()
+            sock.bind(str(path))
+            sock.listen(4096)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        sock.close()
+        cause = _REASONS.get(error.errno or 0, error.strerror or error)
+        raise Usage("socket-in-use", f"cannot listen on {path}; {cause}; choose another path with --uds") from error
+    return sock
+
+
+def _left_behind(path: Path) -> bool:
+    """Return whether a path is a socket that no process has bound or listens on. Raises OSError."""
+    if path.is_symlink() or not path.is_socket():
+        return False
+    # A socket that is bound and does not listen yet refuses connections, as one that was left behind does.
+    bound = Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines()
+    if any(Path(line.split(maxsplit=7)[-1]).name == path.name for line in bound):
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.settimeout(1.0)
+        try:
+            client.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    return False
+
+
 def refused(host: str, port: int, error: OSError, remedy: str) -> str:
     """Return why an address cannot be listened on, with the remedy, in one line."""
     return f"cannot listen on {host}:{port}; {_REASONS.get(error.errno or 0, error.strerror or error)}; {remedy}"
 
 
-def url(sock: socket.socket) -> str:
+def url(sock: socket.socket, encrypted: bool = False) -> str:
     """Return the URL of a listening socket, with the port that the kernel chose for port 0, or `unix:` and its path."""
     if sock.family == socket.AF_UNIX:
         return f"unix:{sock.getsockname()}"
     host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if encrypted else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def announcement(sock: socket.socket, admin_sock: socket.socket | None, admin_prefix: str) -> str:
+def announcement(
+    sock: socket.socket, admin_sock: socket.socket | None, admin_prefix: str, encrypted: bool = False
+) -> str:
     """Return the log line that names the served address and the admin page."""
-    return f"listening on {url(sock)} (admin page: {url(admin_sock or sock)}{admin_prefix}/)"
+    admin = url(admin_sock) if admin_sock else url(sock, encrypted)
+    return f"listening on {url(sock, encrypted)} (admin page: {admin}{admin_prefix}/)"

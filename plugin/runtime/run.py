@@ -5,23 +5,26 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import launchers
 from checkpoint.compatibility.environment import classify
-from launchers.errors import LauncherError
+from launchers.errors import LauncherError, Usage
 from launchers.model_source import why_plain
 from plugin.proxy.descriptor_limit import LEAST_FILES_WITH_ENGINE, require_files
 from plugin.runtime.capabilities import Capabilities, detect
 from plugin.runtime.home import hidden, protect
 from plugin.runtime.launcher import Launch
-from plugin.runtime.listening import announcement, bind
+from plugin.runtime.listening import announcement, bind, bind_front
 from plugin.runtime.steps.model_mount import Weights
 
 if TYPE_CHECKING:
     from checkpoint.criu.binary import Criu
     from launchers.base import Engine
+    from launchers.options.front import Tls
+    from plugin.proxy.tls import Certificates
     from plugin.runtime.config import LaunchSettings
 
 log = logging.getLogger("quickthaw")
@@ -49,12 +52,16 @@ def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None 
         )
     with contextlib.ExitStack() as bound:
         remedy = "choose another with the engine's --port"
-        sock = bound.enter_context(bind(settings.command.host, settings.command.port, remedy))
+        certificates = None
+        if settings.command.tls:
+            certificates = _certificates(settings.command.tls)
+        sock = bound.enter_context(bind_front(settings.command, remedy))
         admin_sock = None
         if settings.admin_listen:
             admin_sock = bound.enter_context(bind(*settings.admin_listen, "choose another with --admin-listen"))
-        log.info("%s", announcement(sock, admin_sock, settings.proxy.get("admin_prefix", "/-")))
-        run = Launch(settings, sock, capabilities, admin_sock, stdout=stdout, stderr=stderr)
+        prefix = settings.proxy.get("admin_prefix", "/-")
+        log.info("%s", announcement(sock, admin_sock, prefix, certificates is not None))
+        run = Launch(settings, sock, capabilities, admin_sock, certificates, stdout=stdout, stderr=stderr)
         return _run(run, host.criu, engine, weights)
 
 
@@ -76,6 +83,16 @@ def _hidden_input(settings: LaunchSettings) -> str | None:
         if path.startswith("/") and (own := hidden(Path(path))) and os.access(path, os.F_OK):
             return f"input-hidden: {path} lies below {own}, where a sandbox has its own files; move it, for snapshots"
     return None
+
+
+def _certificates(tls: Tls) -> Certificates:
+    """Read the files of an engine's TLS options. Raises Usage (tls-files)."""
+    from plugin.proxy.tls import Certificates  # takes some 15 ms, which a launch without TLS need not wait for
+
+    try:
+        return Certificates(**asdict(tls))
+    except ValueError as error:
+        raise Usage("tls-files", f"{error}; check the engine's --ssl-… options") from error
 
 
 def _run(run: Launch, criu: Criu | None, engine: Engine, weights: Weights) -> int:

@@ -75,6 +75,8 @@ _FILES = {
     "vllm/__init__.py": "",
     "vllm/entrypoints/__init__.py": "",
     "vllm/entrypoints/openai/__init__.py": "",
+    "vllm/entrypoints/cli/__init__.py": "",
+    "vllm/entrypoints/cli/main.py": "import sys\nimport engine_double\nsys.argv.remove('serve')\nengine_double.main('vllm')\n",
     "vllm/entrypoints/openai/api_server.py": "import engine_double\nengine_double.main('vllm')\n",
     "vllm/v1/__init__.py": "",
     "vllm/v1/worker/__init__.py": "",
@@ -116,8 +118,13 @@ def model(folder: Path, seed: int = 1) -> Path:
 
 
 def call(port, method, path, body=None, limit_s=60.0, **headers):
-    """Send one request; return its status and decoded answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=limit_s)
+    """Send one request; return its status and decoded answer. `port` may be a function that returns a connection,
+    given its time limit.
+    """
+    if callable(port):
+        connection = port(limit_s)
+    else:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=limit_s)
     with contextlib.closing(connection):
         connection.request(method, path, json.dumps(body) if body is not None else None, headers)
         response = connection.getresponse()
@@ -131,6 +138,9 @@ def call(port, method, path, body=None, limit_s=60.0, **headers):
 class Started:
     """A running launch: its port, process and log."""
 
+    headers = {}
+    """Of each request for a completion."""
+
     def __init__(self, port, process, log):
         self.port, self.process, self.log = port, process, log
 
@@ -138,12 +148,11 @@ class Started:
         """Request a completion, again until the port is bound; the proxy holds it until a replica is ready. Return
         the answer.
         """
+        body = {"prompt": prompt, "max_tokens": 4, "temperature": 0, **more}
         limit = time.monotonic() + 60
         while True:
             try:
-                status, answer = call(
-                    self.port, "POST", "/v1/completions", {"prompt": prompt, "max_tokens": 4, "temperature": 0, **more}
-                )
+                status, answer = call(self.port, "POST", "/v1/completions", body, **self.headers)
                 break
             except ConnectionRefusedError:
                 assert self.process.poll() is None, self.text()[-3000:]

@@ -54,6 +54,7 @@ class ClientConnection(Client, asyncio.Protocol):
         self._ignored_upgrade = False
         self._watching = False
         self._early_tunnel = b""
+        self._scheme = b"http"
         self._linger_until = 0.0
         self._lingered = 0
 
@@ -159,6 +160,8 @@ class ClientConnection(Client, asyncio.Protocol):
         self.transport.set_write_buffer_limits(high=self.settings.write_buffer)
         peer = transport.get_extra_info("peername")
         self.peer = peer[0].encode() if isinstance(peer, tuple) else b"unix"
+        if transport.get_extra_info("sslcontext") is not None:
+            self._scheme = b"https"
         self.host.clients.add(self)
         if len(self.host.clients) > self.host.max_clients and not self.on_admin_port:
             crowd = Unavailable("too-many-clients", f"{self.host.max_clients} clients are connected already")
@@ -231,6 +234,7 @@ class ClientConnection(Client, asyncio.Protocol):
         if self._synthetic:
             return
         self._parsing = Request()
+        self._parsing.scheme = self._scheme
         self._in_head = True
         self._trailers = 0
         self._head_began = time.monotonic()

@@ -14,6 +14,7 @@ from launchers.bare import BareProcess, free_port
 from launchers.base import ENGINE_SITE, INNER_PORT, Probe
 from launchers.engine_site import engine_site
 from launchers.errors import EngineDied, LauncherError
+from plugin.runtime import way_out
 from plugin.runtime.capabilities import forget, sandbox_reason
 from plugin.runtime.home import unusable
 from plugin.runtime.steps import take_snapshot
@@ -49,6 +50,10 @@ def begin(replica: StartContext, mounted: Path | None) -> Running:
         cache=cache,
     )
     command = replica.settings.command
+    if isinstance(place, Sandbox) and place.config.egress and way_out.online(replica.settings):
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+            if name not in replica.settings.given_environment:
+                environment.pop(name, None)
     if sandboxed and replica.weights.hub_cache:
         environment["HF_HUB_CACHE"] = replica.weights.hub_cache
     if sandboxed and replica.weights.hub and replica.weights.hub.names_model:
@@ -102,8 +107,18 @@ def _sandbox(replica: StartContext, mounted: Path | None) -> Sandbox | None:
     try:
         facts = replica.criu.kernel_facts(replica.settings.home) if replica.criu else None
         shown = binds(replica.settings, replica.weights, mounted, replica.weights.engine_path if mounted else "")
-        return Sandbox(SandboxConfig(binds=shown, kernel_facts=facts), on_exit=replica.on_exit())
+        egress = way_out.of(replica.settings, replica.weights)
+        sandbox = Sandbox(SandboxConfig(binds=shown, kernel_facts=facts, egress=egress), on_exit=replica.on_exit())
+        try:
+            sandbox.wait_egress()
+        except BaseException:
+            sandbox.close()
+            raise
+        return sandbox
     except CheckpointError as error:
+        if error.code in ("egress-missing", "egress-failed"):  # a sandbox can be made, and has no way out
+            replica.turn_off(str(error), error)
+            return None
         forget(replica.settings.home)
         replica.turn_off(sandbox_reason(error), error)
     except OSError as error:

@@ -12,6 +12,7 @@ from checkpoint.compatibility import check as identity
 from checkpoint.compatibility.check import CurrentIdentity, Identity, Mismatch
 from checkpoint.errors import CheckpointError, Incompatible
 from launchers.given_options import given_options, last
+from plugin.runtime import way_out
 
 if TYPE_CHECKING:
     from checkpoint.criu.binary import Criu
@@ -26,7 +27,7 @@ log = logging.getLogger("quickthaw")
 def gather(settings: LaunchSettings, weights: Weights, criu: Criu | None) -> CurrentIdentity:
     """Return the identity of a launch on this host. Raises CheckpointError when engine or interpreter are missing."""
     model = weights.path
-    return identity.current_identity(
+    found = identity.current_identity(
         settings.engine,
         Path(settings.engine_python),
         settings.command.arguments,
@@ -39,6 +40,7 @@ def gather(settings: LaunchSettings, weights: Weights, criu: Criu | None) -> Cur
         weights="thin" if settings.weights == "thin" else "full",
         criu=criu.cached_version(settings.home) if criu else "",
     )
+    return replace(found, arguments={**found.arguments, **way_out.identify(settings, weights)})
 
 
 def check(snapshot: Snapshot, here: CurrentIdentity, settings: LaunchSettings, weights: Weights) -> Identity:

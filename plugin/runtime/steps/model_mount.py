@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 from checkpoint.compatibility import hub
 from checkpoint.errors import Incompatible
-from launchers.base import WEIGHT_SUFFIXES, check_model
 from launchers.given_options import given_options, last
+from launchers.options.model_check import WEIGHT_SUFFIXES, check_model
 from plugin.model.content import ModelContent
 from plugin.model.hub import HubModels, NotDownloaded
 

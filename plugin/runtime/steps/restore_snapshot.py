@@ -18,6 +18,7 @@ from checkpoint.snapshot import restore, speculative
 from launchers import control
 from launchers.errors import LauncherError
 from plugin.records import restore_rates
+from plugin.runtime import way_out
 from plugin.runtime.phases import Phase
 from plugin.runtime.steps.engine_output import Output
 from plugin.runtime.steps.engine_process import Running, client_of
@@ -83,6 +84,7 @@ def run(replica: RestoreContext, name: str, lazy: bool) -> None:
             gpu_pairs=_gpu_pairs(replica, recorded),
             underway=replica.underway.set,
             cancellation=replica.cancellation,
+            egress=way_out.recorded(recorded.arguments),
         )
     finally:
         for output in outputs.values():
@@ -96,6 +98,7 @@ def run(replica: RestoreContext, name: str, lazy: bool) -> None:
     replica.set_running(running)
     if replica.page_server_error:  # lost before `running` was set
         raise Failed("pages-lost", replica.page_server_error)
+    sandbox.wait_egress()
     replica.tracker.to(Phase.WAKING)
     _wake(replica, running, snapshot, recorded, None if mounted else place)
     check_canary(replica, running, snapshot)

@@ -1,5 +1,7 @@
 """What both processes know of their launch: the engine's options, the model's folder, the environment, the plugins."""
 
+import itertools
+import json
 import mmap
 import os
 import signal
@@ -49,6 +51,19 @@ def other_kind(options):
     if options.get("runner") == "pooling":
         return options["convert"]
     return "embed" if "is-embedding" in options else "transcribe" if options.get("task") == "transcription" else ""
+
+
+def keys_of(words):
+    """The keys that vLLM takes from clients: of the last `--api-key` or of the file, else the variable's."""
+    found = None
+    for at, word in enumerate(words):
+        if word == "--api-key":
+            found = list(itertools.takewhile(lambda value: not value.startswith("-"), words[at + 1 :]))
+        elif word.startswith("--api-key="):
+            found = [word.partition("=")[2]]
+    if found is None and (key := options_of(words).get("api-key")):
+        found = json.loads(key.replace("'", '"')) if key.startswith("[") else [key]
+    return [key for key in (found or [os.environ.get("VLLM_API_KEY")]) if key]
 
 
 def values():

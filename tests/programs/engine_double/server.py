@@ -2,19 +2,22 @@
 
 import asyncio
 import contextlib
+import http.client
 import importlib
 import json
 import os
 import random
+import sys
 import threading
 import time
 import types
+import urllib.parse
 import uuid
 from http.server import BaseHTTPRequestHandler
 
 import torch
 
-from .launch import model_folder, other_kind, surroundings, values
+from .launch import keys_of, model_folder, other_kind, surroundings, values
 
 NUMBERS = {"embed": ("/v1/embeddings", "embedding"), "classify": ("/classify", "probs"), "reward": ("/pooling", "data")}
 """Path and key of what a vLLM answers that does not generate."""
@@ -59,6 +62,42 @@ class EngineClient:
         self.ask("wake_up", tags or [])
 
 
+KEPT = []
+"""Connections that stay open, as those of a client's pool do."""
+
+
+def fetch(url, keep=False):
+    """What a URL has, as an engine fetches an image; `keep` leaves the connection open."""
+    parts = urllib.parse.urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=10)
+    try:
+        connection.request("GET", parts.path or "/")
+        text = connection.getresponse().read().decode()
+    except OSError as error:
+        return {"error": type(error).__name__}
+    if keep:
+        KEPT.append(connection)
+    else:
+        connection.close()
+    return {"text": text}
+
+
+def fetch_again():
+    """Whether each kept connection still works."""
+    found = []
+    for connection in KEPT:
+        try:
+            connection.request("GET", "/")
+            found.append(connection.getresponse().read().decode())
+        except (OSError, http.client.HTTPException) as error:
+            found.append(type(error).__name__)
+    return found
+
+
+if "ENGINE_DOUBLE_FETCHES" in os.environ:
+    print("engine double: fetched", fetch(os.environ["ENGINE_DOUBLE_FETCHES"], keep=True), flush=True)
+
+
 def level(query):
     return int(next((p.partition("=")[2] for p in query.split("&") if p.startswith("level=")), "1"))
 
@@ -85,6 +124,7 @@ def middleware_of(options):
 
 def handler(engine, ask, options):
     middleware = middleware_of(options)
+    keys = keys_of(sys.argv[1:])
     # Offline, vLLM replaces a hub name by the cache's folder.
     own_name = (
         model_folder(options["model"]) if engine == "vllm" and "HF_HUB_OFFLINE" in os.environ else options["model"]
@@ -143,8 +183,10 @@ def handler(engine, ask, options):
                 self.reply({"error": str(error)}, 500)
 
         def answer(self, path, query, body):
-            if engine == "sglang" and self.refused(path):
+            if self.refused(path) if engine == "sglang" else path.startswith("/v1") and self.without_key():
                 return ({"error": "Unauthorized"}, 401)
+            if path == "/fetch":
+                return (fetch(body["url"]) if "url" in body else {"again": fetch_again()},)
             text = body.get("prompt") or body.get("text") or body.get("input")
             if isinstance(text, str) and "skip-tokenizer-init" in options:
                 return ({"error": "no tokenizer: send token ids"}, 400)
@@ -182,6 +224,10 @@ def handler(engine, ask, options):
             if path == "/v1/audio/transcriptions" and kind == "transcribe":
                 return ({"text": "hello"},)
             return self.vllm(path, query, body)
+
+        def without_key(self):
+            """Whether vLLM asks for one of its keys (entrypoints/serve/middleware/authenticate.py)."""
+            return bool(keys) and self.headers.get("Authorization") not in [f"Bearer {key}" for key in keys]
 
         def refused(self, path):
             """Return whether SGLang requires another key: its admin key for control, the clients' key otherwise

@@ -7,6 +7,7 @@ import pytest
 import launchers
 from checkpoint.compatibility.launch_options import normalised_arguments
 from launchers.errors import Usage
+from launchers.options.front import Tls
 from tests.t0.checkpoint.compatibility.test_facts import venv
 
 pytestmark = pytest.mark.t0
@@ -66,6 +67,64 @@ def test_keys_prefix_and_seed_are_read_from_a_configuration_file(name, tmp_path)
     assert command.api_key == "line"
     command = engine.parse([engine.model_flags[0], "m", "--config", "/nowhere"], {})
     assert (command.api_key, command.admin_key, command.root_path, command.fixed_seed) == (None, None, "", False)
+
+
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+def test_the_engine_does_not_get_the_options_by_which_quickthaws_port_listens(name, tmp_path):
+    engine = launchers.engine(name)
+    flag = engine.model_flags[0]
+    words = [flag, "m", "--ssl-keyfile=k", "--ssl-certfile", "c", "--ssl_ca_certs", "a", "--enable-ssl-refresh"]
+    command = engine.parse(words, {}, True)
+    assert command.arguments == (flag, "m")
+    assert command.tls == Tls("c", "k", authorities="a", refresh=True)
+    file = tmp_path / "engine.yaml"
+    file.write_text("ssl-keyfile: k\nssl_certfile: c\nseed: 1\n")
+    command = engine.parse([flag, "m", "--config", str(file), "--ssl-certfile", "line"], {}, True)
+    assert command.tls == Tls("line", "k")
+    assert command.arguments == (flag, "m", "--config", str(file), "--ssl-keyfile=")
+    assert engine.parse([flag, "m", "--ssl-ca-certs", "a"], {}).tls is None
+
+
+def test_more_options_by_which_an_engine_listens():
+    vllm, sglang = (launchers.engine(name) for name in ("vllm", "sglang"))
+    words = [
+        "m",
+        "--uds=/s",
+        "--ssl-certfile",
+        "c",
+        "--ssl-cert-reqs",
+        "2",
+        "--ssl-ciphers",
+        "x",
+        "--no-enable-ssl-refresh",
+    ]
+    command = vllm.parse(words, {})
+    assert command.arguments == ("--model", "m")
+    assert (command.uds, command.tls) == ("/s", Tls("c", client_certificates=2, ciphers="x"))
+    command = sglang.parse(["m", "--ssl-certfile", "c", "--ssl-keyfile", "k", "--ssl-keyfile-password", "p"], {}, True)
+    assert command.tls == Tls("c", "k", "p") and "'p'" not in repr(command)
+    assert "--uds" in sglang.parse(["m", "--uds", "/s"], {}).arguments  # not an option of SGLang, which says so
+
+
+def test_a_refresh_that_only_a_file_asks_for_runs_as_given(tmp_path):
+    file = tmp_path / "engine.yaml"
+    file.write_text("enable-ssl-refresh: true\n")
+    assert launchers.engine("sglang").why_as_given(["m", "--config", str(file)], {})
+    assert not launchers.engine("vllm").why_as_given(["m", "--config", str(file)], {})
+
+
+@pytest.mark.parametrize(
+    ("words", "variable", "key"),
+    [
+        ("--api-key a b", "", "a"),
+        ("--api-key a --api-key b", "v", "b"),
+        ("--api-key=a", "v", "a"),
+        ("", "v", "v"),
+        ("", "", None),
+    ],
+)
+def test_the_key_that_vllm_takes(words, variable, key):
+    assert launchers.engine("vllm").parse(["m", *words.split()], {"VLLM_API_KEY": variable}).api_key == key
 
 
 @pytest.mark.parametrize(

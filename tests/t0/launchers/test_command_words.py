@@ -109,12 +109,8 @@ def test_complex_shell_commands_run_as_given(script, path):
     "words",
     [
         "vllm bench serve",
-        "vllm serve M --omni",
-        "vllm serve M --headless",
-        "vllm serve M --grpc",
         "sglang generate --prompt x",
         "sglang serve M --model-type diffusion",
-        "sglang serve M --grpc_mode",
         "python3 serve.py",
         "python3 -X dev -m sglang.launch_server --model-path M",
         "python3",

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import launchers
-from launchers.base import check_model
 from launchers.errors import BadModel, Usage
 from launchers.given_options import given_options, last
 from launchers.model_source import can_reload, repositories, why_plain
+from launchers.options.model_check import check_model
 
 pytestmark = pytest.mark.t0
 
@@ -37,7 +37,7 @@ def test_an_options_file_is_read_as_the_engines_do(tmp_path: Path) -> None:
     )
     assert "trust-remote-code" in options and "enforce-eager" not in options
     command = parsed("vllm", "--config", str(file))
-    assert (command.model, command.host, command.port, command.api_key) == ("acme/tiny", "0.0.0.0", 8123, "two")
+    assert (command.model, command.host, command.port, command.api_key) == ("acme/tiny", "0.0.0.0", 8123, "one")
     assert command.arguments == ("--config", str(file))  # the rest is left to the engine
     assert parsed("vllm", "--config", str(file), "--port", "1").port == 1
     assert named("vllm", "--config", str(file)) == [("acme/tiny", "v2", "model"), ("acme/draft", None, "model")]

@@ -90,7 +90,6 @@ FILE = [
     ["--hicache-storage-backend-extra-config", "@{}"],
     ["--speculative-token-map", "x={}"],
     ["--quantization-config", '{{"scales": ["{}"]}}'],
-    ["--ssl-certfile", "{}"],
     ["--unknown-flag", "{}"],
 ]
 

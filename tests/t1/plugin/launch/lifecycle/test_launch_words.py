@@ -4,10 +4,12 @@ import os
 import shlex
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 
 from launchers.bare import free_port
+from tests.kits.launch_rig import call
 
 pytestmark = [pytest.mark.t1, pytest.mark.timeout(120)]
 STARTS = [
@@ -71,6 +73,54 @@ def test_strict_refuses_to_run_a_command_as_given(launch_rig):
     done = launch_rig.cli("launch", "--strict", "--", "sh", "-c", "exit 7; :")
     assert done.returncode == 1
     assert done.stderr.startswith("quickthaw: capability-off: --strict, and ")
+
+
+NIXL = '{"kv_connector":"NixlConnector","kv_role":"kv_both"}'
+
+
+@pytest.mark.parametrize(
+    ("engine", "more"),
+    [
+        ("vllm", ["--headless"]),
+        ("vllm", ["--api-server-count", "2"]),
+        ("vllm", ["--nnodes=2", "--node-rank", "0"]),
+        ("vllm", ["--kv-transfer-config", NIXL]),
+        ("sglang", ["--nnodes", "2", "--node-rank", "0", "--dist-init-addr", "10.0.0.1:5000"]),
+        ("sglang", ["--enable-http2"]),
+    ],
+)
+@pytest.mark.parametrize("form", ["name", "module", "shell"])
+def test_an_engine_of_several_processes_or_hosts_runs_as_given(launch_rig, engine, more, form):
+    """It is this very process, on the port that it was given, with all of its options."""
+    flag, port = "--model-path" if engine == "sglang" else "--model", free_port()
+    module = "sglang.launch_server" if engine == "sglang" else "vllm.entrypoints.openai.api_server"
+    options = [flag, str(launch_rig.model), *more, "--host", "127.0.0.1", "--port", str(port)]
+    given = {
+        "name": ["--engine-python", str(launch_rig.python), engine, *options],
+        "module": ["--", str(launch_rig.python), "-m", module, *options],
+        "shell": ["--", "sh", "-c", shlex.join(["exec", str(launch_rig.python), "-m", module, *options])],
+    }[form]
+    started = launch_rig.start(words=("launch", *given), port=port)
+    try:
+        assert started.ask()
+        assert call(port, "GET", "/-/status")[0] == 404
+        (line,) = (line for line in started.text().splitlines() if line.startswith("quickthaw: "))
+        assert line.startswith(f"quickthaw: run-as-given: {more[0].partition('=')[0]} ")
+        argv = Path(f"/proc/{started.process.pid}/cmdline").read_bytes().split(b"\0")
+        assert {word.encode() for word in more} <= set(argv)
+        assert (b"serve" in argv) == (form == "name" and engine == "vllm")
+    finally:
+        code = started.stop(signal.SIGTERM)
+    assert code == -signal.SIGTERM
+    assert launch_rig.watch.gone() == set()
+
+
+def test_strict_refuses_to_run_an_engine_of_several_hosts(launch_rig):
+    done = launch_rig.cli(
+        "launch", "--strict", "--engine-python", launch_rig.python, "vllm", "--model", launch_rig.model, "-n", "2"
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("quickthaw: capability-off: --strict, and --nnodes 2 spans several hosts")
 
 
 def test_a_missing_command_is_an_error(launch_rig):

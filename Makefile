@@ -10,7 +10,7 @@ PYTEST := $(PYTHON) -m pytest -q
 # CI asks for reports, to count that the engine tests ran.
 REPORT = $(if $(QUICKTHAW_TEST_REPORT),--junitxml=$(QUICKTHAW_TEST_REPORT)/$(1).xml)
 
-.PHONY: demo test test-fast lint check setup setup-fast bench clean
+.PHONY: demo test test-fast lint check setup setup-fast bench wheels clean
 
 demo:
 	@setup/setup.sh $(ENGINE)
@@ -40,6 +40,10 @@ check: lint test
 
 bench: setup
 	$(PYTHON) -m plugin bench coldstart --engine $(ENGINE) --runs 5
+
+# dist/quickthaw-*.whl and dist/quickthaw_criu-*.whl, which brings CRIU to hosts that have none.
+wheels: setup-fast
+	@$(PYTHON) setup/wheels.py dist
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -28,6 +28,7 @@ COMMANDS = {
     "mount": ("lazyfs.cli.mount", "mount", "Show a model of the store as files."),
     "snapshot": ("checkpoint.cli", "snapshot", "List, inspect, verify, move and remove snapshots."),
     "plan": ("capacity.cli", "plan", "How many replicas and idle GPUs to hold, and what a faster restore is worth."),
+    "setup": ("plugin.setup.cli", "setup", "Install what quickthaw needs beside its own wheel: setup criu."),
     "doctor": ("plugin.doctor", "doctor", "Test what this host can do, and print the remedy for what it cannot."),
     "bench": ("plugin.bench.cli", "bench", "Measure cold starts against restores, side by side."),
     "demo": (
@@ -43,7 +44,7 @@ COMMANDS = {
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_HOST = 1, 2, 3
 ACTIONS = frozenset(
-    {"unmount", "force", "status", "metrics", "prefetch", "pin", "drop", "check", "contents", "picture"}
+    {"unmount", "force", "status", "metrics", "prefetch", "pin", "drop", "check", "contents", "picture", "from", "fix"}
 )
 """Options that say what to do, not how. No variable sets them: each later command would do the same."""
 

@@ -1,4 +1,4 @@
-"""`quickthaw doctor`: test what this host can do, and print the remedy for what it cannot."""
+"""`quickthaw doctor`: test what this host can do, and print the remedy for what it cannot; `--fix` repairs first (plugin.setup.repair)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,21 @@ from plugin.runtime.home import state_home
 if TYPE_CHECKING:
     from plugin.runtime.capabilities import Host
 
+_ALLOW = "docs/deploy.md lists what a container must allow"
+
 
 @dataclass(frozen=True)
 class Finding:
-    """One result: `ok`, `off` (a capability is missing) or `note` (works, but could be better)."""
+    """One result: `ok`, `off` (a capability is missing), `note` (works, but could be better), or of --fix `fixed` or `unfixed`.
+
+    `administrator`: only who administers this host, or starts this container, can grant it.
+    """
 
     what: str
     state: str
     detail: str
     remedy: str = ""
+    administrator: bool = False
 
 
 def _kernel() -> Finding:
@@ -38,6 +44,7 @@ def _kernel() -> Finding:
             "off",
             release,
             "snapshots need Linux >= 5.11 (userfaultfd, time namespaces, pidfd); upgrade the kernel",
+            administrator=True,
         )
     if (major, minor) < (6, 9):
         return Finding(
@@ -62,7 +69,7 @@ def _privileges(host: Host) -> list[Finding]:
 
 def _off(what: str, why: str, names: str = "") -> Finding:
     detail, _, remedy = why.partition("; ")
-    return Finding(what, "off", f"{names}{detail}", remedy)
+    return Finding(what, "off", f"{names}{detail}", remedy, administrator=True)
 
 
 def _sandbox(host: Host) -> Finding:
@@ -77,7 +84,7 @@ def _criu(host: Host) -> Finding:
     if host.criu:
         return Finding("criu", "ok", f"{host.criu.version} at {host.criu.program}")
     if host.criu_missing:
-        return Finding("criu", "off", host.criu_missing, "setup/criu.sh unpacks a recent one privately")
+        return Finding("criu", "off", host.criu_missing, "quickthaw setup criu installs a recent one")
     return Finding("criu", "off", "not tried", "see privileges above")
 
 
@@ -91,7 +98,7 @@ def _roundtrip(host: Host, home: Path) -> Finding:
     from plugin.runtime.steps import criu_trial
 
     if why := criu_trial.try_out(host.criu, home):
-        return Finding(what, "off", why, "docs/deploy.md lists what a container must allow")
+        return Finding(what, "off", why, _ALLOW, True)
     return Finding(what, "ok", "a process was dumped and came back")
 
 
@@ -118,10 +125,10 @@ def _gpu() -> Finding:
     try:
         out = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip().splitlines()
     except (OSError, subprocess.SubprocessError) as error:
-        return Finding("gpu", "off", f"nvidia-smi: {error}", "install the driver's tools, or check the driver")
+        return Finding("gpu", "off", f"nvidia-smi: {error}", "install the driver's tools, or check the driver", True)
     driver = out[0].rpartition(",")[2].strip()
     if int(driver.partition(".")[0]) < 570:
-        return Finding("gpu", "off", ", ".join(out), "CUDA checkpoint calls need driver >= 570")
+        return Finding("gpu", "off", ", ".join(out), "CUDA checkpoint calls need driver >= 570", True)
     return Finding("gpu", "ok", "; ".join(out))
 
 
@@ -145,6 +152,15 @@ def _state_folder(host: Host, home: Path) -> Finding:
     )
 
 
+_MARKS = {
+    "ok": ("✓", "green"),
+    "note": ("·", "yellow"),
+    "off": ("✗", "red"),
+    "fixed": ("+", "green"),
+    "unfixed": ("!", "yellow"),
+}
+
+
 def _findings() -> list[Finding]:
     """Try this host's capabilities as a launch does (plugin.runtime.capabilities), without what is remembered."""
     from plugin.runtime.capabilities import detect
@@ -154,23 +170,44 @@ def _findings() -> list[Finding]:
     return [_kernel(), *_capabilities(host, home), _egress(), _gpu(), _state_folder(host, home)]
 
 
+def _fixes() -> list[Finding]:
+    """Repair what can be repaired without asking."""
+    from plugin.setup.repair import repair
+
+    done = repair(state_home(), lambda text: click.echo(text, err=True))
+    return [Finding(one.what, "unfixed" if one.remedy else "fixed", one.detail, one.remedy) for one in done]
+
+
 @click.command()
 @option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
-def doctor(as_json: bool) -> int:
+@option(
+    "--fix",
+    is_flag=True,
+    help="First repair what needs no decision: install CRIU, close the state folder to other users, remove what killed launches left.",
+)
+def doctor(as_json: bool, fix: bool) -> int:
     """Test what this host can do, and print the remedy for what it cannot. Exit code 3 if a capability is off.
 
     \b
     quickthaw doctor
+    quickthaw doctor --fix
     quickthaw doctor --json
     """
+    fixes = _fixes() if fix else []
     findings = _findings()
     if as_json:
-        click.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
+        click.echo(json.dumps([asdict(finding) for finding in (*fixes, *findings)], indent=1))
     else:
-        marks = {"ok": ("✓", "green"), "note": ("·", "yellow"), "off": ("✗", "red")}
-        for finding in findings:
-            mark, colour = marks[finding.state]
+        if fix and not fixes:
+            click.echo("nothing to fix")
+        for finding in (*fixes, *findings):
+            mark, colour = _MARKS[finding.state]
             click.echo(f"{click.style(mark, fg=colour)} {finding.what:<17} {finding.detail}")
             if finding.remedy:
                 click.echo(f"  {'':<17} → {finding.remedy}")
+        needed = dict.fromkeys(finding.what for finding in findings if finding.administrator)
+        if fix and needed:
+            click.echo(
+                f"only an administrator of this host, or whoever starts this container, can grant: {', '.join(needed)}"
+            )
     return 3 if any(finding.state == "off" for finding in findings) else 0

@@ -5,10 +5,8 @@
 exec 9>"$home/.setup.lock"
 flock -w 1800 9 || die "another set-up is running for half an hour; see its logs in $home/logs"
 "$here/system.sh" 9>&-
-"$here/criu.sh" 9>&- &
+{ "$here/project.sh" && "$here/criu.sh"; } 9>&- &
 waiting=($!)
-"$here/project.sh" 9>&- &
-waiting+=($!)
 for engine in "$@"; do
     "$here/engine.sh" "$engine" 9>&- &
     waiting+=($!)

@@ -1,1 +1,1 @@
-"""CRIU: its binary and options (`binary`), its image files (`images`), and the memory they describe (`pagemap`)."""
+"""CRIU: its binary and options (`binary`, `self_contained`), its image files (`images`), and the memory they describe (`pagemap`)."""

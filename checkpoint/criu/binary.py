@@ -11,21 +11,23 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from checkpoint.criu import self_contained
 from checkpoint.criu.images import messages, nested
 from checkpoint.errors import Failed, HostLacks, Incompatible, Integrity
 from checkpoint.files import boot_id, private_folder, write_private
 from checkpoint.sandbox.privileges import Privileges
-from checkpoint.sandbox.sandbox import Sandbox
+from checkpoint.sandbox.sandbox import TMP_DIR, Sandbox
 from checkpoint.snapshot import speculative
 from checkpoint.snapshot.dump_check import sysv_refused
 
 MINIMUM_VERSION = (4, 2)
+_INSTALL = "run quickthaw setup criu"
 # Earlier versions fail on kernels >= 6.16 at the first TCP socket (SO_PASSCRED), see docs/limits.md.
 
 # Connections of an engine stay inside its tree, or lead to clients that get an answer to retry. So the network needs no
@@ -57,18 +59,14 @@ class Criu:
     def find(cls, home: Path, explicit: Path | None = None) -> Criu:
         """Return the CRIU to use.
 
-        The order is: `explicit`, else $QUICKTHAW_CRIU, else the first that works of `home`'s own and the one on PATH.
+        The order is: `explicit`, else $QUICKTHAW_CRIU, else the first that works of `home`'s own, that of the wheel
+        quickthaw-criu, and the one on PATH.
 
         Raises HostLacks if there is none, or none works here (too old, or it does not start).
         """
         named = explicit or (Path(os.environ["QUICKTHAW_CRIU"]) if os.environ.get("QUICKTHAW_CRIU") else None)
-        private = home / "criu" / "criu"
-        on_path = shutil.which("criu")
-        found = (private if private.exists() else None, Path(on_path) if on_path else None)
         first: HostLacks | None = None
-        for candidate in (named,) if named else found:
-            if candidate is None:
-                continue
+        for candidate in (named,) if named else _candidates(home):
             try:
                 if not os.access(candidate, os.X_OK):
                     raise HostLacks(
@@ -81,7 +79,7 @@ class Criu:
             except HostLacks as error:
                 first = first or error
         raise first or HostLacks(
-            "criu-missing", "no CRIU on this host; run setup/criu.sh (unpacks one privately) or install criu >= 4.2"
+            "criu-missing", f"no CRIU on this host; {_INSTALL} (unpacks one privately) or install criu >= 4.2"
         )
 
     @cached_property
@@ -89,17 +87,17 @@ class Criu:
         """`4.2.1`, as reported by the binary. Raises HostLacks when it does not start or is too old."""
         try:
             out = subprocess.run(
-                [self.program, "--version"], capture_output=True, text=True, timeout=10, check=False
+                [*self._argv, "--version"], capture_output=True, text=True, timeout=10, check=False
             ).stdout
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise HostLacks("criu-broken", f"{self.program} does not start ({error}); run setup/criu.sh") from error
+            raise HostLacks("criu-broken", f"{self.program} does not start ({error}); {_INSTALL}") from error
         match = re.search(r"Version: (\d+)\.(\d+)(\S*)", out)
         if not match:
-            raise HostLacks("criu-broken", f"{self.program} --version printed no version; run setup/criu.sh")
+            raise HostLacks("criu-broken", f"{self.program} --version printed no version; {_INSTALL}")
         if (int(match[1]), int(match[2])) < MINIMUM_VERSION:
             raise HostLacks(
                 "criu-too-old",
-                f"CRIU {match[1]}.{match[2]} ({self.program}) cannot dump on current kernels; run setup/criu.sh for >= 4.2",
+                f"CRIU {match[1]}.{match[2]} ({self.program}) cannot dump on current kernels; {_INSTALL} for >= 4.2",
             )
         return f"{match[1]}.{match[2]}{match[3]}"
 
@@ -109,9 +107,9 @@ class Criu:
         Raises HostLacks.
         """
         try:
-            stat = self.program.stat()
+            stat = self_contained.binary(self.program).stat()
         except OSError as error:
-            raise HostLacks("criu-missing", f"{self.program}: {error.strerror}; run setup/criu.sh") from error
+            raise HostLacks("criu-missing", f"{self.program}: {error.strerror}; {_INSTALL}") from error
         key = f"{self.program} {stat.st_size} {stat.st_mtime_ns}"
         note = home / "run" / "criu-version"
         try:
@@ -128,15 +126,8 @@ class Criu:
 
     @cached_property
     def _argv(self) -> tuple[str, ...]:
-        """The command to start CRIU.
-
-        It bypasses the private binary's wrapper (setup/criu.sh), a shell script that takes 5 ms.
-        """
-        folder = self.program.resolve().parent
-        loader = folder / "lib" / "ld-linux-x86-64.so.2"
-        if self.program.name == "criu" and (folder / "criu.bin").exists() and loader.exists():
-            return (str(loader), "--library-path", str(folder / "lib"), str(folder / "criu.bin"))
-        return (str(self.program),)
+        """The command to start CRIU."""
+        return self_contained.command(self.program)
 
     def kernel_facts(self, home: Path) -> Path:
         """Return the file in which CRIU's kernel features are kept between sandboxes.
@@ -144,7 +135,7 @@ class Criu:
         There is one file for each boot, binary and set of privileges, because CRIU treats features that it may not
         try as missing.
         """
-        stat = self.program.stat()
+        stat = self_contained.binary(self.program).stat()
         return (
             home / "run" / f"criu-kernel-{boot_id()[:8]}-{stat.st_size}-{stat.st_mtime_ns}-{Privileges.current().key}"
         )
@@ -284,6 +275,12 @@ class Criu:
             raise Failed("criu-restore-failed", f"CRIU could not restore: {cause}{where}")
         self.save_kernel_facts(sandbox)
 
+    def check(self, sandbox: Sandbox, timeout_s: float = 30.0) -> str | None:
+        """Run `criu check` inside a sandbox, where dumps and restores run. Return CRIU's first error, or None if all is well."""
+        log = Path(TMP_DIR, "check.log")
+        code = sandbox.execute([*self._argv, "check", f"--log-file={log}"], _environment(), timeout_s)
+        return error_in_log(Path(f"/proc/{sandbox.init_pid}/root{log}"), code) if code else None
+
     def dump_cpu(self, images: Path) -> None:
         """Write this CPU's features, as CRIU determines them, into the images.
 
@@ -316,6 +313,17 @@ class Criu:
             return str(error)
         errors = [line for line in done.stdout.splitlines() if "Error (" in line]
         return (errors or [f"exit code {done.returncode}"])[0] if done.returncode else ""
+
+
+def _candidates(home: Path) -> Iterator[Path]:
+    """Yield the programs that may be there, in their order; each is looked for only when those before it do not work."""
+    private = home / "criu" / self_contained.WRAPPER
+    if private.exists():
+        yield private
+    if packaged := self_contained.from_wheel():
+        yield packaged
+    if on_path := shutil.which("criu"):
+        yield Path(on_path)
 
 
 def _take_clock(images: Path) -> int:

@@ -132,7 +132,7 @@ def protect(home: Path) -> list[str]:
     found = []
     if warning := exposed(home):
         mode = home.stat().st_mode & 0o777
-        if not _close(home) and (_once(home, f".open-{mode:o}") or mode & 0o022):
+        if not close_to_others(home) and (_once(home, f".open-{mode:o}") or mode & 0o022):
             found.append(warning)
     kind = _file_system(home)
     if (kind in _REMOTE or kind.startswith("fuse.")) and _once(home, f".remote-{boot_id()[:8]}"):
@@ -143,7 +143,7 @@ def protect(home: Path) -> list[str]:
     return found
 
 
-def _close(home: Path) -> bool:
+def close_to_others(home: Path) -> bool:
     """Set mode 0700 on a folder that is ours, and return whether it is."""
     try:
         if home.stat().st_uid != os.geteuid() or os.path.ismount(home) or not all(map(_is_ours, os.listdir(home))):

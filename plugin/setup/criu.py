@@ -1,0 +1,266 @@
+"""Install a self-contained CRIU in the state folder: `<state folder>/criu`.
+
+The new folder is made beside the old one, tried out, and takes its name in one step, so a setup that is killed, or whose
+disk is full, leaves what was there. Its work folder is locked while it lives; the next setup removes that of a dead one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoint import disk
+from checkpoint.criu import self_contained
+from checkpoint.criu.binary import Criu
+from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Integrity
+from checkpoint.files import lock_folder, private_folder
+from checkpoint.sandbox.privileges import Privileges
+from checkpoint.snapshot.library import exchange
+from plugin.setup import apt, bundle
+from plugin.setup.debian_package import Unpacked
+
+WORK = ".setup-criu-"
+"""Prefix of a setup's work folder in the state folder."""
+_LOCK = ".setup-criu.lock"
+_WAIT_S = 900.0
+LIMIT_S = 600.0
+"""Seconds that one apt command may take."""
+WITHOUT_APT = (
+    "install the wheel that `make wheels` of quickthaw's sources builds (pip install quickthaw_criu-….whl), carry packages "
+    "here (quickthaw setup criu --from FILE), or install criu >= 4.2"
+)
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A CRIU that works, and where it came from; `new` if this setup installed it."""
+
+    criu: Criu
+    origin: str
+    new: bool
+
+
+def install(
+    home: Path,
+    say: Say,
+    given: Sequence[Path] = (),
+    mirror: str | None = None,
+    keyring: Path | None = None,
+    force: bool = False,
+    limit_s: float = LIMIT_S,
+) -> Installed:
+    """Make sure that a launch finds a CRIU that works, and return it.
+
+    `given` are packages, folders of packages, wheels or self-contained folders to take instead of fetching. Without them,
+    and unless `force`, a CRIU that works is left as it is. Raises HostLacks (criu-no-source: this host has nowhere to fetch
+    from), Failed (criu-download-failed, criu-download-stalled, criu-not-offered, criu-incomplete, criu-broken, criu-too-old,
+    criu-not-executable, disk-full), Integrity (criu-package-damaged), Busy (criu-setup-running).
+    """
+    with disk.required("CRIU could not be installed", "criu-not-installed"):
+        private_folder(home)
+        with _only_setup(home, say):
+            _remove_unlocked(home)
+            if not given and not force and (ready := _working(home)):
+                return Installed(ready, "it is there already", False)
+            if os.statvfs(home).f_flag & os.ST_NOEXEC:
+                raise Failed(
+                    "criu-not-executable",
+                    f"{home} is mounted noexec; set QUICKTHAW_HOME to another disk, or mount it without",
+                )
+            with _work_folder(home) as work:
+                new = work / "criu"
+                origin = _unpack(given, work, new) if given else _fetch(work, new, say, mirror, keyring, limit_s)
+                bundle.check(new)
+                _publish(new, home / "criu")
+            return Installed(Criu(home / "criu" / self_contained.WRAPPER), origin, True)
+
+
+def make_folder(target: Path, say: Say, given: Sequence[Path] = (), limit_s: float = LIMIT_S) -> str:
+    """Make a self-contained folder at `target`, for a wheel, and return CRIU's version. Raises as `install`."""
+    with tempfile.TemporaryDirectory(prefix="quickthaw-") as name, disk.required("the folder could not be made"):
+        work = Path(name)
+        _unpack(given, work, target) if given else _fetch(work, target, say, None, None, limit_s)
+    return bundle.check(target)
+
+
+def _working(home: Path) -> Criu | None:
+    try:
+        return Criu.find(home)
+    except HostLacks:
+        if os.environ.get("QUICKTHAW_CRIU"):
+            raise  # every launch would use it, whatever is installed
+        return None
+
+
+def _fetch(work: Path, target: Path, say: Say, mirror: str | None, keyring: Path | None, limit_s: float) -> str:
+    """Make a self-contained folder of packages that apt fetches. Return their origin."""
+    sources = apt.sources_at(mirror, keyring) if mirror else apt.sources_of_host()
+    if not sources or shutil.which("apt-get") is None:
+        what = "this host has no apt" if shutil.which("apt-get") is None else "apt knows no mirror of Debian or Ubuntu"
+        raise HostLacks("criu-no-source", f"{what}; {WITHOUT_APT}")
+    failures: list[Failed] = []
+    for number, source in enumerate(sources):
+        folder = work / f"apt-{number}"
+        try:
+            packages = apt.fetch(source, folder, say, limit_s)
+            unpacked = Unpacked(work / f"root-{number}")
+            for package in packages:
+                unpacked.add(package)
+            bundle.build(unpacked, target)
+            return str(source)
+        except Failed as error:
+            failures.append(error)
+            if number + 1 < len(sources):
+                say(f"criu: {error}")
+            shutil.rmtree(target, ignore_errors=True)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    raise Failed(failures[0].code, f"{apt.describe(failures)}; try again, or {WITHOUT_APT}")
+
+
+def _unpack(given: Sequence[Path], work: Path, target: Path) -> str:
+    """Make a self-contained folder of what the user named. Return its origin."""
+    origin = ", ".join(map(str, given))
+    if len(given) == 1:
+        (one,) = given
+        if one.suffix == ".whl":
+            one = _unzip(one, work / "wheel")
+        if one.is_dir() and self_contained.loader_of(one):
+            bundle.copy(one, target)
+            return origin
+    unpacked = Unpacked(work / "root")
+    for package in packages_in(given):
+        unpacked.add(package)
+    bundle.build(unpacked, target)
+    return origin
+
+
+def packages_in(given: Sequence[Path]) -> list[Path]:
+    """Return the packages among files and folders, in a fixed order. Raises Failed (criu-incomplete) if there are none."""
+    found = [file for one in given for file in (sorted(one.glob("*.deb")) if one.is_dir() else [one])]
+    if not found:
+        raise Failed(
+            "criu-incomplete", f"no .deb in {', '.join(map(str, given))}; put criu's package and its libraries' there"
+        )
+    return found
+
+
+def _unzip(wheel: Path, folder: Path) -> Path:
+    """Unpack a wheel quickthaw-criu; return its self-contained folder. Raises Integrity (criu-package-damaged)."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(
+                folder, [name for name in archive.namelist() if name.startswith(f"{self_contained.WHEEL}/")]
+            )
+        found = folder / self_contained.WHEEL
+        if (loader := self_contained.loader_of(found)) is None:
+            raise ValueError("it holds no criu")
+        loader.chmod(0o755)
+    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+        raise Integrity(
+            "criu-package-damaged", f"{wheel} is no wheel of quickthaw-criu ({error}); build it again"
+        ) from error
+    return found
+
+
+def _publish(new: Path, target: Path) -> None:
+    """Give the new folder its name; what was there is removed with the work folder. Raises OSError."""
+    if os.path.lexists(target):
+        exchange(new, target)
+    else:
+        new.rename(target)
+    fd = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _only_setup(home: Path, say: Say) -> Iterator[None]:
+    """Wait for another setup of the same state folder to end. Raises Busy (criu-setup-running) after 15 minutes."""
+    fd = os.open(home / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        limit = time.monotonic() + _WAIT_S
+        waiting = False
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > limit:
+                    raise Busy(
+                        "criu-setup-running", "another quickthaw setup criu runs for 15 minutes; end it"
+                    ) from None
+            if not waiting:
+                waiting = True
+                say("criu: waiting for another setup")
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _work_folder(home: Path) -> Iterator[Path]:
+    """Yield a locked work folder below `home`, and remove it at the end."""
+    work = Path(tempfile.mkdtemp(prefix=WORK, dir=home))
+    fd = -1
+    try:
+        fd = lock_folder(work, fcntl.LOCK_EX)
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if fd >= 0:
+            os.close(fd)
+
+
+def remove_leftovers(home: Path) -> int:
+    """Remove work folders of setups that were killed, unless a setup runs now. Return how many are gone. Raises OSError."""
+    if not any(home.glob(f"{WORK}*")):
+        return 0
+    fd = os.open(home / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return _remove_unlocked(home)
+    except BlockingIOError:
+        return 0
+    finally:
+        os.close(fd)
+
+
+def _remove_unlocked(home: Path) -> int:
+    """Remove work folders that no setup holds. The caller holds the lock of setups."""
+    removed = 0
+    for work in home.glob(f"{WORK}*"):
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            fd = lock_folder(work, fcntl.LOCK_EX)
+            if fd >= 0:
+                shutil.rmtree(work, ignore_errors=True)
+                os.close(fd)
+            removed += not work.exists()
+    return removed
+
+
+def kernel_check(criu: Criu) -> str | None:
+    """Run `criu check` in a sandbox, where dumps and restores run. Return why it does not pass or cannot be tried, or None."""
+    from checkpoint.sandbox.sandbox import Sandbox
+    from plugin.runtime.capabilities import from_privileges, sandbox_reason
+
+    if why := from_privileges(Privileges.current()).snapshots:
+        return f"not tried: {why}"
+    try:
+        with Sandbox() as sandbox:
+            return criu.check(sandbox)
+    except CheckpointError as error:
+        return f"not tried: {sandbox_reason(error)}"

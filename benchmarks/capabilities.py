@@ -14,10 +14,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from checkpoint.criu.binary import Criu
-from plugin.runtime.home import state_home
-
 REPO = Path(__file__).resolve().parents[1]
+sys.path[:] = [str(REPO), *[p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]]
+
+from checkpoint.criu.binary import Criu  # noqa: E402
+from plugin.runtime.home import state_home  # noqa: E402
+
 ONE = """
 import time
 from pathlib import Path

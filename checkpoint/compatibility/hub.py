@@ -43,15 +43,21 @@ def caches(environment: Mapping[str, str], download_dir: str | None = None) -> l
     `download_dir`: its option.
     """
     found = [download_dir] if download_dir else []
-    home = environment.get("HF_HOME") or str(
-        Path(environment.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface"
-    )
+    home = environment.get("HF_HOME") or f"{environment.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
     found += [environment[name] for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") if environment.get(name)][:1] or [
         f"{home}/hub"
     ]
     if environment.get("TRANSFORMERS_CACHE"):
         found.append(environment["TRANSFORMERS_CACHE"])
-    return list(dict.fromkeys(Path(folder).expanduser() for folder in found))
+    return list(dict.fromkeys(map(_expanded, found)))
+
+
+def _expanded(folder: str) -> Path:
+    """Return a path without `~`, which stays where the user has neither a home nor a name, as the hub's own client has it."""
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:
+        return Path(folder)
 
 
 def folder(name: str, revision: str | None, places: list[Path]) -> Path | None:

@@ -97,3 +97,11 @@ def test_what_a_container_lacks_is_named_in_one_line_as_doctor_does(launch_rig, 
     assert bool(launch_rig.library.names()) == ("snapshots" not in (layers or ""))
     told = launch_rig.doctor(container(*options))
     assert all(any(why in line for line in told) for why in found.values()), (found, told)
+
+
+def test_an_arbitrary_user_without_a_home_is_served_plainly(launch_rig, container):
+    prefix = [*container("--read-only", "--user=12345:12345", "--env=HOME=/"), "env", "-u", "HOME"]
+    with launch_rig.running(prefix=prefix) as started:
+        assert started.ask()
+        assert "CAP_SYS_ADMIN" in started.off()["lazy weights, sandbox, snapshots"], started.ours()
+        assert "nothing new is kept: state-folder-unwritable: /.cache/quickthaw" in started.ours()

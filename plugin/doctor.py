@@ -134,12 +134,12 @@ def _gpu() -> Finding:
 
 def _state_folder(host: Host, home: Path) -> Finding:
     """Say whether the state folder can be used, as a launch finds it, and how much room it has."""
-    from plugin.runtime.home import exposed
+    from plugin.runtime.home import exposed, remote
 
     if why := host.state_folder:
         what, _, remedy = why.rpartition("; ")
         return Finding("state folder", "off", what, remedy)
-    if why := exposed(home):
+    if why := exposed(home) or remote(home):
         what, _, remedy = why.rpartition("; ")
         return Finding("state folder", "note", what, remedy)
     free = shutil.disk_usage(home).free

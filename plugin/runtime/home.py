@@ -122,6 +122,17 @@ def exposed(home: Path) -> str | None:
     return f"state-folder-open: {home} has mode {mode:o}, so other users of this host can {what} its files; chmod 700 {home}"
 
 
+def remote(home: Path) -> str | None:
+    """Return a warning, with the remedy, if `home` is on a file system that several hosts may share, else None."""
+    kind = _file_system(home)
+    if kind not in _REMOTE and not kind.startswith("fuse."):
+        return None
+    return (
+        f"state-folder-remote: {home} is on {kind}, where locks may not reach other hosts; if several hosts use it, set "
+        "QUICKTHAW_HOME to a folder of each host's own, and share snapshots by --snapshot-store"
+    )
+
+
 def protect(home: Path) -> list[str]:
     """Close a state folder of our own to other users; return warnings where it is not ours alone, each once.
 
@@ -134,12 +145,8 @@ def protect(home: Path) -> list[str]:
         mode = home.stat().st_mode & 0o777
         if not close_to_others(home) and (_once(home, f".open-{mode:o}") or mode & 0o022):
             found.append(warning)
-    kind = _file_system(home)
-    if (kind in _REMOTE or kind.startswith("fuse.")) and _once(home, f".remote-{boot_id()[:8]}"):
-        found.append(
-            f"state-folder-remote: {home} is on {kind}, where locks may not reach other hosts; if several hosts use it, set "
-            "QUICKTHAW_HOME to a folder of each host's own, and share snapshots by --snapshot-store"
-        )
+    if (warning := remote(home)) and _once(home, f".remote-{boot_id()[:8]}"):
+        found.append(warning)
     return found
 
 

@@ -100,7 +100,7 @@ def test_what_a_container_lacks_is_named_in_one_line_as_doctor_does(launch_rig, 
 
 
 def test_an_arbitrary_user_without_a_home_is_served_plainly(launch_rig, container):
-    prefix = [*container("--read-only", "--user=12345:12345", "--env=HOME=/"), "env", "-u", "HOME"]
+    prefix = [*container("--read-only", "--user=12345:12345", "--env=HOME=/", "--passwd=false"), "env", "-u", "HOME"]
     with launch_rig.running(prefix=prefix) as started:
         assert started.ask()
         assert "CAP_SYS_ADMIN" in started.off()["lazy weights, sandbox, snapshots"], started.ours()

@@ -24,7 +24,7 @@ def hub_double(tmp_path_factory):
     """Return the interpreter of the engine double, with huggingface_hub as every engine has it."""
     python = environment(tmp_path_factory.mktemp("double") / "venv")
     (site,) = python.parents[1].glob("lib/*/site-packages")
-    (site / "hub.pth").write_text(str(Path(huggingface_hub.__file__).parents[2]))
+    (site / "hub.pth").write_text(str(Path(huggingface_hub.__file__).parents[1]))
     return python
 
 

@@ -16,9 +16,13 @@ import subprocess
 import threading
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from checkpoint.errors import CheckpointError, HostLacks
 from checkpoint.sandbox.network import ADDRESS, inside
+
+if TYPE_CHECKING:
+    from checkpoint.sandbox.resolver import ResolverRelay
 
 log = logging.getLogger("quickthaw")
 GATEWAY, NETMASK, INTERFACE = "10.0.2.2", "24", "quickthaw0"
@@ -47,7 +51,7 @@ class Egress:
         """Return the command line; its standard input is the sandbox's network."""
         ports = ",".join(map(str, self.host_ports)) or "none"
         return [
-            *(self.program, "--foreground", "--runas", "0", "--netns-only", "--netns", "/proc/self/fd/0"),
+            *(self.program, "--foreground", "--quiet", "--runas", "0", "--netns-only", "--netns", "/proc/self/fd/0"),
             *("--config-net", "--ipv4-only", "--ns-ifname", INTERFACE, "--no-map-gw"),
             *("--address", ADDRESS, "--netmask", NETMASK, "--gateway", GATEWAY),
             *("--tcp-ports", "none", "--udp-ports", "none", "--tcp-ns", ports, "--udp-ns", "none"),
@@ -65,6 +69,7 @@ class WayOut:
         self._process: subprocess.Popen[bytes] | None = None
         self._failed: str | None = None
         self._ever_up = False
+        self._resolver = self._relay_names()
         # Its own thread starts it: the kernel ends it together with the thread that started it.
         self._thread = threading.Thread(target=self._keep, name="egress", daemon=True)
         self._thread.start()
@@ -87,9 +92,23 @@ class WayOut:
                 with contextlib.suppress(ProcessLookupError):
                     self._process.send_signal(signal.SIGKILL)
         self._thread.join(5.0)
+        resolver, self._resolver = self._resolver, None
+        if resolver:
+            resolver.close()
         network, self._network = self._network, -1
         if network >= 0:
             os.close(network)
+
+    def _relay_names(self) -> ResolverRelay | None:
+        """Make this host's resolvers on loopback answer in the sandbox, if it has any."""
+        from checkpoint.sandbox.resolver import ResolverRelay, loopback_resolvers
+
+        servers = loopback_resolvers()
+        try:
+            return ResolverRelay(self._network, servers) if servers else None
+        except (OSError, CheckpointError) as error:
+            log.warning("egress-resolver: names are not resolved in the sandbox: %s", error)
+            return None
 
     def _routed(self) -> bool:
         try:

@@ -15,7 +15,10 @@ _OPTIONS = {
 }
 _HUB_VARIABLES = ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_LORA_RESOLVER_HF_REPO_LIST")
 _ENDPOINTS = ("otlp-traces-endpoint", "tool-server")
-_ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+_ENDPOINT_VARIABLES = (
+    *("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "HF_ENDPOINT"),
+    *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"),
+)
 _TRACES_PORT = 4317
 """Where SGLang sends traces unless told otherwise: on this host."""
 _LOCAL = re.compile(r"(?:^|//|@)(?:localhost|127(?:\.\d+){3}):(\d{1,5})(?![\d.])")

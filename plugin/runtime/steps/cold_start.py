@@ -52,8 +52,9 @@ def begin(replica: StartContext, mounted: Path | None) -> Running:
     command = replica.settings.command
     if isinstance(place, Sandbox) and place.config.egress and way_out.online(replica.settings):
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-            if name not in replica.settings.given_environment:
-                environment.pop(name, None)
+            environment.pop(name, None)
+            if given := replica.settings.given_environment.get(name):
+                environment[name] = given
     if sandboxed and replica.weights.hub_cache:
         environment["HF_HUB_CACHE"] = replica.weights.hub_cache
     if sandboxed and replica.weights.hub and replica.weights.hub.names_model:

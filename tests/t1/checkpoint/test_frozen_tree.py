@@ -294,6 +294,22 @@ time.sleep(0.1)
     assert bench.library.names() == []
 
 
+def test_a_connection_beyond_the_sandbox_is_refused_by_name(bench):
+    """As one that is made just before the dump; the other host is a second address of loopback here."""
+    with pytest.raises(Failed, match="connection-open"):
+        bench.taken("""
+import fcntl, struct
+address = struct.pack("16sHH4s8x", b"lo:1", socket.AF_INET, 0, socket.inet_aton("10.9.9.9"))
+server = socket.socket()
+fcntl.ioctl(server, 0x8916, address)
+server.bind(("10.9.9.9", 0))
+server.listen()
+client = socket.create_connection(server.getsockname())
+accepted = server.accept()
+""")
+    assert bench.library.names() == []
+
+
 def test_a_failed_lazy_restore_reports_criu_s_cause_and_keeps_its_log(bench):
     lock = bench.home / "some.lock"
     snapshot = bench.taken(f"lock = open({str(lock)!r}, 'w')\n")

@@ -67,6 +67,7 @@ def test_a_model_that_takes_urls(config, fetches, tmp_path):
         ("vllm", "--otlp-traces-endpoint http://10.127.0.1:4317", {}, ()),
         ("vllm", "--tool-server localhost:7,127.0.0.1:8,other:9", {}, (7, 8)),
         ("vllm", "", {"OTEL_EXPORTER_OTLP_ENDPOINT": "https://localhost:1"}, (1,)),
+        ("vllm", "", {"HTTPS_PROXY": "http://user:pw@127.0.0.1:3128", "http_proxy": "http://proxy:3128"}, (3128,)),
         ("sglang", "--enable-trace", {}, (4317,)),
         ("sglang", "--enable-trace --otlp-traces-endpoint c:1", {}, ()),
         ("vllm", "--otlp-traces-endpoint localhost:99999", {}, ()),

@@ -148,6 +148,7 @@ def test_a_pasta_that_ends_is_started_again_and_none_outlives_a_killed_launch(ri
     started = rig.start("--egress", "--no-snapshot", "--no-mount")
     try:
         started.ask()
+        assert "HF_HUB_OFFLINE" not in started.facts()["worker"]["environment"]
         (pid,) = pastas(started.process.pid)
         os.kill(pid, signal.SIGKILL)
         started.wait_for("egress-ended: pasta ended with -9")

@@ -16,6 +16,7 @@ import subprocess
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint.errors import CheckpointError, HostLacks
@@ -29,6 +30,7 @@ GATEWAY, NETMASK, INTERFACE = "10.0.2.2", "24", "quickthaw0"
 UP_LIMIT_S = 10.0
 AGAIN_S, AGAIN_AT_MOST_S = 1.0, 60.0
 _PR_SET_PDEATHSIG = 1
+_LISTENS = "0A"
 _libc = ctypes.CDLL(None)
 
 
@@ -111,11 +113,17 @@ class WayOut:
             return None
 
     def _routed(self) -> bool:
+        """Return whether the sandbox has its route, and the host's ports."""
+        folder = Path("/proc/thread-self/net")
         try:
-            with inside(self._network), open("/proc/thread-self/net/route") as routes:
-                return any(line.split()[:2] == [INTERFACE, "00000000"] for line in routes)
+            with inside(self._network):
+                routes, sockets = (folder / "route").read_text(), (folder / "tcp").read_text()
         except OSError:
             return False
+        rows = [line.split(maxsplit=4) for line in sockets.splitlines()[1:]]
+        listening = {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == _LISTENS}
+        routed = any(line.split()[:2] == [INTERFACE, "00000000"] for line in routes.splitlines())
+        return routed and listening.issuperset(self._egress.host_ports)
 
     def _keep(self) -> None:
         again_s = AGAIN_S

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -28,6 +29,9 @@ from launchers.given_options import first, given_options, is_option
 from launchers.known_options import KnownOptions
 from launchers.options.as_given import why_as_given
 from launchers.options.front import BLANKED, TAKEN_OVER, Tls
+
+if TYPE_CHECKING:
+    from checkpoint.compatibility.engine import EngineFacts
 
 log = logging.getLogger("quickthaw")
 INNER_PORT = 8000
@@ -384,10 +388,12 @@ class Engine(abc.ABC):
 
     # GPU: memory offloaded here is not in the images; the driver's own checkpoint moves the rest into host memory.
 
-    def gpu_arguments(self, command: EngineCommand, packages: Mapping[str, str]) -> tuple[str, ...]:
+    def gpu_arguments(
+        self, command: EngineCommand, installed: EngineFacts, environment: Mapping[str, str]
+    ) -> tuple[str, ...]:
         """Return the arguments that `offload` needs and the user has not given.
 
-        Returns none if a required package is missing from `packages`.
+        Returns none if the installation lacks a required package, or could not start with them in this environment.
         """
         return ()
 
@@ -464,6 +470,13 @@ def shutdown_timeout(value: str) -> float:
         return max(0.0, float(value))
     except ValueError:
         return 0.0
+
+
+def expandable_segments(environment: Mapping[str, str]) -> bool:
+    """Return whether PyTorch's allocator maps its memory in expandable segments, by the first variable that is set."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    settings = next((value for name in names if (value := environment.get(name))), "")
+    return "expandable_segments:true" in settings.replace(" ", "").lower()
 
 
 def has_flag(command: EngineCommand, *flags: str) -> bool:

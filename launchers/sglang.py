@@ -6,12 +6,14 @@ SGLANG_USE_CPU_ENGINE=1).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from checkpoint.snapshot.manifest import GENERATE, Prompt
-from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, has_flag, tolerate_refusal
+from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, expandable_segments, has_flag, tolerate_refusal
 from launchers.canary import EMBED, canary_id, numbers, refuses
 from launchers.client import Client
 from launchers.errors import EngineFailed
@@ -19,6 +21,10 @@ from launchers.given_options import config_words, given_options, last
 from launchers.known_options import SGLANG
 from launchers.options.front import SSL
 
+if TYPE_CHECKING:
+    from checkpoint.compatibility.engine import EngineFacts
+
+log = logging.getLogger("quickthaw")
 SLEEP_ON_IDLE = "--sleep-on-idle"
 WORKS_WHILE_IDLE = (
     "--config",
@@ -196,12 +202,15 @@ class Sglang(Engine):
         if not answer.get("success"):
             raise EngineFailed("reload-failed", "SGLang did not reload its weights", str(answer.get("message")))
 
-    def gpu_arguments(self, command: EngineCommand, packages: Mapping[str, str]) -> tuple[str, ...]:
-        """Enable the memory saver if its package is installed: without it the flag prevents the engine from starting."""
-        if (
-            has_flag(command, "--enable-memory-saver")
-            or not {"torch_memory_saver", "torch-memory-saver"} & packages.keys()
-        ):
+    def gpu_arguments(
+        self, command: EngineCommand, installed: EngineFacts, environment: Mapping[str, str]
+    ) -> tuple[str, ...]:
+        """Enable the memory saver where SGLang starts with it: its package is there, and no expandable segments."""
+        names = {"torch_memory_saver", "torch-memory-saver"}
+        if has_flag(command, "--enable-memory-saver") or not names & installed.packages.keys():
+            return ()
+        if expandable_segments(environment):
+            log.info("no --enable-memory-saver with expandable_segments:True; the driver carries the GPU memory")
             return ()
         return ("--enable-memory-saver",)
 

@@ -13,17 +13,20 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from checkpoint.snapshot.manifest import GENERATE, Prompt
 from launchers import control
-from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, has_flag, tolerate_refusal
+from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, expandable_segments, has_flag, tolerate_refusal
 from launchers.canary import CANARY_PROMPT, CLASSIFY, EMBED, POOL, SCORE, canary_id, numbers
 from launchers.client import Client
 from launchers.errors import EngineFailed
 from launchers.given_options import given_options
 from launchers.known_options import VLLM
 from launchers.options.front import SSL, UDS
+
+if TYPE_CHECKING:
+    from checkpoint.compatibility.engine import EngineFacts
 
 log = logging.getLogger("quickthaw")
 NUMBERS = {
@@ -36,6 +39,10 @@ NUMBERS = {
 CONTROL_PATH = "/quickthaw-control"
 CONTROL_HEADER = "X-Quickthaw-Key"
 CONTROL_MIDDLEWARE = "quickthaw_engine.vllm_control.ControlMiddleware"
+
+
+_EXPANDABLE_SLEEP = (0, 32)
+"""The tested release that suspends expandable segments for its sleep mode (vllm/device_allocator/cumem.py)."""
 
 
 class Vllm(Engine):
@@ -210,9 +217,20 @@ class Vllm(Engine):
         """Use vLLM's own reload, from the path it was started with."""
         self._control(client, RELOAD_LIMIT_S, call="collective_rpc", method="reload_weights")
 
-    def gpu_arguments(self, command: EngineCommand, packages: Mapping[str, str]) -> tuple[str, ...]:
-        """Enable sleep mode: memory is released and reallocated at the same addresses, so captured graphs stay valid."""
-        return () if has_flag(command, "--enable-sleep-mode", "--no-enable-sleep-mode") else ("--enable-sleep-mode",)
+    def gpu_arguments(
+        self, command: EngineCommand, installed: EngineFacts, environment: Mapping[str, str]
+    ) -> tuple[str, ...]:
+        """Enable sleep mode: memory is released and reallocated at the same addresses, so captured graphs stay valid.
+
+        Not with expandable segments and a vLLM older than 0.32, which may refuse to start with both.
+        """
+        if has_flag(command, "--enable-sleep-mode", "--no-enable-sleep-mode"):
+            return ()
+        version = tuple(int(number) for number in re.findall(r"\d+", installed.version)[:2])
+        if version < _EXPANDABLE_SLEEP and expandable_segments(environment):
+            log.info("no --enable-sleep-mode with expandable_segments:True; the driver carries the GPU memory")
+            return ()
+        return ("--enable-sleep-mode",)
 
     def offload(self, client: Client, command: EngineCommand, excluded: bool) -> bool:
         """Put vLLM to sleep: level 2 drops weights and KV cache, level 1 keeps the weights in host memory.

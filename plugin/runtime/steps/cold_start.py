@@ -63,7 +63,7 @@ def begin(replica: StartContext, mounted: Path | None) -> Running:
     if sandboxed:
         command = replace(command, arguments=(*command.arguments, *replica.engine.control_arguments()))
     if sandboxed and take_snapshot.on_gpu(replica):
-        extra = replica.engine.gpu_arguments(command, replica.identity.engine.packages)
+        extra = replica.engine.gpu_arguments(command, replica.identity.engine, environment)
         command = replace(command, arguments=(*command.arguments, *extra))
     replica.command = command
     argv = replica.engine.command(replica.settings.engine_python, command, "127.0.0.1", port)

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 import launchers
+from checkpoint.compatibility.engine import EngineFacts
 from checkpoint.compatibility.launch_options import normalised_arguments
 from launchers.errors import Usage
 from launchers.options.front import Tls
@@ -254,3 +255,21 @@ def test_vllm_without_a_model_serves_the_default_of_the_installed_release(tmp_pa
     assert command.arguments == ("--model", "acme/default", "--dtype", "float32")
     with pytest.raises(Usage, match="no model given"):
         vllm.parse(["serve"], {})
+
+
+@pytest.mark.parametrize(
+    ("engine", "version", "settings", "given"),
+    [
+        ("vllm", "vllm 0.32.0", "expandable_segments:True", ("--enable-sleep-mode",)),
+        ("vllm", "vllm 0.26.1", "expandable_segments:True", ()),
+        ("vllm", "vllm 0.26.1", "max_split_size_mb:512", ("--enable-sleep-mode",)),
+        ("sglang", "sglang 0.5.23", "max_split_size_mb:512, expandable_segments: true", ()),
+        ("sglang", "sglang 0.5.23", "expandable_segments:False", ("--enable-memory-saver",)),
+    ],
+)
+def test_expandable_segments_never_meet_an_option_that_refuses_them(engine, version, settings, given):
+    launcher = launchers.engine(engine)
+    installed = EngineFacts(engine, version, "", "", "", "", "", {"torch_memory_saver": "0.0.10"})
+    command = launcher.parse(["--model", "/m"], {})
+    assert launcher.gpu_arguments(command, installed, {"PYTORCH_CUDA_ALLOC_CONF": settings}) == given
+    assert launcher.gpu_arguments(command, installed, {"PYTORCH_ALLOC_CONF": settings}) == given

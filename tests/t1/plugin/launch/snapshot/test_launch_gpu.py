@@ -166,7 +166,9 @@ def test_memory_is_offloaded_for_the_dump_and_reloaded_by_engine_and_replicas(gp
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_without_a_sleep_mode_the_driver_moves_all_memory(gpu_rig, engine, monkeypatch):
-    monkeypatch.setattr(type(launchers.engine(engine)), "gpu_arguments", lambda self, command, installed, environment: ())
+    monkeypatch.setattr(
+        type(launchers.engine(engine)), "gpu_arguments", lambda self, command, installed, environment: ()
+    )
     cold = gpu_rig(engine)
     cold.start()
     assert not cold.snapshot.asleep

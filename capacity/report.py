@@ -96,11 +96,17 @@ def _gap(plan: Plan) -> float:
     return round(plan.rounded_cost / plan.bound - 1, 6) if plan.bound > 0 else 0.0
 
 
+def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    """Return a table with columns of words, then of numbers."""
+    table = Table(title=title, title_justify="left")
+    for heading in (*left, *right):
+        table.add_column(heading, justify="left" if heading in left else "right")
+    return table
+
+
 def print_plan(console: Console, plan: Plan, other: Plan | None, *, explain: bool) -> None:
     problem = plan.problem
-    table = Table(title="Now: start, then stop", title_justify="left")
-    for heading in ("action", "pool", "instance", "count"):
-        table.add_column(heading, justify="right" if heading == "count" else "left")
+    table = _table("Now: start, then stop", ("action", "pool", "instance"), ("count",))
     actions = delta(plan)
     for action in actions:
         table.add_row(action["action"], action["pool"], action["instance"], str(action["count"]))
@@ -108,9 +114,7 @@ def print_plan(console: Console, plan: Plan, other: Plan | None, *, explain: boo
         console.print(table)
     else:
         console.print("Nothing to start, nothing to stop.")
-    table = Table(title="Held, before and after", title_justify="left")
-    for heading in ("pool", "GPU", "zone", "instances", "GPUs", "idle buffer", "$/h"):
-        table.add_column(heading, justify="left" if heading in ("pool", "GPU", "zone") else "right")
+    table = _table("Held, before and after", ("pool", "GPU", "zone"), ("instances", "GPUs", "idle buffer", "$/h"))
     for i, pool in enumerate(problem.pools):
         n = int(plan.instances[0, i])
         if n or pool.held:
@@ -127,9 +131,8 @@ def print_plan(console: Console, plan: Plan, other: Plan | None, *, explain: boo
     buffer = ", ".join(f"{gpus} {gpu}" for gpu, gpus in plan.buffer_by_type().items() if gpus) or "none"
     console.print(f"Idle buffer now: {buffer}. GPU Allocation Utilization over the plan: {plan.utilization:.1%}")
     if other is not None:
-        table = Table(title="What a faster start saves (mean of the steps)", title_justify="left")
-        for heading in ("lead times", "GPUs", "idle GPUs", "of them buffer", "$/h", "utilization"):
-            table.add_column(heading, justify="left" if heading == "lead times" else "right")
+        numbers = ("GPUs", "idle GPUs", "of them buffer", "$/h", "utilization")
+        table = _table("What a faster start saves (mean of the steps)", ("lead times",), numbers)
         for one in (other, plan):
             table.add_row(
                 one.kind, f"{one.gpus.mean():.1f}", f"{_mean_idle(one):.1f}",
@@ -172,9 +175,8 @@ def _solved(plan: Plan) -> str:
 
 def _explain(console: Console, plan: Plan) -> None:
     problem = plan.problem
-    table = Table(title="Why: what each service needs", title_justify="left")
-    for heading in ("service", "lead", "wait", "median", "to serve", "of it hot spare", "replicas"):
-        table.add_column(heading, justify="left" if heading == "service" else "right")
+    numbers = ("lead", "wait", "median", "to serve", "of it hot spare", "replicas")
+    table = _table("Why: what each service needs", ("service",), numbers)
     for j, service in enumerate(problem.services):
         table.add_row(
             service.name, duration_text(float(plan.need.lead[j])), duration_text(service.target_wait),
@@ -255,9 +257,8 @@ def print_simulation(console: Console, results: list[Result], matched: list[Resu
     if matched:
         tables.append(("At the autoscaler's p99 wait or better: the cheapest setting of each", matched))
     for title, rows in tables:
-        table = Table(title=title, title_justify="left")
-        for heading in ("policy", "waited", "p50 s", "p99 s", "max s", "GPU hours", "$", "utilization", "actions"):
-            table.add_column(heading, justify="left" if heading == "policy" else "right")
+        numbers = ("waited", "p50 s", "p99 s", "max s", "GPU hours", "$", "utilization", "actions")
+        table = _table(title, ("policy",), numbers)
         for r in rows:
             lost = f" ({r.unserved} unserved)" if r.unserved else ""
             table.add_row(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import math
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -101,20 +101,11 @@ def _time(text: str, path: Path, line: int) -> float:
     try:
         value = float(text)
     except ValueError:
-        head, dot, fraction = text.strip().partition(".")
         try:
-            moment = datetime.fromisoformat(head.replace("Z", "+00:00"))
-            zone = fraction.lstrip("0123456789")
-            digits = fraction[: len(fraction) - len(zone)]
-            if zone:
-                moment = datetime.fromisoformat(head + zone.replace("Z", "+00:00"))
-            if dot and not digits:
-                raise ValueError(text)
-            # Azure writes seven fractional digits, more than datetime reads.
-            value = (moment - datetime(1970, 1, 1, tzinfo=moment.tzinfo)).total_seconds() - (
-                moment.utcoffset().total_seconds() if moment.utcoffset() else 0.0  # type: ignore[union-attr]
-            )
-            value += float("0." + digits) if digits else 0.0
+            moment = datetime.fromisoformat(
+                text.strip()
+            )  # Azure writes seven fractional digits; the seventh is dropped
+            value = (moment.replace(tzinfo=moment.tzinfo or UTC) - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds()
         except ValueError:
             raise InputError(
                 "bad-time", f"neither an ISO time nor seconds: {text!r}", file=str(path), line=line, where="TIMESTAMP"

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from capacity.model import Problem, slot
 from capacity.optimize.program import Program
 from capacity.requirements import Need
@@ -25,7 +23,6 @@ class Shape:
     rate: list[list[float]]  # [pool][service] units per second
     zone: list[str]  # [pool]
     spread: frozenset[int]  # services over several zones
-    fits: list[list[int]]  # [service] pools
     alike: list[list[int]]  # [place] pools
     cells_of: list[list[list[int]]]  # [service] pools it fits, grouped by type and zone
 
@@ -44,7 +41,6 @@ def shape(problem: Problem, need: Need, program: Program) -> Shape:
         rate=need.rate.tolist(),
         zone=[f"{p.region}/{p.zone}" for p in pools],
         spread=frozenset(program.spread),
-        fits=[[int(p) for p in np.flatnonzero(need.rate[:, j] > 0)] for j in range(len(services))],
         cells_of=[[cell for cell in together if need.rate[cell[0], j] > 0] for j in range(len(services))],
         alike=[[p for p in range(len(pools)) if need.place[p] == k] for k in range(max(need.place) + 1)],
     )
@@ -64,7 +60,6 @@ class State:
     tenants: list[dict[int, int]]
     blocks: list[dict[int, int]]
     served: list[float]
-    total: list[int]
     by_zone: list[dict[str, float]]
     quota_left: list[int]  # GPUs
     least: list[int]  # minimum instances per pool
@@ -108,7 +103,6 @@ class State:
             del self.tenants[p][j]
         self.free[p] -= self.shape.width[p][j] * count
         self.served[j] += self.shape.rate[p][j] * count
-        self.total[j] += count
         zone = self.shape.zone[p]
         self.by_zone[j][zone] = self.by_zone[j].get(zone, 0.0) + self.shape.rate[p][j] * count
 
@@ -170,7 +164,6 @@ def start(problem: Problem, need: Need, program: Program, t: int, before: list[i
         tenants=[{} for _ in pools],
         blocks=[{} for _ in pools],
         served=[0.0] * len(problem.services),
-        total=[0] * len(problem.services),
         by_zone=[{} for _ in problem.services],
         quota_left=[
             quota.gpus - sum(pool.gpus * before[p] for p, pool in enumerate(pools) if quota.covers(pool))

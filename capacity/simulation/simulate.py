@@ -19,6 +19,7 @@ from capacity.simulation.fleet import NEVER, Fleet
 from capacity.simulation.policies import BIN, Autoscaler, Buffered, Hpa, Past, Program
 
 WAITED = 0.1  # seconds from which a request counts as having waited
+SAMPLE = 15.0  # seconds between samples for the plot
 AFTER = 3600.0  # seconds after the last arrival within which all must be served
 
 
@@ -26,25 +27,22 @@ AFTER = 3600.0  # seconds after the last arrival within which all must be served
 class Options:
     """Options of a simulation run.
 
-    `wake`: seconds per tick. `refusals`: probability that a start is refused. `interruptions`: multiple of the pools' rates.
+    `refusals`: probability that a start is refused. `interruptions`: multiple of the pools' rates.
     """
 
     seed: int = 1
-    wake: float | None = None
     refusals: float = 0.0
     interruptions: float = 1.0
-    sample: float = 15.0
 
 
 @dataclass
 class Series:
-    """Samples for the plot: ready replicas, held GPUs, idle GPUs, waiting requests."""
+    """Samples for the plot: ready replicas, held GPUs, idle GPUs."""
 
     at: list[float] = field(default_factory=list)
     replicas: list[int] = field(default_factory=list)
     held: list[int] = field(default_factory=list)
     idle: list[int] = field(default_factory=list)
-    waiting: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ def run(problem: Problem, trace: Trace, policy: Autoscaler, options: Options) ->
     """Run one policy over the whole trace."""
     arrivals = arrivals_of(problem, trace)
     end = trace.seconds
-    wake = options.wake if options.wake is not None else (1.0 if end <= 3 * 3600 else 5.0)
+    wake = 1.0 if end <= 3 * 3600 else 5.0  # seconds per tick
     rates = np.array([traces.rates(at, work, BIN, end + BIN) for at, work in arrivals])
     quiet = np.zeros((len(rates), math.ceil(AFTER / BIN) + 1))
     past = Past(np.concatenate([rates, quiet], axis=1))
@@ -165,7 +163,7 @@ def run(problem: Problem, trace: Trace, policy: Autoscaler, options: Options) ->
     _begin(fleet)
     series = Series()
     ticks = math.ceil((end + AFTER) / wake)
-    every = max(1, round(options.sample / wake))
+    every = round(SAMPLE / wake)
     for tick in range(ticks):
         policy.tick(fleet, past)
         if tick % every == 0:
@@ -191,7 +189,6 @@ def _sample(fleet: Fleet, series: Series) -> None:
     series.replicas.append(sum(r.ready <= fleet.now for live in fleet.replicas for r in live))
     series.held.append(fleet.held_gpus())
     series.idle.append(fleet.idle_gpus())
-    series.waiting.append(sum(fleet.waiting(j)[0] for j in range(len(fleet.queues))))
 
 
 def _result(name: str, fleet: Fleet, series: Series) -> Result:

@@ -139,7 +139,7 @@ def _exchange(options: Options, count: Ints) -> Ints:
     won, paid = TAKE * its_rate, TAKE * its_cost
     gained = TAKE - GIVE
     tolerance, floor = -1e-9 * float(cost.max()), options.target - options.slack
-    count, zones = count.copy(), np.arange(options.zones)
+    count = count.copy()
     loads = options.loads(count)
     for _ in range(ROUNDS):
         give = np.flatnonzero(count)
@@ -153,10 +153,11 @@ def _exchange(options: Options, count: Ints) -> Ints:
         if not kept.any():
             break
         if options.rest > 0:
-            moved = won[..., None] * (its_zone[:, None] == zones) - lost[..., None] * (
-                zone[give][:, None, None] == zones
-            )
-            largest = (loads + moved).max(axis=-1)
+            source, target = zone[give][:, None], its_zone[None, :]
+            inside = source == target
+            fuller = loads[target] + won - lost * inside
+            emptier = np.where(inside, 0.0, loads[source] - lost)
+            largest = np.maximum(np.maximum(_others(loads)[source, target], fuller), emptier)
             kept &= after - largest >= options.rest - options.slack
         k = int(np.where(kept, saving, np.inf).argmin())
         how, i, o = np.unravel_index(k, kept.shape)
@@ -188,3 +189,17 @@ def _undominated(options: Options) -> Ints:
             found.append(o)
             best = r if room > SCARCE else best  # an option with little room does not rule out others
     return np.array(found, dtype=np.int64)
+
+
+def _others(loads: Floats) -> Floats:
+    """Return, as [zone, zone], the largest load of all zones except these two."""
+    order = np.argsort(-loads, kind="stable")[:3]
+    size = len(loads)
+    found = np.full((size, size), float(loads[order[0]]))
+    first = int(order[0])
+    second = float(loads[order[1]]) if size > 1 else 0.0
+    found[first, :] = found[:, first] = second
+    if size > 1:
+        third = float(loads[order[2]]) if size > 2 else 0.0
+        found[first, int(order[1])] = found[int(order[1]), first] = third
+    return found

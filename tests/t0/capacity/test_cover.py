@@ -84,3 +84,12 @@ def test_a_solution_that_is_there_is_only_improved():
     found = cover.cheapest(options, plenty)
     assert options.enough(found)
     assert options.cost @ found < options.cost @ plenty
+
+
+@pytest.mark.parametrize("loads", [[3.0], [3.0, 5.0], [3.0, 5.0, 5.0, 1.0]])
+def test_the_largest_of_the_others(loads):
+    found = cover._others(np.array(loads))
+    for a in range(len(loads)):
+        for b in range(len(loads)):
+            rest = [value for k, value in enumerate(loads) if k not in (a, b)]
+            assert found[a, b] == max(rest, default=0.0)

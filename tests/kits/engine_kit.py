@@ -37,7 +37,10 @@ class Rig:
         self.tokenizer = home / "tokenizer"
         shutil.copytree(self.preset.model, self.tokenizer, ignore=shutil.ignore_patterns("*.safetensors"))
         flag = "--tokenizer" if engine == "vllm" else "--tokenizer-path"
-        self.arguments = (*self.preset.arguments, flag, str(self.tokenizer))
+        extra = (
+            ("--max-logprobs", "20") if engine == "vllm" else ()
+        )  # vLLM's default; the drop-in rows spell it otherwise
+        self.arguments = (*self.preset.arguments, flag, str(self.tokenizer), *extra)
         self.library = Library(home)
         self.cold_text = ""
         self.cold_status = {}
@@ -80,13 +83,21 @@ class Rig:
         finally:
             code = command.stop()
             text = command.log.read_text(errors="replace")
-            assert "Traceback" not in _own_lines(text), _own_lines(text)[-3000:]
+            assert "Traceback" not in own_lines(text), own_lines(text)[-3000:]
         assert code in (0, 143), text[-2000:]
         assert self.watch.gone() == set()
 
 
-def _own_lines(text):
-    """Return the log's lines that are quickthaw's own, with the lines that follow a traceback of quickthaw."""
+def share_state(home):
+    """Give a state folder the machine's compile caches and CRIU."""
+    shared = state_home()
+    (shared / "compile").mkdir(mode=0o700, exist_ok=True)
+    (home / "compile").symlink_to(shared / "compile")
+    (home / "criu").symlink_to(shared / "criu")
+
+
+def own_lines(text):
+    """The log's lines that are quickthaw's own, with what follows a traceback of ours."""
     return "\n".join(
         line
         for line in text.splitlines()

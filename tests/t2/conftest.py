@@ -7,17 +7,20 @@ from pathlib import Path
 import pytest
 
 from plugin.bench import client as measure
-from plugin.runtime.config import state_home
-from tests.kits.engine_kit import Rig
+from tests.kits.engine_kit import Rig, share_state
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave a test out for the engine that it is not for (`@pytest.mark.engine(NAME)`); a skip would count as a test that did not run."""
-    out = [
-        item
-        for item in items
-        if (mark := item.get_closest_marker("engine")) and item.callspec.params["rig"] != mark.args[0]
-    ]
+    """Leave a test out for the engine that it is not for (`@pytest.mark.engine(NAME)`, or the row's); a skip would count as a test that did not run."""
+
+    def other_engine(item):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        engine = params.get("rig", params.get("featured"))
+        mark = item.get_closest_marker("engine")
+        wanted = params["row"].engine if "row" in params else mark.args[0] if mark else engine
+        return engine is not None and engine != wanted
+
+    out = [item for item in items if other_engine(item)]
     config.hook.pytest_deselected(items=out)
     items[:] = [item for item in items if item not in out]
 
@@ -26,10 +29,7 @@ def pytest_collection_modifyitems(config, items):
 def rig(request, tmp_path_factory):
     """Cold start of a real engine through the lazy mount, with a snapshot at its end."""
     home = tmp_path_factory.mktemp(request.param)
-    shared = state_home()
-    (shared / "compile").mkdir(mode=0o700, exist_ok=True)
-    (home / "compile").symlink_to(shared / "compile")
-    (home / "criu").symlink_to(shared / "criu")
+    share_state(home)
     rig = Rig(request.param, home)
     with rig.running("--snapshot-store", str(home / "kept")) as (port, answer, _, command):
         rig.cold_text = answer.text

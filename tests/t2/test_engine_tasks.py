@@ -7,20 +7,16 @@ import pytest
 
 from checkpoint.snapshot.manifest import distance
 from plugin.bench import client as measure
-from plugin.runtime.config import state_home
-from tests.kits.engine_kit import NAME, Rig, phases, post
+from tests.kits.dropin_rows import EMBEDDING
+from tests.kits.engine_kit import NAME, Rig, phases, post, share_state
 
 pytestmark = [pytest.mark.t2, pytest.mark.timeout(1200)]
-ARGUMENTS = {"sglang": ("--is-embedding",), "vllm": ("--runner", "pooling", "--convert", "embed")}
 PROMPTS = ("The quick brown fox", "jumps over the lazy dog, and again")
 
 
-@pytest.mark.parametrize("engine", ARGUMENTS)
+@pytest.mark.parametrize("engine", EMBEDDING)
 def test_an_embedding_engine_is_snapshotted_restored_and_answers_the_same(engine, tmp_path):
-    shared = state_home()
-    (shared / "compile").mkdir(mode=0o700, exist_ok=True)
-    (tmp_path / "compile").symlink_to(shared / "compile")
-    (tmp_path / "criu").symlink_to(shared / "criu")
+    share_state(tmp_path)
     rig = Rig(engine, tmp_path)
     model = str(rig.preset.model)
 
@@ -31,7 +27,7 @@ def test_an_embedding_engine_is_snapshotted_restored_and_answers_the_same(engine
 
     found = []
     for expected in (["mounting", "starting"], ["mounting", "restoring"]):
-        port, command = rig.command(arguments=(*rig.preset.arguments, *ARGUMENTS[engine]))
+        port, command = rig.command(arguments=(*rig.preset.arguments, *EMBEDDING[engine]))
         process = command.start()
         try:
             limit = time.monotonic() + 900

@@ -273,7 +273,14 @@ PLAINLY = (
         "snapshots off: missing CAP_SYS_ADMIN",
         before=_NO_CAPABILITY.format("sys_admin"),
     ),
-    Row("sglang", "without CAP_NET_ADMIN", SGLANG, PLAIN, "off:", before=_NO_CAPABILITY.format("net_admin")),
+    Row(
+        "sglang",
+        "without CAP_NET_ADMIN",
+        SGLANG,
+        PLAIN,
+        "snapshots off: missing CAP_NET_ADMIN",
+        before=_NO_CAPABILITY.format("net_admin"),
+    ),
     Row(
         "sglang",
         "as uid 2000, a read-only root file system",
@@ -284,7 +291,14 @@ PLAINLY = (
         """exec setpriv --reuid 2000 --clear-groups --inh-caps +dac_read_search --ambient-caps +dac_read_search "$@"' sh "$@\"""",
         environment={"HOME": "{folder}", "TMPDIR": "{folder}", "QUICKTHAW_HOME": ""},
     ),
-    Row("sglang", "in a user namespace", SGLANG, PLAIN, "off:", before='exec unshare --user --map-root-user "$@"'),
+    Row(
+        "sglang",
+        "in a user namespace",
+        SGLANG,
+        PLAIN,
+        "the host's user namespace",
+        before='exec unshare --user --map-root-user "$@"',
+    ),
     Row(
         "sglang",
         "a shell script of more than one command",
@@ -442,18 +456,18 @@ SGLang 0.5.23 (CPU) and SmolLM2-135M-Instruct. "Restored": the snapshot that one
 
 
 def shown(row: Row | Command) -> str:
-    """The row's command as a reader would type it."""
-    words = []
-    for word in row.words:
-        for name, value in (_SHOWN | {"{script}": row.engine}).items():
+    """The row's command as a reader would type it; "…" stands for the first command line of the engine's."""
+    meaning = _SHOWN | {"{script}": row.engine}
+
+    def filled(word: str) -> str:
+        for name, value in meaning.items():
             word = word.replace(name, value)
-        words.append(word)
-    set_first = [f"{name}={value}" for name, value in getattr(row, "environment", {}).items()]
-    return (
-        shlex.join(["quickthaw", "launch", *getattr(row, "options", ()), *words])
-        if not set_first
-        else shlex.join([*set_first, "quickthaw", "launch", "…"])
-    )
+        return word
+
+    variables = [f"{name}={filled(value)}" for name, value in getattr(row, "environment", {}).items()]
+    if variables:
+        return " ".join([*variables, "quickthaw launch …"])
+    return shlex.join(["quickthaw", "launch", *getattr(row, "options", ()), *map(filled, row.words)])
 
 
 def table() -> list[tuple[str, str, str, str, str]]:
@@ -474,7 +488,15 @@ def table() -> list[tuple[str, str, str, str, str]]:
         follows = (
             "the same answer, cold and restored" if feature.status == 200 else f"{feature.status}, cold and restored"
         )
-        found.append(("Options of the engines", feature.engine, feature.what, f"{feature.path}", follows))
+        found.append(
+            (
+                "Options of the engines",
+                feature.engine,
+                feature.what,
+                f"{'POST' if feature.body else 'GET'} {feature.path}",
+                follows,
+            )
+        )
     found.append(
         (
             "Options of the engines",

@@ -472,13 +472,16 @@ class Replica:
             self._starting.release()
         running = self.running
         code: int | None = None
+        killed = False
         if running:
             code = running.place.exit_code(running.pid)
             if code is None:
                 self.page_follower.save_working_set()
+                # A cancelled restore has closed its sandbox already; there is nothing to wait for then.
                 with contextlib.suppress(CheckpointError, OSError):
                     running.place.signal(running.pid, signal.SIGTERM)
                     code = running.place.wait(running.pid, self.settings.grace_s if grace_s is None else grace_s)
+                    killed = code is None
             self.clear()
         self.fetching.close()
         if self._cuda:
@@ -487,7 +490,7 @@ class Replica:
         if self.tracker.phase is not Phase.STOPPED:
             self.tracker.to(Phase.STOPPED)
         if code is None:
-            code = -signal.SIGKILL if running else -signal.SIGTERM
+            code = -signal.SIGKILL if killed else -signal.SIGTERM
         return code
 
     def sleep(self) -> None:

@@ -1,11 +1,10 @@
 """The rows of docs/compatibility.md: command lines and environments, and what follows. tests/t2/test_dropin.py runs each with the real engine.
 
-`python -m tests.kits.dropin_rows` prints the page; a test keeps it equal to the file.
+tests/kits/dropin_page.py makes the page; a test keeps it equal to the file.
 """
 
 import json
 import re
-import shlex
 from dataclasses import dataclass, field
 
 RESTORED = "restored"
@@ -366,9 +365,10 @@ def _features(engine: str) -> tuple[Feature, ...]:
     schema = {"vllm": {"structured_outputs": {"json": _SCHEMA}}, "sglang": {"json_schema": json.dumps(_SCHEMA)}}[engine]
     return (
         Feature(engine, "--served-model-name", "/v1/models", None, SERVED),
-        Feature(engine, "a completion", "/v1/completions", _TEXT | {"model": SERVED}),
+        Feature(engine, "a completion", "/v1/completions", _TEXT | {"model": SERVED}, '"text": "[^"]+'),
         Feature(engine, "--api-key: no key", "/v1/completions", _TEXT | {"model": SERVED}, key=False, status=401),
-        Feature(engine, "--chat-template", "/v1/chat/completions", _CHAT | {"model": SERVED}),
+        # The template of the test makes 16 tokens of this chat, and 21 with a tool; the model's own makes 37.
+        Feature(engine, "--chat-template", "/v1/chat/completions", _CHAT | {"model": SERVED}, r'"prompt_tokens": 16\b'),
         Feature(
             engine,
             "--tool-call-parser, a named tool",
@@ -388,12 +388,14 @@ def _features(engine: str) -> tuple[Feature, ...]:
             "--tool-call-parser, the model's choice",
             "/v1/chat/completions",
             _CHAT | {"model": SERVED, "tools": [_TOOL], "tool_choice": "auto"},
+            r'"prompt_tokens": 21\b',
         ),
         Feature(
             engine,
             "--reasoning-parser",
             "/v1/chat/completions",
             _CHAT | {"model": SERVED, "messages": [{"role": "user", "content": "Think: <think>"}]},
+            '"reasoning(_content)?": "[^"]+',
         ),
         Feature(
             engine,
@@ -417,114 +419,15 @@ def _features(engine: str) -> tuple[Feature, ...]:
             "a stop string",
             "/v1/completions",
             _TEXT | {"model": SERVED, "stop": ["."], "max_tokens": 64},
-            "stop",
+            '"(stop_reason|matched_stop)": "[.]"',
         ),
         Feature(engine, "tokens of a text", "/tokenize", {"model": SERVED, "prompt": "Hello, world"}, "tokens"),
     )
 
 
 # SGLang's adapters need pinned memory, which PyTorch has only with an NVIDIA driver: SGLang alone does not serve them on a CPU.
-_ADAPTER = Feature("vllm", "a LoRA adapter", "/v1/completions", _TEXT | {"model": ADAPTER})
+_ADAPTER = Feature("vllm", "a LoRA adapter", "/v1/completions", _TEXT | {"model": ADAPTER}, '"text": "[^"]+')
 FEATURES = (*_features("vllm"), _ADAPTER, *_features("sglang"))
 
 EMBEDDING = {"sglang": ("--is-embedding",), "vllm": ("--runner", "pooling", "--convert", "embed", "--enforce-eager")}
 """Options with which each engine embeds; tests/t2/test_engine_tasks.py."""
-
-# The page
-
-_SHOWN = {
-    "{script}": "",
-    "{python}": "python3",
-    "{model}": "MODEL",
-    "{link}": "LINK",
-    "{tokenizer}": "DIR",
-    "{folder}": "DIR",
-    "{port}": "8000",
-}
-_FOLLOWS = {
-    RESTORED: "restored, the same answer",
-    PLAIN: "plain start: `{code}`",
-    AS_GIVEN: "runs as given: `{code}`",
-    ITS_OWN: "cold, then its own snapshot: `{code}`",
-}
-_HEAD = """# Compatibility: command lines and environments, tried with the real engines
-
-Made by `python -m tests.kits.dropin_rows > docs/compatibility.md` from the table that `tests/t2/test_dropin.py` runs, row by row, with vLLM 0.32 and
-SGLang 0.5.23 (CPU) and SmolLM2-135M-Instruct. "Restored": the snapshot that one start took serves this one too, and the greedy text is the same.
-[Limits](limits.md) says what is not here; [options](options.md) lists quickthaw's own.
-"""
-
-
-def shown(row: Row | Command) -> str:
-    """The row's command as a reader would type it; "…" stands for the first command line of the engine's."""
-    meaning = _SHOWN | {"{script}": row.engine}
-
-    def filled(word: str) -> str:
-        for name, value in meaning.items():
-            word = word.replace(name, value)
-        return word
-
-    variables = [f"{name}={filled(value)}" for name, value in getattr(row, "environment", {}).items()]
-    if variables:
-        return " ".join([*variables, "quickthaw launch …"])
-    return shlex.join(["quickthaw", "launch", *getattr(row, "options", ()), *map(filled, row.words)])
-
-
-def table() -> list[tuple[str, str, str, str, str]]:
-    """Section, engine, what, command, and what follows, of each row."""
-    found = []
-    for section, group in (
-        ("Command lines", SPELLINGS),
-        ("Environments", SURROUNDINGS),
-        ("What needs its own snapshot", DIFFERENT),
-        ("Plain starts", PLAINLY),
-    ):
-        for row in group:
-            command = "" if row.before else shown(row).replace("\n", " ")
-            found.append((section, row.engine, row.what, command, _FOLLOWS[row.outcome].format(code=row.code)))
-    for command in COMMANDS:
-        found.append(("Other commands", command.engine, command.what, shown(command), "its own output and exit code"))
-    for feature in FEATURES:
-        follows = (
-            "the same answer, cold and restored" if feature.status == 200 else f"{feature.status}, cold and restored"
-        )
-        found.append(
-            (
-                "Options of the engines",
-                feature.engine,
-                feature.what,
-                f"{'POST' if feature.body else 'GET'} {feature.path}",
-                follows,
-            )
-        )
-    found.append(
-        (
-            "Options of the engines",
-            "vllm",
-            "--speculative-config, a draft model",
-            "/metrics",
-            "it drafts, cold and restored",
-        )
-    )
-    for engine, words in EMBEDDING.items():
-        found.append(
-            ("Options of the engines", engine, "an embedding model", " ".join(words), "restored, within its own noise")
-        )
-    return found
-
-
-def page() -> str:
-    """The text of docs/compatibility.md."""
-    lines = [_HEAD]
-    section = ""
-    for name, engine, what, command, follows in table():
-        if name != section:
-            section = name
-            lines += [f"\n## {name}", "| engine | what | command | what follows |", "|---|---|---|---|"]
-        code = f"`{command}`" if command else ""
-        lines.append(f"| {engine} | {what} | {code.replace('|', chr(92) + '|')} | {follows} |")
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(page(), end="")

@@ -1,0 +1,53 @@
+"""Ending a replica."""
+
+import signal
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from checkpoint.errors import Failed
+from plugin.runtime.phases import PhaseTracker
+from plugin.runtime.replica import Replica
+
+pytestmark = pytest.mark.t0
+
+
+class Place:
+    """A sandbox whose engine has not ended; `wait` returns `found`, or the sandbox is closed already."""
+
+    def __init__(self, found, closed):
+        self.found, self.closed = found, closed
+
+    def exit_code(self, pid):
+        return None
+
+    def signal(self, pid, number):
+        if self.closed:
+            raise Failed("sandbox-gone", "the sandbox is closed")
+
+    def wait(self, pid, limit_s):
+        return self.found
+
+
+@pytest.mark.parametrize(
+    ("found", "closed", "code"),
+    [
+        (0, False, 0),
+        (None, False, -signal.SIGKILL),  # it outlived its grace
+        (None, True, -signal.SIGTERM),  # a cancelled restore, whose sandbox is closed: nothing was killed
+    ],
+)
+def test_the_exit_code_of_a_stop_says_killed_only_after_the_grace(found, closed, code):
+    replica = SimpleNamespace(
+        cancellation=SimpleNamespace(cancel=lambda reason: False),
+        _starting=threading.Lock(),
+        running=SimpleNamespace(place=Place(found, closed), pid=7),
+        page_follower=SimpleNamespace(save_working_set=lambda: None),
+        settings=SimpleNamespace(grace_s=1.0),
+        clear=lambda: None,
+        fetching=SimpleNamespace(close=lambda: None),
+        _cuda=None,
+        tracker=PhaseTracker(),
+    )
+    assert Replica.stop(replica) == code

@@ -103,7 +103,7 @@ class Engine(abc.ABC):
     model_flags: tuple[str, ...]
     options: KnownOptions
     """The options of the tested release."""
-    reads_remote_models: bool = False
+    model_after_options: bool = False
     """Whether a positional model may follow options; otherwise it comes first."""
     denied_paths: frozenset[str]
     """Control endpoints, which the proxy never forwards to."""
@@ -150,7 +150,7 @@ class Engine(abc.ABC):
                 positional += words[index + 1 :]
                 break
             if not is_option(words[index]):
-                if not index or self.reads_remote_models:
+                if not index or self.model_after_options:
                     positional.append(words[index])
                 else:
                     kept.append(words[index])

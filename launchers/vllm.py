@@ -53,7 +53,7 @@ class Vllm(Engine):
     default_host = "0.0.0.0"
     model_flags = ("--model",)
     options = VLLM
-    reads_remote_models = True
+    model_after_options = True
     seed_flags = ("--seed",)
     denied_paths = frozenset({CONTROL_PATH})
     root_path_flags = ("--root-path",)

@@ -77,10 +77,15 @@ def main() -> None:
     parser.add_argument("--from", dest="given", action="append", default=[], type=Path)
     words = parser.parse_args()
     words.target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="quickthaw-") as work:
-        for source in (copy_of_project(Path(work) / "quickthaw"), copy_of_criu(Path(work) / "criu", words.given)):
-            wheel = build(source, words.target)
-            print(f"{wheel} {wheel.stat().st_size / 1e6:.1f} MB")
+    from checkpoint.errors import CheckpointError
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="quickthaw-") as work:
+            for source in (copy_of_project(Path(work) / "quickthaw"), copy_of_criu(Path(work) / "criu", words.given)):
+                wheel = build(source, words.target)
+                print(f"{wheel} {wheel.stat().st_size / 1e6:.1f} MB")
+    except CheckpointError as error:
+        sys.exit(f"wheels: {error}")
 
 
 if __name__ == "__main__":

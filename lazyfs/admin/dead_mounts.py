@@ -6,32 +6,44 @@ import errno
 import json
 import os
 import threading
-from pathlib import Path
 
 from lazyfs.mount import kernel
-from lazyfs.mount.client import unmount
-from lazyfs.paths import home
+from lazyfs.mount.client import mount_lock
+from lazyfs.paths import state_dir
 
 _ANSWER_S = 5.0
 
 
-def remove_dead_mounts() -> list[str]:
-    """Unmount the mounts of this state folder whose daemon is gone, and return their mount points.
-
-    A mount whose daemon lives stays, even if it does not answer; so do those that this mount namespace does not show.
-    Raises HostLacks without the privilege.
-    """
-    removed = []
-    for record in sorted((home() / "mounts").glob("*.json")):
+def recorded_mount_points() -> list[str]:
+    """Return every mount point that a record of this state folder names, mounted now or not."""
+    found = set()
+    for record in state_dir("mounts").glob("*.json"):
         try:
-            where = str(json.loads(record.read_bytes())["mountpoint"])
+            found.add(str(json.loads(record.read_bytes())["mountpoint"]))
         except (OSError, ValueError, KeyError, TypeError):
             continue  # replaced or removed meanwhile
-        entry = kernel.mount_at(where)
-        if entry is not None and entry.fstype == kernel.FSTYPE and _disconnected(where):
-            unmount(Path(where), force=True)
-            removed.append(where)
+    return sorted(found)
+
+
+def remove_dead(where: str) -> bool:
+    """Unmount quickthaw's mounts at `where` as long as the topmost one's daemon is gone; return whether there was one.
+
+    A mount whose daemon lives stays, even if it does not answer, and so does one below it. Nothing is mounted there by this state
+    folder meanwhile. Raises HostLacks without the privilege, Temporary (mount-locked).
+    """
+    if not _is_dead(where):
+        return False
+    removed = False
+    with mount_lock(where):
+        while _is_dead(where):  # a launch may have replaced it before the lock
+            kernel.unmount(where, lazy=True)
+            removed = True
     return removed
+
+
+def _is_dead(where: str) -> bool:
+    entry = kernel.mount_at(where)
+    return entry is not None and entry.fstype == kernel.FSTYPE and _disconnected(where)
 
 
 def _disconnected(where: str) -> bool:

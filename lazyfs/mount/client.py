@@ -134,7 +134,7 @@ def mount(
     found = _ping_or_none(socket)
     if found is not None:
         return _check_same_manifest(found, manifest_digest, where)
-    with _locked(state_dir("mounts") / f"{_path_name(where)}.lock"):
+    with mount_lock(where):
         found = _ping_or_none(socket)
         if found is not None:
             return _check_same_manifest(found, manifest_digest, where)
@@ -316,7 +316,9 @@ def _check_same_manifest(found: MountHandle, manifest_digest: str, where: str) -
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def mount_lock(where: str) -> Iterator[None]:
+    """Hold the lock of a mount point (an absolute path) in this state folder. Raises Temporary (mount-locked) after a minute."""
+    path = state_dir("mounts") / f"{_path_name(where)}.lock"
     with contextlib.ExitStack() as held:
         with os_errors(f"cannot create {path}"):
             fd = held.enter_context(open_fd(path, os.O_RDWR | os.O_CREAT))

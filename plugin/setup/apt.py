@@ -1,9 +1,10 @@
 """Fetch CRIU's Debian packages by the host's own apt, without changing anything of the host.
 
 apt gets lists, sources and a cache of its own in a work folder, so the machine's configuration (proxies, credentials,
-mirrors) is read and never written. The mirror is one that the machine uses already; the suite is the newest, because only
-that has CRIU >= 4.2: `sid` of Debian, `devel` of Ubuntu (24.04 has no package criu, 22.04 has 3.16, 26.04 has 4.2). apt
-checks the archive's signature.
+mirrors) is read and never written. Its hooks do not run: they refer to the machine's own lists and cache. The mirror is one
+that the machine uses already; the suite is the newest, because only that has CRIU >= 4.2: `sid` of Debian, `devel` of Ubuntu
+(24.04 has no package criu, 22.04 has 3.16, 26.04 has 4.2). apt checks the archive's signature, even on a machine that is
+configured to take unsigned packages.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ _DEPENDS = (
     *("--no-replaces", "--no-enhances", "criu"),
 )
 _NO_ROOM = re.compile(r"No space left on device|enough free space|quota exceeded", re.IGNORECASE)
+_NOT_OURS = (
+    *("APT::Update::Pre-Invoke", "APT::Update::Post-Invoke", "APT::Update::Post-Invoke-Success"),
+    "APT::Default-Release",  # not in a list of sources that has one suite only
+)
+"""Settings of the machine that are left out. An option of apt can only add to a list; a configuration file can empty it."""
 _INDEX_FORMAT = "$(RELEASE)\t$(COMPONENT)\t$(REPO_URI)"
 
 
@@ -196,6 +202,8 @@ class _Apt:
         sources = work / "sources.list"
         sources.touch(mode=0o600)  # the URL may hold a password
         sources.write_text(source.line())
+        configuration = work / "apt.conf"
+        configuration.write_text("".join(f"#clear {name};\n" for name in _NOT_OURS))
         settings = {
             "Dir::Etc::SourceList": sources,
             "Dir::Etc::SourceParts": "/dev/null",
@@ -209,13 +217,17 @@ class _Apt:
             "APT::Sandbox::User": "root",
             "APT::Install-Recommends": "false",
             "APT::Update::Error-Mode": "any",
-            "APT::Update::Post-Invoke-Success::": "",
+            "APT::Get::AllowUnauthenticated": "false",
+            "Acquire::AllowInsecureRepositories": "false",
+            "Acquire::AllowWeakRepositories": "false",
+            "Acquire::AllowDowngradeToInsecureRepositories": "false",
             "Acquire::Languages": "none",
             "Acquire::Retries": 2,
             "Acquire::http::Timeout": _STALL_S,
             "Acquire::https::Timeout": _STALL_S,
         }
-        self._options = [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
+        self._options = ["-c", str(configuration)]
+        self._options += [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
 
     def run(self, program: str, *words: str, cwd: Path | None = None, check: bool = True) -> str:
         """Run an apt command and return its output. Raises Failed with apt's first error, OSError for a full disk."""

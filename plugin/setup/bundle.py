@@ -28,10 +28,11 @@ exec "$d/lib/{loader}" --library-path "$d/lib" "$d/criu.bin" "$@"
 """
 
 
-def build(unpacked: Unpacked, target: Path) -> None:
+def build(unpacked: Unpacked, target: Path, host_files: bool = True) -> None:
     """Write a self-contained folder at `target`, which must not exist.
 
-    Raises Failed (criu-incomplete) if the packages lack something, and OSError for the disk.
+    `host_files`: libraries that the packages lack may be this host's. Raises Failed (criu-incomplete) if something is lacking,
+    and OSError for the disk.
     """
     if not unpacked.binary.exists():
         raise Failed("criu-incomplete", "none of the packages holds sbin/criu; give the package criu too")
@@ -47,6 +48,14 @@ def build(unpacked: Unpacked, target: Path) -> None:
         if (unpacked.libraries / name).exists():
             named[name] = unpacked.libraries / name
     named[loader.name] = loader
+    packaged = unpacked.folder.resolve()
+    if not host_files and (
+        own := [name for name, file in named.items() if not file.resolve().is_relative_to(packaged)]
+    ):
+        raise Failed(
+            "criu-incomplete",
+            f"the packages lack {', '.join(sorted(own))}, and this host's have no licence to pass on; give the packages of these too",
+        )
     for name, file in named.items():
         _place(unpacked, file, libraries / name, 0o755 if name == loader.name else 0o644)
     _place(unpacked, unpacked.binary, target / self_contained.BINARY, 0o755)

@@ -51,7 +51,7 @@ def criu(given: tuple[Path, ...], mirror: str | None, keyring: Path | None, forc
 
     \b
     quickthaw setup criu
-    quickthaw setup criu --from quickthaw_criu-0.1.0-py3-none-linux_x86_64.whl
+    quickthaw setup criu --from quickthaw_criu-4.2.1-py3-none-linux_x86_64.whl
     """
     from plugin.setup.criu import install, kernel_check
 

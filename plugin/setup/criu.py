@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,10 +87,16 @@ def install(
 
 
 def make_folder(target: Path, say: Say, given: Sequence[Path] = (), limit_s: float = LIMIT_S) -> str:
-    """Make a self-contained folder at `target`, for a wheel, and return CRIU's version. Raises as `install`."""
+    """Make a self-contained folder at `target`, for a wheel, and return CRIU's version. Raises as `install`.
+
+    Every file is of a package: a wheel that is passed on needs the licence of each.
+    """
     with tempfile.TemporaryDirectory(prefix="quickthaw-") as name, disk.required("the folder could not be made"):
         work = Path(name)
-        _unpack(given, work, target) if given else _fetch(work, target, say, None, None, limit_s)
+        if given:
+            _unpack(given, work, target, host_files=False)
+        else:
+            _fetch(work, target, say, None, None, limit_s, host_files=False)
     return bundle.check(target)
 
 
@@ -102,7 +109,15 @@ def _working(home: Path) -> Criu | None:
         return None
 
 
-def _fetch(work: Path, target: Path, say: Say, mirror: str | None, keyring: Path | None, limit_s: float) -> str:
+def _fetch(
+    work: Path,
+    target: Path,
+    say: Say,
+    mirror: str | None,
+    keyring: Path | None,
+    limit_s: float,
+    host_files: bool = True,
+) -> str:
     """Make a self-contained folder of packages that apt fetches. Return their origin."""
     sources = apt.sources_at(mirror, keyring) if mirror else apt.sources_of_host()
     if not sources or shutil.which("apt-get") is None:
@@ -116,7 +131,7 @@ def _fetch(work: Path, target: Path, say: Say, mirror: str | None, keyring: Path
             unpacked = Unpacked(work / f"root-{number}")
             for package in packages:
                 unpacked.add(package)
-            bundle.build(unpacked, target)
+            bundle.build(unpacked, target, host_files)
             return str(source)
         except Failed as error:
             failures.append(error)
@@ -128,7 +143,7 @@ def _fetch(work: Path, target: Path, say: Say, mirror: str | None, keyring: Path
     raise Failed(failures[0].code, f"{apt.describe(failures)}; try again, or {WITHOUT_APT}")
 
 
-def _unpack(given: Sequence[Path], work: Path, target: Path) -> str:
+def _unpack(given: Sequence[Path], work: Path, target: Path, host_files: bool = True) -> str:
     """Make a self-contained folder of what the user named. Return its origin."""
     origin = ", ".join(map(str, given))
     if len(given) == 1:
@@ -141,7 +156,7 @@ def _unpack(given: Sequence[Path], work: Path, target: Path) -> str:
     unpacked = Unpacked(work / "root")
     for package in packages_in(given):
         unpacked.add(package)
-    bundle.build(unpacked, target)
+    bundle.build(unpacked, target, host_files)
     return origin
 
 
@@ -156,21 +171,37 @@ def packages_in(given: Sequence[Path]) -> list[Path]:
 
 
 def _unzip(wheel: Path, folder: Path) -> Path:
-    """Unpack a wheel quickthaw-criu; return its self-contained folder. Raises Integrity (criu-package-damaged)."""
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(
-                folder, [name for name in archive.namelist() if name.startswith(f"{self_contained.WHEEL}/")]
-            )
-        found = folder / self_contained.WHEEL
-        if (loader := self_contained.loader_of(found)) is None:
-            raise ValueError("it holds no criu")
-        loader.chmod(0o755)
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
-        raise Integrity(
-            "criu-package-damaged", f"{wheel} is no wheel of quickthaw-criu ({error}); build it again"
-        ) from error
+    """Unpack a wheel quickthaw-criu; return its self-contained folder. Raises Integrity (criu-package-damaged), OSError.
+
+    Every member is read before one is written, so an OSError of the first is the archive's, and of the second the disk's.
+    """
+    with wheel.open("rb") as file:
+        try:
+            archive = zipfile.ZipFile(file)
+            names = [name for name in archive.namelist() if name.startswith(f"{self_contained.WHEEL}/")]
+            for name in names:
+                archive.read(name)
+        # A flipped byte can also claim another compression, encryption, or an offset before the file's begin.
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            ValueError,
+            NotImplementedError,
+            RuntimeError,
+            OSError,
+        ) as error:
+            raise _no_wheel(wheel, str(error)) from error
+        archive.extractall(folder, names)
+    found = folder / self_contained.WHEEL
+    if (loader := self_contained.loader_of(found)) is None:
+        raise _no_wheel(wheel, "it holds no criu")
+    loader.chmod(0o755)
     return found
+
+
+def _no_wheel(wheel: Path, why: str) -> Integrity:
+    return Integrity("criu-package-damaged", f"{wheel} is no wheel of quickthaw-criu ({why}); build it again")
 
 
 def _publish(new: Path, target: Path) -> None:

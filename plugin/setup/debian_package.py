@@ -106,7 +106,7 @@ class Unpacked:
     def _read_control(self, archive: tarfile.TarFile, sums: dict[str, str]) -> str | None:
         name = None
         for entry in archive:
-            text = archive.extractfile(entry)
+            text = archive.extractfile(entry) if entry.isreg() else None  # a link's target may be anything
             if text is None:
                 continue
             if PurePosixPath(entry.name).name == "control":
@@ -190,7 +190,9 @@ def _members(file: IO[bytes]) -> Iterator[tuple[str, int]]:
     while header := file.read(_HEADER):
         if len(header) < _HEADER or header[58:] != b"`\n":
             raise ValueError("an ar header is garbled")
-        size = int(header[48:58])
+        if not (digits := header[48:58].strip()).isdigit():  # int() would take a negative size, and the loop never end
+            raise ValueError("an ar header is garbled")
+        size = int(digits)
         yield header[:16].decode("ascii", errors="replace").strip().rstrip("/"), size
         at += _HEADER + size + size % 2
         file.seek(at)

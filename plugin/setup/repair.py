@@ -75,16 +75,17 @@ def _leftovers(home: Path) -> Iterator[Repair]:
 
 def _mounts(home: Path) -> Iterator[Repair]:
     """Unmount lazy mounts whose daemon was killed: every access to them fails."""
-    from lazyfs.admin.dead_mounts import remove_dead_mounts
+    from lazyfs.admin.dead_mounts import recorded_mount_points, remove_dead
     from lazyfs.errors import LazyfsError
 
     if not (home / "mounts").is_dir():
         return
-    try:
-        if removed := remove_dead_mounts():
-            yield Repair("mounts", f"unmounted {', '.join(removed)}, whose daemon was killed")
-    except LazyfsError as error:
-        yield Repair("mounts", f"{error.code}: {error}", "umount it as root")
+    for where in recorded_mount_points():
+        try:
+            if remove_dead(where):
+                yield Repair("mounts", f"unmounted {where}, whose daemon was killed")
+        except LazyfsError as error:
+            yield Repair("mounts", f"{error.code}: {error}", f"umount {where} as root")
 
 
 def _criu(home: Path, say: Callable[[str], None]) -> Iterator[Repair]:

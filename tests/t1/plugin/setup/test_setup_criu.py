@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from checkpoint.errors import Failed
 from lazyfs.mount import kernel
-from plugin.setup.criu import install
-from tests.kits.apt_kit import LIBRARIES, Keys, package
+from plugin.setup.criu import install, make_folder
+from tests.kits.apt_kit import LIBRARIES, Keys, Mirror, package
 from tests.t1.plugin.setup.conftest import error_of
 
 pytestmark = [pytest.mark.t1, pytest.mark.slow]
@@ -74,9 +75,35 @@ def test_a_mirror_that_others_signed_is_refused(host, mirror, tmp_path):
     assert not (host.home / "criu").exists() and mirror.downloads() == []
 
 
-def test_a_suite_without_a_new_enough_criu_is_named(host, mirror, debs, keys, tmp_path):
-    from tests.kits.apt_kit import Mirror
+def test_a_host_that_takes_unsigned_packages_gets_no_unsigned_criu(host, mirror, debs, keys, tmp_path):
+    unsigned = Mirror(tmp_path / "unsigned", debs, keys)
+    (unsigned.folder / "dists" / "sid" / "InRelease").unlink()
+    (tmp_path / "apt.conf").write_text(
+        'APT::Get::AllowUnauthenticated "true"; Acquire::AllowInsecureRepositories "true";'
+        'Acquire::AllowDowngradeToInsecureRepositories "true";'
+    )
+    try:
+        done = host.run(*from_mirror(unsigned), APT_CONFIG=str(tmp_path / "apt.conf"))
+    finally:
+        unsigned.close()
+    assert "not signed" in error_of(done, "criu-download-failed")
+    assert unsigned.downloads() == [] and not (host.home / "criu").exists()
 
+
+def test_the_hosts_hooks_do_not_run_and_its_default_release_does_not_count(host, mirror, debs, tmp_path):
+    """Hooks empty the host's own cache of packages (Docker's images) or refresh catalogues."""
+    ran = tmp_path / "ran"
+    hooks = "".join(
+        f'APT::Update::{name} {{ "touch {ran}"; }};' for name in ("Pre-Invoke", "Post-Invoke", "Post-Invoke-Success")
+    )
+    (tmp_path / "apt.conf").write_text(f'{hooks} APT::Default-Release "bookworm";')
+    mirror.damaged.add(debs[0].name)  # as far as the download is far enough
+    done = host.run(*from_mirror(mirror), APT_CONFIG=str(tmp_path / "apt.conf"))
+    assert "Hash Sum mismatch" in error_of(done, "criu-download-failed")
+    assert not ran.exists()
+
+
+def test_a_suite_without_a_new_enough_criu_is_named(host, mirror, debs, keys, tmp_path):
     old = Mirror(tmp_path / "old", [package(tmp_path, "criu", {"usr/sbin/criu": b"old"}, "3.17.1-2")], keys)
     try:
         said = error_of(host.run(*from_mirror(old)), "criu-not-offered")
@@ -180,6 +207,14 @@ def test_a_package_without_the_libraries_it_names_is_incomplete(host, debs):
         host.run("setup", "criu", "--from", debs[1]), "criu-incomplete"
     )
     assert not (host.home / "criu").exists()
+
+
+def test_a_wheel_gets_no_library_of_the_host(tmp_path):
+    """It would be passed on without its licence."""
+    deb = package(tmp_path, "criu", {"usr/sbin/criu": Path("/bin/true")}, "4.2-1")
+    with pytest.raises(Failed, match=r"the packages lack ld-linux.*, libc\.so\.6, ") as error:
+        make_folder(tmp_path / "made", lambda _: None, [deb])
+    assert error.value.code == "criu-incomplete"
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "text"])

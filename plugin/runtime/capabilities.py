@@ -155,7 +155,7 @@ def _sandbox(home: Path, found: Privileges, remembered: bool) -> str | None:
         with Sandbox() as sandbox:
             sandbox.connect(9).close()
     except CheckpointError as error:
-        note.unlink(missing_ok=True)
+        forget(home)
         return sandbox_reason(error)
     except OSError as error:
         return f"host-io: a sandbox could not be tried: {error.strerror or error}; see quickthaw doctor"
@@ -180,7 +180,7 @@ def _remove_old(note: Path) -> None:
 
 def forget(home: Path) -> None:
     """Forget that sandboxes work here, because one was refused: the next launch tries again."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # a read-only folder: what is refused is refused again
         _note(home, Privileges.current()).unlink(missing_ok=True)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import socket
@@ -13,11 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launchers.errors import Usage
+from lazyfs.paths import flock_within
 
 if TYPE_CHECKING:
     from launchers.base import EngineCommand
 
 log = logging.getLogger("quickthaw")
+_LOCK_S = 5.0
+_BOUND = Path("/proc/net/unix")
 _REASONS = {
     errno.EADDRINUSE: "another process listens there",
     errno.EACCES: "this user lacks the privilege to bind it",
@@ -71,15 +73,11 @@ def bind_unix(path: Path) -> socket.socket:
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)  # two launches must not both find the same file left behind
-            if _left_behind(path):
+        with _locked(path.parent) as locked:  # two launches must not both find the same file left behind
+            if locked and _left_behind(path):
                 path.unlink()
             sock.bind(str(path))
             sock.listen(4096)
-        finally:
-            os.close(folder)
     except OSError as error:
         sock.close()
         cause = _REASONS.get(error.errno or 0, error.strerror or error)
@@ -87,13 +85,25 @@ def bind_unix(path: Path) -> socket.socket:
     return sock
 
 
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Lock a folder, and yield whether that worked: it does not over NFS, or while another user keeps it locked."""
+    with contextlib.ExitStack() as opened:
+        locked = False
+        with contextlib.suppress(OSError):
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            opened.callback(os.close, fd)
+            locked = flock_within(fd, _LOCK_S)
+        yield locked
+
+
 def _left_behind(path: Path) -> bool:
     """Return whether a path is a socket that no process has bound or listens on. Raises OSError."""
     if path.is_symlink() or not path.is_socket():
         return False
     # A socket that is bound and does not listen yet refuses connections, as one that was left behind does.
-    bound = Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines()
-    if any(Path(line.split(maxsplit=7)[-1]).name == path.name for line in bound):
+    bound = _BOUND.read_text(errors="surrogateescape").splitlines()
+    if any(_names(line.split(maxsplit=7)[-1], path) for line in bound):
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.settimeout(1.0)
@@ -104,6 +114,17 @@ def _left_behind(path: Path) -> bool:
         except OSError:
             return False
     return False
+
+
+def _names(bound: str, path: Path) -> bool:
+    """Return whether the name of a bound socket may mean this path: it can be relative to any folder, or be another namespace's."""
+    name = Path(bound)
+    if name.name != path.name:
+        return False
+    try:
+        return not name.is_absolute() or name.samefile(path)
+    except OSError:
+        return True
 
 
 def refused(host: str, port: int, error: OSError, remedy: str) -> str:

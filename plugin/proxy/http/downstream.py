@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _MAX_PIPELINED = 32
 _LINGER_S = 2.0
+_TLS_END_S = 5.0
 _LINGER_BYTES = 16 << 20
 _WATCH_S = 0.05
 _GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR | select.POLLNVAL
@@ -128,8 +129,10 @@ class ClientConnection(Client, asyncio.Protocol):
             self.current.keep_alive = False
 
     def close(self) -> None:
-        """Close after everything written has been sent."""
+        """Close after everything written has been sent. A client that does not answer the end of its TLS is not waited for long."""
         if self.transport is not None:
+            if self._scheme == b"https" and not self._linger_until:
+                self._linger_until = time.monotonic() + _TLS_END_S
             self.transport.close()
 
     def sweep(self, now: float) -> None:
@@ -389,6 +392,8 @@ class ClientConnection(Client, asyncio.Protocol):
         self._linger_until = time.monotonic() + _LINGER_S
         if transport.can_write_eof():
             transport.write_eof()
+        else:  # TLS, which ends with a message of its own and then reads what is left
+            transport.close()
         if self._pauses:
             self._pauses.clear()
             transport.resume_reading()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import shutil
@@ -127,27 +128,34 @@ class WayOut:
 
     def _keep(self) -> None:
         again_s = AGAIN_S
-        try:
-            while True:
-                with open(os.memfd_create("pasta", os.MFD_CLOEXEC), "w+b", buffering=0) as output:
-                    if not self._begin(output.fileno()):
-                        return
-                    assert self._process is not None
-                    code = self._process.wait()
-                    output.seek(0)
-                    words = output.read(1 << 16).decode(errors="replace").split("\n")
-                if self._closed.is_set():
-                    return
-                last = next((line for line in reversed(words) if line and "syslog" not in line), "")
-                self._failed = f"it ended with {code}: {last}"
-                if not self._ever_up:
-                    return
-                log.warning("egress-ended: pasta %s; starting it again", self._failed.removeprefix("it "))
-                if self._closed.wait(again_s):
-                    return
-                again_s = min(2 * again_s, AGAIN_AT_MOST_S)
-        except (OSError, CheckpointError) as error:
-            self._failed = str(error)
+        while True:
+            try:
+                why = self._run()
+            except (OSError, subprocess.SubprocessError) as error:
+                why = f"it could not be started: {error}"
+            if why is None:
+                return
+            self._failed = why
+            if not self._ever_up:
+                return
+            log.warning("egress-ended: pasta %s; starting it again", why.removeprefix("it "))
+            if self._closed.wait(again_s):
+                return
+            again_s = min(2 * again_s, AGAIN_AT_MOST_S)
+
+    def _run(self) -> str | None:
+        """Run it until it ends; return why it did, or None once closed. Raises OSError, SubprocessError."""
+        with open(os.memfd_create("pasta", os.MFD_CLOEXEC), "w+b", buffering=0) as output:
+            if not self._begin(output.fileno()):
+                return None
+            assert self._process is not None
+            code = self._process.wait()
+            output.seek(0)
+            words = output.read(1 << 16).decode(errors="replace").split("\n")
+        if self._closed.is_set():
+            return None
+        last = next((line for line in reversed(words) if line and "syslog" not in line), "")
+        return f"it ended with {code}: {last}"
 
     def _begin(self, output: int) -> bool:
         with self._lock:
@@ -160,10 +168,13 @@ class WayOut:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=_end_with_owner,
+                env={"PATH": os.environ.get("PATH", os.defpath)},  # no keys and tokens of the engine
+                preexec_fn=functools.partial(_end_with_owner, os.getpid()),
             )
             return True
 
 
-def _end_with_owner() -> None:
+def _end_with_owner(owner: int) -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != owner:  # it ended before that
+        os._exit(1)

@@ -1,13 +1,17 @@
 """A sandbox's way out, without an engine: what it reaches, which connections are closed, and names."""
 
 import contextlib
+import errno
 import os
 import socket
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
 from checkpoint.errors import HostLacks
+from checkpoint.sandbox import egress
 from checkpoint.sandbox.egress import Egress
 from checkpoint.sandbox.network import ADDRESS, close_outgoing, inside, is_inside
 from checkpoint.sandbox.resolver import ResolverRelay, loopback_resolvers
@@ -79,7 +83,7 @@ def test_loopback_of_the_host_is_reached_at_given_ports_only(listener):
                         refused.connect(("127.0.0.1", hidden.getsockname()[1]))
                     assert close_outgoing(network, (port,)) >= 1
                     peer.settimeout(30)
-                    with pytest.raises(ConnectionAbortedError):
+                    with pytest.raises((ConnectionAbortedError, ConnectionResetError)):  # either end is closed first
                         sock.recv(1)
 
 
@@ -91,6 +95,31 @@ def test_a_sandbox_without_a_way_out_reaches_nothing(listener):
         pytest.raises(OSError, match="unreachable"),
     ):
         sock.connect(listener[1])
+
+
+def test_a_pasta_that_cannot_be_started_again_at_once_is_tried_until_it_can(monkeypatch, caplog):
+    begin, refused = egress.WayOut._begin, []
+
+    def start(way_out, output):
+        if refused and refused.pop():
+            raise BlockingIOError(errno.EAGAIN, "no process is left")
+        return begin(way_out, output)
+
+    monkeypatch.setenv("SECRET", "of the engine")
+    monkeypatch.setattr(egress, "AGAIN_S", 0.02)
+    monkeypatch.setattr(egress.WayOut, "_begin", start)
+    with Sandbox(SandboxConfig(egress=Egress.find())) as sandbox:
+        sandbox.wait_egress()
+        refused.append(True)
+        first = sandbox._way_out._process
+        assert "SECRET" not in Path(f"/proc/{first.pid}/environ").read_text()
+        first.kill()
+        limit = time.monotonic() + 30
+        while sandbox._way_out._process is first:
+            assert time.monotonic() < limit, caplog.text
+            time.sleep(0.01)
+        sandbox.wait_egress()
+    assert caplog.text.count("egress-ended: ") == 2 and "could not be started" in caplog.text
 
 
 def test_a_missing_pasta_is_named(monkeypatch):

@@ -24,13 +24,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from checkpoint.errors import Failed, HostLacks
 from checkpoint.sandbox import prestart
-from checkpoint.sandbox.egress import Egress, WayOut
 from checkpoint.sandbox.network import ADDRESS, close_outgoing, inside, own_network
 from checkpoint.snapshot import speculative
+
+if TYPE_CHECKING:
+    from checkpoint.sandbox.egress import Egress, WayOut
 
 log = logging.getLogger("quickthaw")
 RUN_DIR = "/run/quickthaw"
@@ -85,10 +87,7 @@ class SandboxConfig:
 
 
 def _user() -> str:
-    """Return the user's name as torch uses it in folder names.
-
-    A container's user may have no name; then return the uid.
-    """
+    """Return the user's name as torch uses it in folder names, or the uid of a container's user without a name."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
@@ -179,6 +178,8 @@ class Sandbox:
         self._init_pid = int(children[0])
         self._network = os.open(f"/proc/{self._init_pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         if self.config.egress:
+            from checkpoint.sandbox.egress import WayOut  # takes 1 ms, which few restores need
+
             self._way_out = WayOut(self.config.egress, self._network)
 
     def __enter__(self) -> Sandbox:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from checkpoint import disk
 from checkpoint.criu.binary import Criu
@@ -26,12 +27,14 @@ from checkpoint.cuda.driver import Driver
 from checkpoint.errors import CheckpointError, Failed, HostLacks
 from checkpoint.files import private_folder, replacing
 from checkpoint.lazy_pages.client import DownloadingImages, PageServer, server_config
-from checkpoint.sandbox.egress import Egress
 from checkpoint.sandbox.process_tree import processes
 from checkpoint.sandbox.sandbox import TMP_DIR, Bind, Sandbox, SandboxConfig, make_run_dir
 from checkpoint.snapshot import file_backed, speculative
 from checkpoint.snapshot.library import Library
 from checkpoint.snapshot.manifest import Snapshot
+
+if TYPE_CHECKING:
+    from checkpoint.sandbox.egress import Egress
 
 DUMP_SLOWEST = 50e6
 RESTORE_TIMEOUT_S = 600.0

@@ -10,17 +10,19 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from checkpoint.errors import HostLacks
-from checkpoint.sandbox.egress import Egress
+from launchers.base import INNER_PORT
 from launchers.given_options import given_options
 from launchers.options.egress import host_ports, uses_hub, why_egress
 
 if TYPE_CHECKING:
+    from checkpoint.sandbox.egress import Egress
     from plugin.runtime.config import LaunchSettings
     from plugin.runtime.steps.model_mount import Weights
 
 log = logging.getLogger("quickthaw")
 RECORDED = "quickthaw --egress"
-"""Name under which an identity's arguments have the way out, with the host's ports as its value."""
+"""Name under which an identity's arguments have the way out, with the host's ports as its value, and whether it may use the hub."""
+_HUB = ("hub",)
 _said: set[str] = set()
 
 
@@ -42,8 +44,14 @@ def of(settings: LaunchSettings, weights: Weights) -> Egress | None:
     """Return the way out of a launch, or None if it needs none. Raises HostLacks (egress-missing) with the remedy."""
     if not (why := reason(settings, weights)):
         return None
+    if INNER_PORT in (ports := _ports(settings)):
+        raise HostLacks(
+            "egress-failed", f"{why} uses port {INNER_PORT} of this host, which in the sandbox is the engine's own"
+        )
+    from checkpoint.sandbox.egress import Egress  # takes 1 ms, which a launch without a way out need not wait for
+
     try:
-        return Egress.find(_ports(settings))
+        return Egress.find(ports)
     except HostLacks as error:
         raise HostLacks(
             error.code, f"{why} needs a way out of the sandbox, and {error.args[0]}, or give --no-egress to do without"
@@ -59,14 +67,16 @@ def identify(settings: LaunchSettings, weights: Weights) -> dict[str, tuple[tupl
     """Return the arguments to record in the identity of a launch."""
     if settings.named or not reason(settings, weights):
         return {}
-    return {RECORDED: (tuple(map(str, _ports(settings))),)}
+    return {RECORDED: (tuple(map(str, _ports(settings))), *([_HUB] if online(settings) else []))}
 
 
 def recorded(arguments: Mapping[str, Any]) -> Egress | None:
     """Return the way out that a snapshot's engine was started with, or None. Raises HostLacks (egress-missing)."""
     if RECORDED not in arguments:
         return None
-    return Egress.find(tuple(int(port) for values in arguments[RECORDED] for port in values))
+    from checkpoint.sandbox.egress import Egress
+
+    return Egress.find(tuple(int(port) for port in arguments[RECORDED][0]))
 
 
 def _ports(settings: LaunchSettings) -> tuple[int, ...]:

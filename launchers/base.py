@@ -28,10 +28,11 @@ from launchers.errors import EngineDied, EngineFailed, Usage
 from launchers.given_options import first, given_options, is_option
 from launchers.known_options import KnownOptions
 from launchers.options.as_given import why_as_given
-from launchers.options.front import BLANKED, TAKEN_OVER, Tls
+from launchers.options.front import BLANKED, SSL_FILES, TAKEN_OVER
 
 if TYPE_CHECKING:
     from checkpoint.compatibility.engine import EngineFacts
+    from launchers.options.tls import Tls
 
 log = logging.getLogger("quickthaw")
 INNER_PORT = 8000
@@ -206,7 +207,7 @@ class Engine(abc.ABC):
             values.get("root_path", ""),
             shutdown_timeout(values.get("shutdown_timeout", "")),
             values.get("uds", ""),
-            Tls.of(values),
+            _tls(values),
         )
 
     def _values_of(self, option: str, following: Sequence[str], least: int) -> int:
@@ -464,11 +465,19 @@ def tolerate_refusal() -> Iterator[None]:
         log.debug("not part of the warm-up: %s", error)
 
 
+def _tls(values: Mapping[str, str]) -> Tls | None:
+    if not SSL_FILES & values.keys():
+        return None
+    from launchers.options.tls import Tls  # takes 1 ms, which a launch without TLS need not wait for
+
+    return Tls.of(values)
+
+
 def shutdown_timeout(value: str) -> float:
     """Return the seconds of vLLM's `--shutdown-timeout`; 0 for what the engine itself will refuse."""
     try:
-        return max(0.0, float(value))
-    except ValueError:
+        return max(0.0, float(int(value)))
+    except (ValueError, OverflowError):
         return 0.0
 
 

@@ -67,7 +67,7 @@ def restore(snapshot: str, **options: Any) -> int:
     import launchers
     from checkpoint.snapshot.library import Library
     from launchers.base import EngineCommand, shutdown_timeout
-    from launchers.options.front import Tls
+    from launchers.options.tls import Tls
     from plugin.runtime.config import LaunchSettings, state_home
     from plugin.runtime.run import launch
     from plugin.runtime.steps.snapshot_fetch import manifest_of

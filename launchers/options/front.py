@@ -5,10 +5,6 @@ The engine in its sandbox listens on plain HTTP. So neither these options nor th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
 UDS = {"--uds": "uds"}
 SSL = {
     "--ssl-keyfile": "ssl_keyfile",
@@ -21,41 +17,9 @@ SSL = {
     "--no-enable-ssl-refresh": "ssl_refresh",
 }
 """Option → the name of its value; an engine has some of them."""
+SSL_FILES = frozenset(["ssl_certfile", "ssl_keyfile"])
+"""Names of values of which one is needed for TLS."""
 TAKEN_OVER = frozenset(["host", "port", "uds", *SSL.values()])
 """Names of values whose options the engine does not get."""
 BLANKED = frozenset(["uds", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_keyfile_password"])
 """Those that an empty option turns off, where the file of `--config` has them."""
-
-
-@dataclass(frozen=True)
-class Tls:
-    """TLS as the engine would serve it: paths of PEM files, and uvicorn's settings."""
-
-    certificate: str
-    key: str = ""
-    """"": in the certificate's file."""
-    password: str = field(default="", repr=False)
-    authorities: str = ""
-    """Certificates that clients' certificates are checked with."""
-    client_certificates: int = 0
-    """ssl.CERT_NONE, CERT_OPTIONAL or CERT_REQUIRED."""
-    ciphers: str = ""
-    refresh: bool = False
-    """Whether changed files are read again while the engine serves."""
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Tls | None:
-        """Return the settings of a command line's values (by the names in `SSL`), or None without a certificate or key."""
-        certificate, key = values.get("ssl_certfile") or "", values.get("ssl_keyfile") or ""
-        if not certificate and not key:
-            return None
-        required = values.get("ssl_cert_reqs", "0")
-        return cls(
-            certificate,
-            key,
-            values.get("ssl_keyfile_password") or "",
-            values.get("ssl_ca_certs") or "",
-            int(required) if required in ("1", "2") else 0,
-            values.get("ssl_ciphers") or "",
-            bool(values.get("ssl_refresh")),
-        )

@@ -23,7 +23,7 @@ from plugin.runtime.steps.model_mount import Weights
 if TYPE_CHECKING:
     from checkpoint.criu.binary import Criu
     from launchers.base import Engine
-    from launchers.options.front import Tls
+    from launchers.options.tls import Tls
     from plugin.proxy.tls import Certificates
     from plugin.runtime.config import LaunchSettings
 

@@ -8,7 +8,7 @@ import launchers
 from checkpoint.compatibility.engine import EngineFacts
 from checkpoint.compatibility.launch_options import normalised_arguments
 from launchers.errors import Usage
-from launchers.options.front import Tls
+from launchers.options.tls import Tls
 from tests.t0.checkpoint.compatibility.test_facts import venv
 
 pytestmark = pytest.mark.t0
@@ -105,6 +105,17 @@ def test_more_options_by_which_an_engine_listens():
     command = sglang.parse(["m", "--ssl-certfile", "c", "--ssl-keyfile", "k", "--ssl-keyfile-password", "p"], {}, True)
     assert command.tls == Tls("c", "k", "p") and "'p'" not in repr(command)
     assert "--uds" in sglang.parse(["m", "--uds", "/s"], {}).arguments  # not an option of SGLang, which says so
+
+
+def test_a_demand_for_clients_certificates_is_never_taken_for_none():
+    vllm = launchers.engine("vllm")
+    for given, required in (("2", 2), ("02", 2), ("+1", 1), ("0", 0)):
+        assert (
+            vllm.parse(["m", "--ssl-certfile", "c", "--ssl-cert-reqs", given], {}).tls.client_certificates == required
+        )
+    for given in ("3", "-1", "CERT_REQUIRED"):
+        with pytest.raises(Usage, match="ssl-cert-reqs"):
+            vllm.parse(["m", "--ssl-certfile", "c", f"--ssl-cert-reqs={given}"], {})
 
 
 def test_a_refresh_that_only_a_file_asks_for_runs_as_given(tmp_path):

@@ -101,7 +101,7 @@ def run_unsupported(words: Words, environment: Mapping[str, str], options: Mappi
     log.warning("run-as-given: %s", line)
     command, *rest = words.given
     beside = Path(options["engine_python"] or sys.executable).parent / command
-    if program_of(command) is None and os.access(beside, os.X_OK, effective_ids=True):
+    if (options["engine_python"] or program_of(command) is None) and os.access(beside, os.X_OK, effective_ids=True):
         command = str(beside)
     run_as_given(
         (command, *rest), {name: value for name, value in environment.items() if name not in options["scrub_env"]}

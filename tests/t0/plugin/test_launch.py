@@ -75,3 +75,26 @@ def test_the_interpreter_comes_from_the_option_the_command_or_the_path(settings,
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert settings("vllm", "serve", "m").engine_python == str(other)
+
+
+def test_what_runs_as_given_is_the_script_beside_the_given_interpreter(monkeypatch, tmp_path):
+    import plugin.runtime.run_as_given
+
+    for folder in ("given", "path"):
+        (tmp_path / folder).mkdir()
+        for name in ("vllm", "python"):
+            (tmp_path / folder / name).write_text("#!/bin/sh\n")
+            (tmp_path / folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'path'}")
+    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path))
+    seen = []
+
+    def run(command, environment):
+        seen.append(command)
+        sys.exit(0)
+
+    monkeypatch.setattr(plugin.runtime.run_as_given, "run_as_given", run)
+    given = tmp_path / "given"
+    for options, first in ((["--engine-python", str(given / "python")], str(given / "vllm")), ([], "vllm")):
+        CliRunner().invoke(cli, ["launch", *options, "vllm", "serve", "m", "--headless"])
+        assert seen.pop() == (first, "serve", "m", "--headless")

@@ -475,7 +475,8 @@ class Replica:
         killed = False
         if running:
             code = running.place.exit_code(running.pid)
-            if code is None:
+            # A restored engine whose canary runs would wait for that request, in vain since vLLM aborts it: it is ended at once.
+            if code is None and self.tracker.phase not in (Phase.WAKING, Phase.VERIFYING):
                 self.page_follower.save_working_set()
                 # A cancelled restore has closed its sandbox already; there is nothing to wait for then.
                 with contextlib.suppress(CheckpointError, OSError):

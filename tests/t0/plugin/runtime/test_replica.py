@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from checkpoint.errors import Failed
-from plugin.runtime.phases import PhaseTracker
+from plugin.runtime.phases import Phase, PhaseTracker
 from plugin.runtime.replica import Replica
 
 pytestmark = pytest.mark.t0
@@ -17,12 +17,13 @@ class Place:
     """A sandbox whose engine has not ended; `wait` returns `found`, or the sandbox is closed already."""
 
     def __init__(self, found, closed):
-        self.found, self.closed = found, closed
+        self.found, self.closed, self.signals = found, closed, []
 
     def exit_code(self, pid):
         return None
 
     def signal(self, pid, number):
+        self.signals.append(number)
         if self.closed:
             raise Failed("sandbox-gone", "the sandbox is closed")
 
@@ -39,10 +40,25 @@ class Place:
     ],
 )
 def test_the_exit_code_of_a_stop_says_killed_only_after_the_grace(found, closed, code):
-    replica = SimpleNamespace(
+    assert Replica.stop(replica(Place(found, closed))) == code
+
+
+def test_a_restored_engine_whose_canary_runs_is_ended_at_once():
+    place = Place(None, False)
+    verifying = replica(place)
+    verifying.tracker.to(Phase.RESTORING)
+    verifying.tracker.to(Phase.WAKING)
+    verifying.tracker.to(Phase.VERIFYING)
+    assert Replica.stop(verifying) == -signal.SIGTERM
+    assert place.signals == []
+
+
+def replica(place):
+    """What `stop` reads of a replica whose engine runs in `place`."""
+    return SimpleNamespace(
         cancellation=SimpleNamespace(cancel=lambda reason: False),
         _starting=threading.Lock(),
-        running=SimpleNamespace(place=Place(found, closed), pid=7),
+        running=SimpleNamespace(place=place, pid=7),
         page_follower=SimpleNamespace(save_working_set=lambda: None),
         settings=SimpleNamespace(grace_s=1.0),
         clear=lambda: None,
@@ -50,4 +66,3 @@ def test_the_exit_code_of_a_stop_says_killed_only_after_the_grace(found, closed,
         _cuda=None,
         tracker=PhaseTracker(),
     )
-    assert Replica.stop(replica) == code

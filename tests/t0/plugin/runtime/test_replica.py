@@ -46,9 +46,8 @@ def test_the_exit_code_of_a_stop_says_killed_only_after_the_grace(found, closed,
 def test_a_restored_engine_whose_canary_runs_is_ended_at_once():
     place = Place(None, False)
     verifying = replica(place)
-    verifying.tracker.to(Phase.RESTORING)
-    verifying.tracker.to(Phase.WAKING)
-    verifying.tracker.to(Phase.VERIFYING)
+    for phase in (Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING):
+        verifying.tracker.to(phase)
     assert Replica.stop(verifying) == -signal.SIGTERM
     assert place.signals == []
 

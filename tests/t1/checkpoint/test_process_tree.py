@@ -344,7 +344,7 @@ def test_an_invalid_name_and_a_missing_snapshot_are_refused(home):
 def test_a_missing_criu_is_reported_with_a_remedy(home, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("QUICKTHAW_CRIU", raising=False)
-    with pytest.raises(HostLacks, match=r"criu-missing.*setup/criu\.sh"):
+    with pytest.raises(HostLacks, match=r"criu-missing.*quickthaw setup criu"):
         Criu.find(home)
 
 

@@ -241,8 +241,12 @@ def test_a_package_cannot_write_elsewhere(host, debs, tmp_path):
     aim.write_text("untouched")
     evil = package(tmp_path, "libevil", {f"{LIBRARIES}/libnet.so.9": f"-> {aim}", f"{LIBRARIES}/libevil.so.1": b"x"})
     done = host.run("setup", "criu", "--from", evil, "--from", debs[0], "--from", debs[1])
-    assert "libnet.so.9" in error_of(done, "criu-incomplete")
-    assert aim.read_text() == "untouched" and not (host.home / "criu").exists()
+    assert aim.read_text() == "untouched"
+    if done.returncode:
+        assert "libnet.so.9" in error_of(done, "criu-incomplete") and not (host.home / "criu").exists()
+    else:  # this host has a libnet of its own, which stands in
+        installed = host.home / "criu" / "lib" / "libnet.so.9"
+        assert not installed.is_symlink() and installed.read_bytes() != aim.read_bytes()
 
 
 def test_a_criu_that_does_not_start_is_not_installed(host, debs, tmp_path):

@@ -57,7 +57,8 @@ class Launch:
     """Own one running launch: its replicas, the pool in front of them, and the shutdown."""
 
     settings: LaunchSettings
-    sock: socket.socket
+    sock: socket.socket | None
+    """The port; set after `install_signal_handlers`, since whoever has connected must get an answer."""
     capabilities: Capabilities
     admin_sock: socket.socket | None = None
     certificates: Certificates | None = None
@@ -114,6 +115,8 @@ class Launch:
 
     def _connecting(self) -> bool:
         """Return True if the listening socket has a connection that the proxy has not accepted yet."""
+        if self.sock is None:
+            return False
         connections = select.poll()
         try:
             connections.register(self.sock, select.POLLIN)
@@ -340,6 +343,7 @@ class Launch:
         # Raised only now: the first sandbox's init has started with the old limit, and both engines raise their own.
         raise_files()
         self._server = ProxyServer(pool, behaviour)
+        assert self.sock is not None
         await self._server.start(self.sock, admin_sock=self.admin_sock, certificates=self.certificates)
         self._accepts_since = time.monotonic()
         if self._ending.is_set():

@@ -55,13 +55,13 @@ def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None 
         certificates = None
         if settings.command.tls:
             certificates = _certificates(settings.command.tls)
-        sock = bound.enter_context(bind_front(settings.command, remedy))
-        admin_sock = None
+        run = Launch(settings, None, capabilities, None, certificates, stdout=stdout, stderr=stderr)
+        run.install_signal_handlers()  # before anybody can connect
+        run.sock = bound.enter_context(bind_front(settings.command, remedy))
         if settings.admin_listen:
-            admin_sock = bound.enter_context(bind(*settings.admin_listen, "choose another with --admin-listen"))
+            run.admin_sock = bound.enter_context(bind(*settings.admin_listen, "choose another with --admin-listen"))
         prefix = settings.proxy.get("admin_prefix", "/-")
-        log.info("%s", announcement(sock, admin_sock, prefix, certificates is not None))
-        run = Launch(settings, sock, capabilities, admin_sock, certificates, stdout=stdout, stderr=stderr)
+        log.info("%s", announcement(run.sock, run.admin_sock, prefix, certificates is not None))
         return _run(run, host.criu, engine, weights)
 
 
@@ -96,7 +96,6 @@ def _certificates(tls: Tls) -> Certificates:
 
 
 def _run(run: Launch, criu: Criu | None, engine: Engine, weights: Weights) -> int:
-    run.install_signal_handlers()
     try:
         run.begin(criu, engine, weights)
         return run.run()

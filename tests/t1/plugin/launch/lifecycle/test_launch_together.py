@@ -164,7 +164,9 @@ def test_a_running_timeout_continues_after_the_restore(launch_rig):
 def test_a_request_while_a_new_model_is_read_starts_no_second_engine(launch_rig):
     rig = launch_rig
     with (rig.model / "more.bin").open("wb") as file:
-        file.truncate(1 << 30)  # importing it into a store takes a second or so, before the first phase that starts a process
+        file.truncate(
+            1 << 30
+        )  # importing it into a store takes a second or so, before the first phase that starts a process
     with rig.running("--idle-timeout", "60s", "--no-snapshot", "--store", rig.folder / "store") as started:
         started.ask()
         assert [phases[:3] for phases in started.phases()] == [["mounting", "starting", "loading"]]

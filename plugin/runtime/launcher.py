@@ -421,8 +421,8 @@ class Launch:
         if self._signalled_once:
             log.warning("second signal: killing the engine")
             for replica in self.replicas:
-                if replica.running:
-                    replica.running.close()
+                if running := replica.running:  # the stop may clear it meanwhile
+                    running.close()
             os._exit(130)
         self._signalled_once = True
         if not self._ending.is_set():

@@ -10,7 +10,6 @@ engine.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import signal
 import threading
@@ -470,19 +469,14 @@ class Replica:
         cut_short = self.cancellation.cancel(Failed("stopped", "stopped while the engine started"))
         if cut_short and self._starting.acquire(timeout=UNWIND_LIMIT_S):  # until the cancelled restore has cleaned up
             self._starting.release()
-        running = self.running
-        code: int | None = None
-        killed = False
+        running, code = self.running, -int(signal.SIGTERM)
         if running:
-            code = running.place.exit_code(running.pid)
-            # A restored engine whose canary runs would wait for that request, in vain since vLLM aborts it: it is ended at once.
-            if code is None and self.tracker.phase not in (Phase.WAKING, Phase.VERIFYING):
+            if (ended := running.place.exit_code(running.pid)) is not None:
+                code = ended
+            # A restored engine whose canary runs would wait for that request, in vain since vLLM aborts it: `clear` ends it.
+            elif self.tracker.phase not in (Phase.WAKING, Phase.VERIFYING):
                 self.page_follower.save_working_set()
-                # A cancelled restore has closed its sandbox already; there is nothing to wait for then.
-                with contextlib.suppress(CheckpointError, OSError):
-                    running.place.signal(running.pid, signal.SIGTERM)
-                    code = running.place.wait(running.pid, self.settings.grace_s if grace_s is None else grace_s)
-                    killed = code is None
+                code = running.end(self.settings.grace_s if grace_s is None else grace_s)
             self.clear()
         self.fetching.close()
         if self._cuda:
@@ -490,8 +484,6 @@ class Replica:
             self._cuda = None
         if self.tracker.phase is not Phase.STOPPED:
             self.tracker.to(Phase.STOPPED)
-        if code is None:
-            code = -signal.SIGKILL if killed else -signal.SIGTERM
         return code
 
     def sleep(self) -> None:

@@ -41,6 +41,17 @@ class Running:
         else:
             self.place.close()
 
+    def end(self, grace_s: float) -> int:
+        """Send SIGTERM and return the exit code: that of SIGKILL if the engine outlives `grace_s` seconds and `close` must kill it."""
+        from checkpoint.errors import CheckpointError
+
+        try:
+            self.place.signal(self.pid, signal.SIGTERM)
+            code = self.place.wait(self.pid, grace_s)
+        except (CheckpointError, OSError):  # a cancelled restore has closed its sandbox already
+            return -signal.SIGTERM
+        return -signal.SIGKILL if code is None else code
+
     def kill(self) -> None:
         """Kill all processes of the engine at once; their resources stay until `close`."""
         from checkpoint.errors import CheckpointError

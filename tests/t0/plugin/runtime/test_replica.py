@@ -9,6 +9,7 @@ import pytest
 from checkpoint.errors import Failed
 from plugin.runtime.phases import Phase, PhaseTracker
 from plugin.runtime.replica import Replica
+from plugin.runtime.steps.engine_process import Running
 
 pytestmark = pytest.mark.t0
 
@@ -57,7 +58,7 @@ def replica(place):
     return SimpleNamespace(
         cancellation=SimpleNamespace(cancel=lambda reason: False),
         _starting=threading.Lock(),
-        running=SimpleNamespace(place=place, pid=7),
+        running=Running(place, 7, 8000, None, {}),
         page_follower=SimpleNamespace(save_working_set=lambda: None),
         settings=SimpleNamespace(grace_s=1.0),
         clear=lambda: None,

@@ -9,10 +9,11 @@ from plugin.setup.apt import DEBIAN, UBUNTU
 
 pytestmark = pytest.mark.t0
 
-BOOKWORM = """\
-bookworm	main	http://mirror.example/debian/
-bookworm-updates	main	http://mirror.example/debian/
-bookworm-security	main	http://mirror.example/debian-security/
+HOST = "http://packages.example"
+BOOKWORM = f"""\
+bookworm	main	{HOST}/debian/
+bookworm-updates	main	{HOST}/debian/
+bookworm-security	main	{HOST}/debian-security/
 """
 NOBLE = """\
 noble	main	http://ppa.example/criu/ppa/ubuntu/
@@ -30,8 +31,8 @@ def found(targets, os_id):
 
 def test_a_debian_fetches_from_unstable_then_testing_of_its_own_mirror():
     assert found(BOOKWORM, "debian") == [
-        ("http://mirror.example/debian/", "sid"),
-        ("http://mirror.example/debian/", "testing"),
+        (f"{HOST}/debian/", "sid"),
+        (f"{HOST}/debian/", "testing"),
     ]
 
 
@@ -47,7 +48,7 @@ def test_an_ubuntu_fetches_from_its_newest_release_and_the_archive_comes_before_
 @pytest.mark.parametrize(
     ("mirror", "os_id", "distribution"),
     [
-        ("http://mirror.example/debian/", "ubuntu", DEBIAN),
+        (f"{HOST}/debian/", "ubuntu", DEBIAN),
         ("http://ports.example/ubuntu-ports/", "debian", UBUNTU),
         ("mirror+file:/etc/apt/mirrors.txt", "ubuntu", UBUNTU),
         ("mirror+file:/etc/apt/mirrors.txt", "debian", DEBIAN),
@@ -68,7 +69,7 @@ def test_a_mirror_of_any_name_counts_if_it_serves_updates_too():
     [
         "",
         "stable\tmain\thttps://vendor.example/apt/\n",
-        "bookworm-security\tmain\thttp://mirror.example/debian-security/\n",
+        f"bookworm-security\tmain\t{HOST}/debian-security/\n",
         "noble\tmultiverse\thttp://archive.example/ubuntu/\n",
         "garbled line without tabs\n",
     ],

@@ -92,7 +92,11 @@ def conflict(program: Program, owners: Owners, deadline: float, *, integers: boo
     names = list(range(len(owners.names)))
     try:
         if len(names) > FEW and not integers:
-            names = _certificate(program, owners, deadline - time.perf_counter()) or names
+            proof = _certificate(program, owners, deadline - time.perf_counter())
+            if proof and not feasible(
+                program, owners, set(proof), deadline, integers=False
+            ):  # else the ray was inaccurate
+                names = proof
         for name in sorted(names, key=lambda n: (ORDER.get(owners.names[n].sort, 0), n)):
             rest = set(names) - {name}
             if not feasible(program, owners, rest, deadline, integers=integers):

@@ -63,10 +63,12 @@ def test_the_nearest_change_is_enough_and_no_more_than_enough(problem):
         solve(replace(problem, pools=(replace(east, quota=4), problem.pools[1])))
 
 
-@pytest.mark.parametrize("few", [0, 60], ids=["from HiGHS' proof", "from all"])
-def test_every_constraint_of_the_conflict_is_needed(problem, monkeypatch, few):
+@pytest.mark.parametrize("start", ["from HiGHS' proof", "from a wrong proof", "from all"])
+def test_every_constraint_of_the_conflict_is_needed(problem, monkeypatch, start):
     """Left out one at a time, the rest can hold together."""
-    monkeypatch.setattr(explain, "FEW", few)
+    monkeypatch.setattr(explain, "FEW", 60 if start == "from all" else 0)
+    if start == "from a wrong proof":
+        monkeypatch.setattr(explain, "_certificate", lambda *_: [0])
     built = program.build(problem, requirements.compute(problem, "restored"))
     owners, deadline = explain.owners_of(built), 1e18
     named, smallest = explain.conflict(built, owners, deadline, integers=False)

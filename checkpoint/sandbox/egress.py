@@ -83,7 +83,9 @@ class WayOut:
         while self._failed is not None or not self._routed():
             if self._failed is not None or time.monotonic() > limit:
                 why = self._failed or f"no route within {limit_s:.0f} s"
-                raise HostLacks("egress-failed", f"pasta cannot serve the sandbox ({why}); it needs /dev/net/tun")
+                raise HostLacks(
+                    "egress-failed", f"pasta cannot serve the sandbox ({why}); it needs root and /dev/net/tun"
+                )
             time.sleep(0.002)
         self._ever_up = True
 

@@ -150,18 +150,16 @@ class Restored:
     plan: speculative.Plan | None = None
     """Plan for a speculative restore at the next start of this command line (checkpoint.snapshot.speculative). None if
     it saves no time."""
-    _closing: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def close(self) -> None:
-        """Kill the replica and remove its work folder. Idempotent, and thread-safe: a second signal closes beside the stop."""
-        with self._closing:
-            self.sandbox.close()
-            if self.pages:
-                self.pages.close()
-            shutil.rmtree(self.work, ignore_errors=True)
-            lock_fd, self.lock_fd = self.lock_fd, -1
-            if lock_fd >= 0:
-                os.close(lock_fd)
+        """Kill the replica and remove its work folder. Idempotent."""
+        self.sandbox.close()
+        if self.pages:
+            self.pages.close()
+        shutil.rmtree(self.work, ignore_errors=True)
+        if self.lock_fd >= 0:
+            os.close(self.lock_fd)
+            self.lock_fd = -1
 
 
 def limits(snapshot: Snapshot) -> tuple[float, float]:

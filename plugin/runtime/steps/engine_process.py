@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from checkpoint.errors import CheckpointError
 from checkpoint.sandbox.sandbox import Sandbox
 from launchers.client import Client
 
@@ -33,18 +35,18 @@ class Running:
     client: Client
     outputs: dict[str, Output]
     restored: Restored | None = None
+    _closing: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def close(self) -> None:
-        """End the engine and release everything made for it."""
-        if self.restored:
-            self.restored.close()
-        else:
-            self.place.close()
+        """End the engine and release everything made for it. Idempotent, and thread-safe: a second signal closes beside the stop."""
+        with self._closing:
+            if self.restored:
+                self.restored.close()
+            else:
+                self.place.close()
 
     def end(self, grace_s: float) -> int:
         """Send SIGTERM and return the exit code: that of SIGKILL if the engine outlives `grace_s` seconds and `close` must kill it."""
-        from checkpoint.errors import CheckpointError
-
         try:
             self.place.signal(self.pid, signal.SIGTERM)
             code = self.place.wait(self.pid, grace_s)
@@ -54,9 +56,6 @@ class Running:
 
     def kill(self) -> None:
         """Kill all processes of the engine at once; their resources stay until `close`."""
-        from checkpoint.errors import CheckpointError
-        from checkpoint.sandbox.sandbox import Sandbox
-
         if not isinstance(self.place, Sandbox):
             self.place.close()
             return
@@ -68,7 +67,6 @@ class Running:
     def stopped(self) -> bool:
         """Return True if one of the engine's processes is stopped (SIGSTOP): its work then does not progress."""
         from checkpoint.sandbox.process_tree import processes
-        from checkpoint.sandbox.sandbox import Sandbox
 
         if not isinstance(self.place, Sandbox):
             return _state(self.pid) == "T"

@@ -2,6 +2,8 @@
 
 import signal
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +53,26 @@ def test_a_restored_engine_whose_canary_runs_is_ended_at_once():
         verifying.tracker.to(phase)
     assert Replica.stop(verifying) == -signal.SIGTERM
     assert place.signals == []
+
+
+def test_two_that_end_an_engine_at_once_do_so_one_after_the_other():
+    """A second signal closes beside the stop of the first: a number closed twice may be another file's by then."""
+    inside, most = [], []
+
+    def close():
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.pop()
+
+    for running in (
+        Running(SimpleNamespace(close=close), 7, 8000, None, {}),
+        Running(None, 7, 8000, None, {}, SimpleNamespace(close=close)),
+    ):
+        with ThreadPoolExecutor(3) as pool:
+            for done in [pool.submit(running.close) for _ in range(3)]:
+                done.result(10)
+    assert most == [1] * 6
 
 
 def replica(place):

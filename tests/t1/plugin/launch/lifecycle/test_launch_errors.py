@@ -184,12 +184,18 @@ def test_a_missing_snapshot_is_an_error(rig, command):
     only_line(result, "snapshot-not-found")
 
 
-def test_a_garbled_manifest_is_an_error(rig):
-    folder = rig.home / "snapshots" / "bad"
+def restore_of(rig, name, manifest):
+    """Return the failed restore of a snapshot with this manifest."""
+    folder = rig.home / "snapshots" / name
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text('{"format": 1, "name": ')
-    result = rig("restore", "bad")
+    (folder / "manifest.json").write_text(manifest)
+    result = rig("restore", name)
     assert result.returncode == 1
+    return result
+
+
+def test_a_garbled_manifest_is_an_error(rig):
+    result = restore_of(rig, "bad", '{"format": 1, "name": ')
     assert "quickthaw snapshot rm bad" in only_line(result, "manifest-garbled")
     rows = json.loads(rig("snapshot", "ls", "--json").stdout)
     assert rows[0]["name"] == "bad" and "manifest-garbled" in rows[0]["damaged"]
@@ -197,11 +203,7 @@ def test_a_garbled_manifest_is_an_error(rig):
 
 
 def test_a_snapshot_of_a_newer_format_is_an_error(rig):
-    folder = rig.home / "snapshots" / "new"
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text('{"format": 999, "shape": "unknown"}')
-    result = rig("restore", "new")
-    assert result.returncode == 1
+    result = restore_of(rig, "new", '{"format": 999, "shape": "unknown"}')
     assert "upgrade" in only_line(result, "format-newer")
 
 

@@ -235,14 +235,20 @@ def test_a_full_disk_during_a_download_is_named(one):
         started.wait_for("off: hub-disk-full")
 
 
-@pytest.mark.slow
-def test_an_interrupted_download_is_resumed(one):
+def start_until_the_weights_are_held(one):
+    """Start a launch whose download of the weights the hub holds after its first bytes."""
     one.hub.hold = threading.Event()
     started = one.start(model=NAME)
     limit = time.monotonic() + 30
     while "model.safetensors" not in one.hub.downloads():
         assert time.monotonic() < limit, started.text()
         time.sleep(0.02)
+    return started
+
+
+@pytest.mark.slow
+def test_an_interrupted_download_is_resumed(one):
+    started = start_until_the_weights_are_held(one)
     began = time.monotonic()
     assert started.stop() == 143
     assert time.monotonic() - began < 10
@@ -256,12 +262,7 @@ def test_an_interrupted_download_is_resumed(one):
 
 @pytest.mark.slow
 def test_a_download_ends_with_a_killed_launch(one):
-    one.hub.hold = threading.Event()
-    started = one.start(model=NAME)
-    limit = time.monotonic() + 30
-    while "model.safetensors" not in one.hub.downloads():
-        assert time.monotonic() < limit, started.text()
-        time.sleep(0.02)
+    started = start_until_the_weights_are_held(one)
     started.process.kill()
     started.process.wait(10)
     assert one.watch.gone() == set()

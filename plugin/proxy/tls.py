@@ -9,8 +9,10 @@ import asyncio
 import logging
 import ssl
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from launchers.options.tls import Tls
+if TYPE_CHECKING:
+    from launchers.options.tls import Tls
 
 log = logging.getLogger("quickthaw")
 LOOK_EVERY_S = 1.0

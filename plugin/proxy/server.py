@@ -331,7 +331,7 @@ class ProxyServer(Proxy):
         self.begin()
         self.listens_at = url(sock, certificates is not None)
         await self._listen(sock, certificates, on_admin_port=False)
-        if certificates is not None and certificates.tls.refresh:
+        if certificates is not None and certificates.refresh:
             self._tasks.append(self.loop.create_task(certificates.watch()))
         if admin_sock is not None:
             await self._listen(admin_sock, None, on_admin_port=True)

@@ -1,6 +1,6 @@
 """TLS at the proxy's port, with the user's own certificate and key, as the engine's server (uvicorn) would set it up.
 
-With `Tls.refresh`, changed files are read again, and a pair that does not fit together leaves the old one in use.
+With `refresh`, changed files are read again, and a pair that does not fit together leaves the old one in use.
 """
 
 from __future__ import annotations
@@ -8,21 +8,33 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from launchers.options.tls import Tls
 
 log = logging.getLogger("quickthaw")
 LOOK_EVERY_S = 1.0
 
 
+@dataclass
 class Certificates:
-    """A server's TLS context, `context`, made of PEM files. Raises ValueError, with one line, if they cannot be used."""
+    """A server's TLS context, `context`, made of PEM files. Raises ValueError, with one line, if they cannot be used.
 
-    def __init__(self, tls: Tls) -> None:
-        self.tls = tls
+    The fields are those of launchers.options.tls.Tls, which the proxy, usable without any engine, does not import.
+    """
+
+    certificate: str
+    key: str = ""
+    """"": in the certificate's file."""
+    password: str = field(default="", repr=False)
+    authorities: str = ""
+    """Certificates that clients' certificates are checked with."""
+    client_certificates: int = 0
+    """ssl.CERT_NONE, CERT_OPTIONAL or CERT_REQUIRED."""
+    ciphers: str = ""
+    refresh: bool = False
+    """Whether changed files are read again."""
+
+    def __post_init__(self) -> None:
         self._known = self._fingerprint()
         try:
             self.context = self._context()
@@ -52,27 +64,27 @@ class Certificates:
     def _context(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._load(context)
-        context.verify_mode = ssl.VerifyMode(self.tls.client_certificates)
-        if self.tls.ciphers:
-            context.set_ciphers(self.tls.ciphers)
+        context.verify_mode = ssl.VerifyMode(self.client_certificates)
+        if self.ciphers:
+            context.set_ciphers(self.ciphers)
         return context
 
     def _load(self, context: ssl.SSLContext) -> None:
-        context.load_cert_chain(self.tls.certificate, self.tls.key or None, self._password)
-        if self.tls.authorities:
-            context.load_verify_locations(self.tls.authorities)
+        context.load_cert_chain(self.certificate, self.key or None, self._password)
+        if self.authorities:
+            context.load_verify_locations(self.authorities)
 
     def _password(self) -> str:
         """Return the key's password, for which OpenSSL would ask at the terminal otherwise."""
-        if not self.tls.password:
+        if not self.password:
             raise ValueError("the key is encrypted, and no --ssl-keyfile-password is given")
-        return self.tls.password
+        return self.password
 
     def _names(self) -> str:
         return ", ".join(self._files()) or "(no certificate)"
 
     def _files(self) -> list[str]:
-        return [name for name in (self.tls.certificate, self.tls.key, self.tls.authorities) if name]
+        return [name for name in (self.certificate, self.key, self.authorities) if name]
 
     def _fingerprint(self) -> list[tuple[int, ...] | None]:
         found: list[tuple[int, ...] | None] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,7 +90,7 @@ def _certificates(tls: Tls) -> Certificates:
     from plugin.proxy.tls import Certificates  # takes some 15 ms, which a launch without TLS need not wait for
 
     try:
-        return Certificates(tls)
+        return Certificates(**asdict(tls))
     except ValueError as error:
         raise Usage("tls-files", f"{error}; check the engine's --ssl-… options") from error
 

@@ -7,7 +7,6 @@ import ssl
 
 import pytest
 
-from launchers.options.tls import Tls
 from plugin.proxy.http import downstream
 from plugin.proxy.pool.pool import ReplicaPool
 from plugin.proxy.server import ProxyServer
@@ -27,7 +26,7 @@ async def tls_proxy(authority):
     """Return a proxy that serves TLS, and what connects to it and sends a request."""
     pair, sock = authority.pair("server"), socket.create_server(("127.0.0.1", 0))
     server = ProxyServer(ReplicaPool())
-    await server.start(sock, certificates=Certificates(Tls(str(pair.certificate), str(pair.key))))
+    await server.start(sock, certificates=Certificates(str(pair.certificate), str(pair.key)))
     context = ssl.create_default_context(cafile=str(authority.file))
 
     def ask(head):

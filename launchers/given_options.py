@@ -8,19 +8,34 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
+_Values = TypeVar("_Values")
 _CONFIG_LIMIT = 1 << 20
 
 
 def given_options(arguments: Sequence[str]) -> dict[str, list[str]]:
-    """Map each option (without dashes, `-` for `_`) to its last values; the command line overrides the file of `--config`."""
-    line = dict(_pairs(arguments))
-    written = {}
+    """Map each option (without dashes, `-` for `_`) to its last values, in the order of their last places.
+
+    The command line overrides the file of `--config`. Of `x` and `no-x`, only the last one is there.
+    """
+    line = last_given(_pairs(arguments))
+    written: Iterable[tuple[str, list[str]]] = ()
     for file in line.get("config", ())[:1]:
-        written = dict(_pairs(config_words(Path(file))))
-    return written | line
+        written = _pairs(config_words(Path(file)))
+    return last_given([*written, *line.items()])
+
+
+def last_given(pairs: Iterable[tuple[str, _Values]]) -> dict[str, _Values]:
+    """Map options to their values as argparse decides: the last place counts, of an option and of its opposite `no-…`."""
+    found: dict[str, _Values] = {}
+    for name, values in pairs:
+        found.pop(name, None)
+        found.pop(name[3:] if name.startswith("no-") else f"no-{name}", None)
+        found[name] = values
+    return found
 
 
 def last(options: dict[str, list[str]], *names: str) -> str:

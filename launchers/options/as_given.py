@@ -10,6 +10,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from launchers.given_options import last_given
+
 _TRUE = ("1", "true", "yes", "on")
 _LOOPBACK = ("", "localhost", "127.0.0.1", "::1")
 _ALIASES = {
@@ -52,11 +54,10 @@ Rule = Callable[[str, Sequence[str]], str]
 def why_as_given(engine: str, options: Options, environment: Mapping[str, str]) -> str:
     """Return why an engine with these options (launchers.given_options) runs as given, in a few words, or ""."""
     aliases = _ALIASES.get(engine, {})
-    for name, values in options.items():
-        full = aliases.get(name, name)
+    for full, values in last_given((aliases.get(name, name), values) for name, values in options.items()).items():
         head = full.partition(".")[0]  # vLLM: `--kv-transfer-config.kv_connector NAME`
         rule = _RULES.get(engine, {}).get(head)
-        if rule is None or f"no-{full}" in options:
+        if rule is None:
             continue
         if head != full:
             values = [json.dumps({full.partition(".")[2]: values[-1] if values else ""})]

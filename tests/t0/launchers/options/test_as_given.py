@@ -9,6 +9,7 @@ import pytest
 
 import launchers
 from launchers.command_words import as_one_command
+from launchers.given_options import given_options
 from launchers.options.as_given import option_names
 from tests.t0.checkpoint.compatibility.test_facts import venv
 
@@ -123,6 +124,33 @@ def test_an_sglang_that_is_more_than_one_http_server_runs_as_given(words):
 )
 def test_what_stays_on_one_port_of_one_host_does_not(engine, words):
     assert why(engine, words) == ""
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("--enable-elastic-ep", "--no-enable-elastic-ep"),
+        ("--data-parallel-external-lb", "--no-data-parallel-external-lb"),
+        ("-dph", "--no-data-parallel-hybrid-lb"),
+        ("--data_parallel_hybrid_lb", "--no-data-parallel-hybrid-lb"),
+        ("-dp 2", "--data-parallel-size 1"),
+        ("--data-parallel-size=2", "-dp 1"),
+        ("--nnodes 2", "-n 1"),
+    ],
+)
+def test_the_last_of_two_opposites_counts(first, second):
+    assert why("vllm", f"M {first} {second}") == ""
+    assert why("vllm", f"M {second} {first}")
+    assert why("vllm", f"M {first} --port 1 {second} --seed 1 {first}")
+
+
+def test_the_command_line_overrides_an_opposite_in_the_file_of_options(tmp_path):
+    file = tmp_path / "engine.yaml"
+    file.write_text("enable-elastic-ep: true\ntrust-remote-code: true\n")
+    assert why("vllm", f"M --config {file}")
+    assert why("vllm", f"M --no-enable-elastic-ep --config {file}") == ""
+    given = given_options(["--no-trust-remote-code", "--config", str(file)])
+    assert "trust-remote-code" not in given and "no-trust-remote-code" in given
 
 
 def test_several_connectors_stay_here_if_all_of_them_do():

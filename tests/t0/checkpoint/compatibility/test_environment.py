@@ -31,7 +31,31 @@ KUBERNETES = {
     "REDIS_PORT_6379_TCP_PROTO": "tcp",
 }
 SESSION = {"PWD": "/srv", "SSH_CONNECTION": "1.2.3.4 5", "TERM": "xterm", "XDG_SESSION_ID": "3", "_": "/usr/bin/env"}
+TOOLS = {
+    "make": "MAKEFLAGS MAKELEVEL MFLAGS MAKE_TERMOUT MAKE_TERMERR",
+    "systemd": "INVOCATION_ID JOURNAL_STREAM NOTIFY_SOCKET SYSTEMD_EXEC_PID MANAGERPIDFDID TRIGGER_UNIT LISTEN_FDS WATCHDOG_USEC",
+    "cron": "SHELL LOGNAME MAILTO",
+    "tox": "TOX_ENV_NAME TOX_WORK_DIR VIRTUAL_ENV",
+    "pytest": "PYTEST_CURRENT_TEST PYTEST_VERSION PYTEST_XDIST_WORKER PYTEST_XDIST_WORKER_COUNT PYTEST_XDIST_TESTRUNUID",
+    "nix-shell": "IN_NIX_SHELL NIX_BUILD_TOP NIX_STORE",
+    "direnv": "DIRENV_DIR DIRENV_DIFF DIRENV_WATCHES",
+    "tmux": "TMUX TMUX_PANE TERM_PROGRAM TMUX_TMPDIR",
+    "docker": "HOSTNAME TERM DOCKER_HOST",
+    "podman": "container HOSTNAME",
+    "kubectl": "KUBECONFIG KUBERNETES_PORT",
+    "conda": "CONDA_DEFAULT_ENV CONDA_SHLVL CONDA_PREFIX_1 CONDA_PYTHON_EXE _CE_M _CE_CONDA",
+    "uv": "UV UV_RUN_RECURSION_DEPTH VIRTUAL_ENV VIRTUAL_ENV_PROMPT",
+    "poetry": "POETRY_ACTIVE",
+    "npm": "npm_lifecycle_event npm_config_cache npm_execpath INIT_CWD",
+    "asdf": "ASDF_DIR ASDF_DATA_DIR",
+    "mise": "MISE_SHELL __MISE_DIFF __MISE_SESSION __MISE_ORIG_PATH",
+}
+"""What tools that start commands set for them."""
 MATTER = {
+    "CONDA_PREFIX": "/opt/conda",
+    "LD_LIBRARY_PATH": "/l",
+    "NIX_LDFLAGS": "-L/n",
+    "TRIGGER_WORD": "w",
     "DISABLE_OPENAPI_DOC": "1",
     "MY_TOKEN": "hunter2",
     "ANYTHING": "x",
@@ -56,6 +80,12 @@ def test_variables_of_the_place_and_session_are_renewed() -> None:
     found = classify(KUBERNETES | SESSION)
     assert found.renewed == KUBERNETES | SESSION
     assert found.relevant == {}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_variables_of_the_tool_that_started_the_command_are_renewed(tool: str) -> None:
+    given = dict.fromkeys(TOOLS[tool].split(), "x")
+    assert (classify(given).relevant, classify(given).renewed) == ({}, given)
 
 
 def test_variables_that_quickthaw_replaces_are_ignored() -> None:

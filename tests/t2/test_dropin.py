@@ -77,7 +77,8 @@ def prepared(rig, row, tmp_path, *options):
     ]
     env = os.environ | rig.preset.environment | rig.watch.environment | {"QUICKTHAW_HOME": str(rig.home)}
     env |= {name: fill(value) for name, value in row.environment.items()}
-    env = {name: value for name, value in env.items() if value and name != "PYTHONDONTWRITEBYTECODE"}
+    unset = {"PYTHONDONTWRITEBYTECODE", *(name for name, value in row.environment.items() if not value)}
+    env = {name: value for name, value in env.items() if name not in unset}
     return port, measure.Command(argv, env, tmp_path / "log", REPO)
 
 

@@ -70,6 +70,8 @@ class Proxy:
         self.listens_at = ""
         self.gather: Callable[[], Awaitable[dict[str, Any]]] | None = None
         """Set in a worker of several: returns the combined document of all workers."""
+        self.act: Callable[[str, str], Awaitable[str]] | None = None
+        """Set in a worker of several: moves a pool in the supervisor (`admin.actions`)."""
         self._single = target if isinstance(target, ReplicaPool) else None
         self._emptied: asyncio.Event | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -98,7 +100,7 @@ class Proxy:
         for pool in self.router.pools():
             pool.bind(self.loop, max_held=self.settings.max_held, max_hold_s=self.settings.max_hold_s)
             self._tasks += [self.loop.create_task(background_task()) for background_task in pool.background]
-            if pool.idle_timeout_s is not None:
+            if pool.sleeper.watches:
                 self._tasks.append(self.loop.create_task(pool.sleeper.watch_idle()))
         self._sweeper = self.loop.create_task(self._sweep())
 

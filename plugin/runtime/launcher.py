@@ -316,7 +316,7 @@ class Launch:
         self._pool = pool = ReplicaPool(
             history=history_for(self.settings),
             wake=self._wake if self.settings.idle_timeout_s else None,
-            sleep=self._sleep if self.settings.idle_timeout_s else None,
+            sleep=self._sleep,
             idle_timeout_s=self.settings.idle_timeout_s or None,
             speculative=self._shares_steps,
         )
@@ -404,6 +404,8 @@ class Launch:
         able = [r for r in self.replicas if r.snapshot is not None and r.tracker.phase in SERVES]
         if not able:
             raise LauncherError("no-snapshot", "there is no snapshot to wake the engine from; see the log for why")
+        assert self._pool is not None
+        self._pool.waker.hook = self._wake
         for replica in able:
             await asyncio.to_thread(replica.sleep)
 

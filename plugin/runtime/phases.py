@@ -4,8 +4,9 @@ Cold start: mounting → starting → loading → warming → trimming → check
 
 Restore: mounting → restoring → waking → verifying → serving.
 
-Serving alternates with asleep and with suspect. Any phase may end in failed. A failed restore continues as a cold start
-(failed → mounting).
+Serving alternates with asleep, with suspect and with standby: a replica in standby keeps its memory, gets no processor
+time, and wakes by waking (→ verifying) → serving. Any phase may end in failed. A failed restore continues as a cold
+start (failed → mounting).
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class Phase(StrEnum):
     SERVING = "serving"
     SUSPECT = "suspect"
     """Gets no new requests because it has been silent for too long. It answers again, or is restarted."""
+    STANDBY = "standby"
+    """Its processes are frozen with their memory. The next request continues them."""
     ASLEEP = "asleep"
     FAILED = "failed"
     STOPPED = "stopped"
@@ -49,11 +52,13 @@ _NEXT: dict[Phase, frozenset[Phase]] = {
     Phase.CHECKPOINTING: frozenset({Phase.RESUMING}),
     Phase.RESUMING: frozenset({Phase.SERVING}),
     Phase.RESTORING: frozenset({Phase.WAKING}),
-    Phase.WAKING: frozenset({Phase.VERIFYING}),
+    # waking → serving: out of standby, where nothing was moved
+    Phase.WAKING: frozenset({Phase.VERIFYING, Phase.SERVING}),
     Phase.VERIFYING: frozenset({Phase.SERVING}),
     # serving → trimming: a snapshot taken later; serving → mounting: a restart after a death
-    Phase.SERVING: frozenset({Phase.ASLEEP, Phase.TRIMMING, Phase.MOUNTING, Phase.SUSPECT}),
+    Phase.SERVING: frozenset({Phase.STANDBY, Phase.ASLEEP, Phase.TRIMMING, Phase.MOUNTING, Phase.SUSPECT}),
     Phase.SUSPECT: frozenset({Phase.SERVING, Phase.ASLEEP, Phase.MOUNTING}),
+    Phase.STANDBY: frozenset({Phase.WAKING, Phase.ASLEEP}),
     Phase.ASLEEP: frozenset({Phase.WAKING, Phase.MOUNTING, Phase.SERVING}),
     Phase.FAILED: frozenset({Phase.MOUNTING}),
     Phase.STOPPED: frozenset(),
@@ -119,7 +124,7 @@ class PhaseTracker:
             raise IllegalTransition(f"no transition from {old} to {phase}")
         if old is Phase.STOPPED and phase is not Phase.STOPPED:
             raise IllegalTransition(f"no transition from {old} to {phase}")
-        if (phase is Phase.MOUNTING and old is not Phase.FAILED) or old is Phase.ASLEEP:
+        if (phase is Phase.MOUNTING and old is not Phase.FAILED) or old in (Phase.ASLEEP, Phase.STANDBY):
             self._spans, self._began = [], now
         elif old not in (Phase.IDLE, Phase.SERVING, Phase.SUSPECT):
             self._spans.append(Span(old, self._since - self._began, now - self._since))

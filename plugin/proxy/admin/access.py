@@ -112,6 +112,14 @@ class Sessions:
         return b"%b=%b; Path=%b; Max-Age=%d; HttpOnly; SameSite=Strict%b" % (COOKIE, value, path, age_s, secure)
 
 
+def check_access(sessions: Sessions | None, request: Request, peer: bytes, *, on_admin_port: bool) -> None:
+    """Return if the client may use the restricted endpoints. Raises ClientFault: 401, 403 or 429."""
+    if sessions is not None:
+        sessions.check(request, peer)
+    elif not on_admin_port:
+        check_local(request, peer)
+
+
 def check_local(request: Request, peer: bytes) -> None:
     """Return if the client is of this host. Raises ClientFault (admin-local-only)."""
     if not is_local(request, peer):

@@ -1,6 +1,7 @@
 """The admin endpoints. `live`, `ready` and `status` are answered here, so that a probe during a restore costs no import.
 
 A Starlette app, imported in a thread on first use, answers the rest (`bridge`).
+`POST models/NAME/{wake,standby,sleep}` moves a model by hand (`actions`).
 
 `live`: this process answers. `ready`: a request sent now is accepted, and will be held or answered. `ready?strict=1`: a
 replica answers it at once. `live` and `ready` are open to every client; the rest is restricted (`access`). `sign-in`
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 from plugin.proxy.admin import costs
-from plugin.proxy.admin.access import Sessions, check_local
+from plugin.proxy.admin.access import Sessions, check_access
 from plugin.proxy.errors import ClientFault
 from plugin.proxy.pool.start_times import Kind
 from plugin.runtime.phases import Phase
@@ -50,8 +51,10 @@ def pool_document(pool: ReplicaPool) -> dict[str, Any]:
         "outstanding": pool.outstanding,
         "wakes": pool.waker.wakes,
         "sleeps": pool.sleeper.sleeps,
+        "standbys": pool.sleeper.standbys,
         "failed_starts": pool.waker.failed_starts,
         "idle_timeout_s": pool.idle_timeout_s,
+        "standby_after_s": pool.standby_after_s,
         "idle_s": round(time.monotonic() - pool.last_active, 3),
         "woken_by_requests": pool.waker.hook is not None and pool.started_here,
         "refused_for_s": None if refused_s == math.inf else round(refused_s, 1),
@@ -139,6 +142,10 @@ async def serve_admin(server: StatusSource, client: Client, request: Request) ->
         server.sessions = Sessions(settings)
     if server.sessions is not None and request.method == b"POST" and name in ("sign-in", "sign-out"):
         return await _serve_session(server.sessions, client, request, name)
+    if request.method == b"POST" and name.startswith("models/"):
+        from plugin.proxy.admin.actions import serve_action
+
+        return await serve_action(server, client, request, name.removeprefix("models/"))
     if request.method not in (b"GET", b"HEAD"):
         raise ClientFault("method-not-allowed", "the admin endpoints are read with GET", status=405, headers=_ALLOW)
     if name == "live":
@@ -153,10 +160,7 @@ async def serve_admin(server: StatusSource, client: Client, request: Request) ->
     from plugin.proxy.admin.bridge import serve_page
 
     try:
-        if server.sessions is not None:
-            server.sessions.check(request, client.peer)
-        elif not client.on_admin_port:
-            check_local(request, client.peer)
+        check_access(server.sessions, request, client.peer, on_admin_port=client.on_admin_port)
     except ClientFault as fault:
         if name == "" and b"text/html" in request.header(b"accept"):
             return await serve_page(server, client, request, name, status=fault.status)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ class StatusSource(Protocol):
     pages_app: Any
     sessions: Sessions | None
     """None without an admin token, and before the first admin request."""
+    act: Callable[[str, str], Awaitable[str]] | None
+    """Set in a worker of several: moves the pool of this name in the supervisor (`actions.act`) and returns its phase."""
     listens_at: str
     """Where clients connect, for people."""
 

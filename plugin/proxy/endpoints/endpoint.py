@@ -21,14 +21,15 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
+from plugin.proxy.endpoints.hooks import call_hook, run_command, signal_group, spawn
 from plugin.proxy.endpoints.readiness import PATH_LIMIT_S, generation_fault, path_fault
-from plugin.proxy.endpoints.request import fetch, hook_place, post_url
+from plugin.proxy.endpoints.request import fetch, hook_place
+from plugin.proxy.endpoints.restored import move
 from plugin.proxy.endpoints.started_processes import Orphan, Started, end
 from plugin.proxy.endpoints.watch import Watch, WatchIntervals
 from plugin.proxy.errors import ProxyError, StartFailed, UpstreamFault
@@ -237,9 +238,9 @@ class Endpoint:
         self._unwatch()
         try:
             if spec.sleep is not None:
-                await self._command(spec.sleep, spec.sleep_limit_s, "sleep")
+                await run_command(spec.sleep, spec.environment, spec.sleep_limit_s, "sleep")
             elif spec.sleep_url is not None:
-                await self._hook(spec.sleep_url, spec.sleep_limit_s, "sleep")
+                await call_hook(spec.sleep_url, spec.sleep_limit_s, "sleep")
         except BaseException as exc:
             if not isinstance(exc, ProxyError) or await self.is_up():
                 self._watch()
@@ -248,14 +249,14 @@ class Endpoint:
             text = "%s: %s; it no longer answers and counts as asleep"
             log.warning(text, self.name, exc.message, extra={"event": "sleep-failed", "fields": fields})
         if spec.wake is None or spec.wake_url is None:
-            await self._stop_process()  # otherwise it stays, asleep, for the wake hook
+            await self._end_engine()  # otherwise it stays, asleep, for the wake hook
         self._slept = True
         self.tracker.to(Phase.ASLEEP)
 
     def kill(self) -> None:
         """Kill the process group started here, at once."""
         if self._process is not None and self._process.returncode is None:
-            self._signal(self._process, signal.SIGKILL)
+            signal_group(self._process, signal.SIGKILL)
 
     async def close(self) -> None:
         """Stop watching and end the process group started here."""
@@ -263,7 +264,7 @@ class Endpoint:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
         self._unwatch()
-        await self._stop_process()
+        await self._end_engine()
         self.tracker.to(Phase.STOPPED)
 
     def _pid(self) -> int | None:
@@ -322,10 +323,10 @@ class Endpoint:
     async def _start_or_wake(self, asleep: bool) -> None:
         spec = self.spec
         if spec.wake_url is not None and (asleep or spec.wake is None):
-            await self._hook(spec.wake_url, spec.wake_limit_s, "wake")
+            await call_hook(spec.wake_url, spec.wake_limit_s, "wake")
         elif spec.wake is not None and (self._process is None or self._process.returncode is not None):
             self._unwatch()
-            self._process = await self._spawn(spec.wake)
+            self._process = await spawn(spec.wake, spec.environment)
             self._started.note(self._process.pid)
 
     async def _until_ready(self, began: float, asleep: bool) -> None:
@@ -432,65 +433,31 @@ class Endpoint:
             return None
         return await generation_fault(spec.upstream, spec.ready_model, spec.api_key, limit_s)
 
-    async def _spawn(self, command: str) -> asyncio.subprocess.Process:
-        starting = asyncio.ensure_future(
-            asyncio.create_subprocess_exec(
-                "/bin/sh",
-                "-c",
-                command,
-                stdin=asyncio.subprocess.DEVNULL,
-                start_new_session=True,
-                env=os.environ | dict(self.spec.environment),
-            )
-        )
-        try:
-            return await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            # Cancelled before the process was recorded: nothing else would end it.
-            process = await starting
-            self._signal(process, signal.SIGKILL)
-            await process.wait()
-            raise
+    async def _end_engine(self) -> None:
+        """End the process group started here. An engine that its snapshot restores is killed: it has nothing to save.
 
-    async def _command(self, command: str, limit_s: float, what: str) -> None:
-        process = await self._spawn(command)
-        try:
-            async with asyncio.timeout(limit_s):
-                code = await process.wait()
-        except TimeoutError:
-            raise StartFailed(f"{what}-command-timeout", f"the {what} command ran over {limit_s:g} s") from None
-        finally:
-            if process.returncode is None:
-                self._signal(process, signal.SIGKILL)
-                await process.wait()
-        if code != 0:
-            raise StartFailed(f"{what}-command-failed", f"the {what} command ended with code {code}")
-
-    async def _hook(self, url: str, limit_s: float, what: str) -> None:
-        try:
-            status = await post_url(url, limit_s=limit_s)
-        except (OSError, ProxyError) as exc:
-            raise StartFailed(f"{what}-hook-failed", f"the {what} hook could not be called: {exc}") from exc
-        if not 200 <= status < 300:
-            raise StartFailed(f"{what}-hook-failed", f"the {what} hook answered {status}")
-
-    @staticmethod
-    def _signal(process: asyncio.subprocess.Process | Orphan, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
-            os.killpg(process.pid, number)
+        Stopped in order, an engine takes seconds, and whoever needs its place waits for them.
+        """
+        process = self._process
+        if self.spec.restores and process is not None and process.returncode is None:
+            try:
+                await move(self.spec.upstream, self.spec.admin_token, "sleep", _STOP_GRACE_S)
+            except StartFailed as error:
+                log.debug("%s: %s; it is stopped in order", self.name, error.message)
+        await self._stop_process()
 
     async def _stop_process(self) -> None:
         process, self._process = self._process, None
         if process is None or process.returncode is not None:
             self._started.forget()
             return  # the command has returned, so its group number may be reused
-        self._signal(process, signal.SIGTERM)
+        signal_group(process, signal.SIGTERM)
         try:
             async with asyncio.timeout(_STOP_GRACE_S):
                 await process.wait()
         except TimeoutError:
             fields = {"pool": self.name, "reason": f"no end {_STOP_GRACE_S:g} s after SIGTERM"}
             log.warning("%s: killed, %s", self.name, fields["reason"], extra={"event": "killed", "fields": fields})
-        self._signal(process, signal.SIGKILL)
+        signal_group(process, signal.SIGKILL)
         await process.wait()
         self._started.forget()

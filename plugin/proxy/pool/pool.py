@@ -2,7 +2,7 @@
 
 An owner (launch, restore, `quickthaw proxy`) makes a `ReplicaPool`, adds replicas with their `PhaseTracker`, and may
 pass hooks. `wake` brings at least one replica to serving, or raises an exception with a `code`. `sleep` stops idle
-replicas or puts them to sleep. `suspect` is called when a replica refused a connection. Trackers may move in any
+replicas or puts them to sleep, `standby` freezes them. `suspect` is called when a replica refused a connection. Trackers may move in any
 thread; everything else happens on the loop passed to `bind`.
 
 Guarantees:
@@ -29,7 +29,7 @@ from plugin.proxy.errors import start_failed as start_error
 from plugin.proxy.http.address import Upstream
 from plugin.proxy.pool import speculation
 from plugin.proxy.pool.facts import Facts
-from plugin.proxy.pool.replica import FOUND_UP, STARTING, Replica
+from plugin.proxy.pool.replica import FOUND_UP, KEEP_ENGINE, STARTING, Replica
 from plugin.proxy.pool.sleeper import Sleeper
 from plugin.proxy.pool.start_times import History, Kind
 from plugin.proxy.pool.waiting import UNKNOWN_LEFT_S, Progress, Waiter
@@ -51,9 +51,11 @@ class ReplicaPool:
         name: str = "default",
         wake: Callable[[], Awaitable[None]] | None = None,
         sleep: Callable[[], Awaitable[None]] | None = None,
+        standby: Callable[[], Awaitable[None]] | None = None,
         suspect: Callable[[Replica, str], None] | None = None,
         history: History | None = None,
         idle_timeout_s: float | None = None,
+        standby_after_s: float | None = None,
         speculative: bool = False,
         wake_limit_s: float = 1800.0,
         sleep_limit_s: float = 300.0,
@@ -63,7 +65,7 @@ class ReplicaPool:
         self.name = name
         self.replicas: dict[str, Replica] = {}
         self.history = history or History()
-        self.idle_timeout_s = idle_timeout_s
+        self.idle_timeout_s, self.standby_after_s = idle_timeout_s, standby_after_s
         self.speculative = speculative
         self.max_held = 4096
         self.max_hold_s = 3600.0
@@ -86,7 +88,7 @@ class ReplicaPool:
         """Maximum seconds that a replica may be silent within an answer; None uses the proxy's setting."""
         self._suspect_hook = suspect
         self.waker = Waker(self, wake, wake_limit_s)
-        self.sleeper = Sleeper(self, sleep, sleep_limit_s, drain_limit_s)
+        self.sleeper = Sleeper(self, sleep, sleep_limit_s, drain_limit_s, standby)
         self._waiters: dict[Waiter, None] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._unbound: list[tuple[Replica, Phase, Phase, str, tuple[Span, ...]]] = []
@@ -406,7 +408,7 @@ class ReplicaPool:
             self.waker.final = None
         if old is Phase.SERVING and new is not Phase.SERVING:
             self.close_idle(replica)
-            replica.adapters_loaded = False
+        replica.adapters_loaded = replica.adapters_loaded and new in KEEP_ENGINE
         if new is Phase.SERVING:
             replica.suspect_until = 0.0
             self.waker.pause.succeeded()
@@ -418,12 +420,8 @@ class ReplicaPool:
                 spans = replica.spans
                 self.history.record(kind, replica.start_age_s, spans)
                 phases = {str(span.phase): round(span.took_s, 4) for span in spans}
-                took = {
-                    "kind": str(kind),
-                    "seconds": round(replica.start_age_s, 4),
-                    "phases": phases,
-                    "held": self.held,
-                }
+                seconds = round(replica.start_age_s, 4)
+                took = {"kind": str(kind), "seconds": seconds, "phases": phases, "held": self.held}
                 fields = {"pool": self.name, "replica": replica.name} | took
                 text = "%s: serving after %.2f s (%s)"
                 log.info(text, replica.name, replica.start_age_s, kind, extra={"event": "started", "fields": fields})

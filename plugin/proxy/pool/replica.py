@@ -20,6 +20,9 @@ STARTING = frozenset(
     | {Phase.RESUMING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING}
 )
 
+KEEP_ENGINE = frozenset({Phase.SERVING, Phase.SUSPECT, Phase.STANDBY, Phase.WAKING, Phase.VERIFYING})
+"""Phases in which a replica's engine is the one that served before."""
+
 FOUND_UP = "found up"
 """The reason of a serving replica that another process has started; its start time is unknown here."""
 
@@ -88,7 +91,7 @@ class Replica:
             self._began = time.monotonic()
             self._skip = len(before)
         self._phases.append(new)
-        self.first_start = self.first_start and new not in (Phase.SERVING, Phase.ASLEEP)
+        self.first_start = self.first_start and new not in (Phase.SERVING, Phase.STANDBY, Phase.ASLEEP)
         if new is Phase.SERVING:
             self.start_ended = True
 

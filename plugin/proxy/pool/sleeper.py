@@ -1,7 +1,10 @@
-"""Put a pool to sleep, when it is idle or to make room for another, with a limit on draining and a backoff after failures.
+"""Put a pool to standby or to sleep, when it is idle or to make room for another, with a limit on draining and a backoff after failures.
 
-Guarantees: new requests wait from the beginning of a sleep to its end; none is lost in between. A pool that does not
-drain in time or fails to sleep continues to serve, and `evict` raises the reason. Each reason is logged once.
+Standby keeps the engine's memory and gives it no processor time; asleep, no engine runs. A pool that is asked to make
+room goes to standby where it has a way there, else to sleep.
+
+Guarantees: new requests wait from the beginning of a move to its end; none is lost in between. A pool that does not
+drain in time or fails to move continues as it was, and `evict` raises the reason. Each reason is logged once.
 """
 
 from __future__ import annotations
@@ -10,14 +13,13 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Protocol
 
 from plugin.proxy.errors import ProxyError, StartFailed, Unavailable, Unneeded, start_failed
 from plugin.proxy.pool.backoff import Backoff
-
-if TYPE_CHECKING:
-    from plugin.proxy.pool.replica import Replica
+from plugin.proxy.pool.replica import STARTING, Replica
+from plugin.runtime.phases import Phase
 
 log = logging.getLogger("quickthaw.proxy")
 Hook = Callable[[], Awaitable[None]]
@@ -29,6 +31,7 @@ class SleepingPool(Protocol):
     name: str
     replicas: dict[str, Replica]
     idle_timeout_s: float | None
+    standby_after_s: float | None
     last_active: float
     busy_elsewhere: Callable[[], int]
 
@@ -61,53 +64,100 @@ class SleepingPool(Protocol):
 class Sleeper:
     """Put one pool to sleep; at most one attempt runs at a time."""
 
-    def __init__(self, pool: SleepingPool, hook: Hook | None, limit_s: float, drain_limit_s: float) -> None:
-        """Limits in seconds: `limit_s` for the hook; `drain_limit_s` for requests in flight when another pool needs the room."""
+    def __init__(
+        self, pool: SleepingPool, hook: Hook | None, limit_s: float, drain_limit_s: float, standby: Hook | None = None
+    ) -> None:
+        """`hook` ends the engine, `standby` freezes it; None if there is no way.
+
+        Limits in seconds: `limit_s` for a hook; `drain_limit_s` for requests in flight when another pool needs the room.
+        """
         self.pool, self.hook, self.limit_s, self.drain_limit_s = pool, hook, limit_s, drain_limit_s
+        self.standby_hook = standby
+        self.evicts_to_standby = False
+        """True if `evict` moves the pool to standby."""
         self.task: asyncio.Task[ProxyError | None] | None = None
         self.sleeps = 0
+        self.standbys = 0
         self.evicting = False
         self.pause = Backoff(1.0, 300.0)
         self.failure: ProxyError | None = None
         """Why the last sleep failed; None after one that succeeded."""
         self._until = math.inf
         self._wanted: Callable[[], bool] = lambda: True
+        self._ends_engine = True
+        """False while the last move begun is one to standby."""
+
+    @property
+    def watches(self) -> bool:
+        """Return True if the pool goes to standby or to sleep when it is idle."""
+        return self.pool.idle_timeout_s is not None or self.pool.standby_after_s is not None
+
+    @property
+    def in_standby(self) -> bool:
+        """Return True if no replica serves or starts, and one is in standby."""
+        phases = {replica.tracker.phase for replica in self.pool.replicas.values()}
+        return Phase.STANDBY in phases and not phases & (STARTING | {Phase.SERVING, Phase.SUSPECT})
 
     async def sleep(self) -> bool:
         """Put the pool to sleep if no request is in flight or held. Return True if it went to sleep."""
-        if self.hook is None or self.task is not None or self.pool.waking:
+        if self._busy() or self.pool.kept_awake or not (self.pool.ready() is not None or self.in_standby):
             return False
-        if (
-            self.pool.held
-            or self.pool.outstanding
-            or self.pool.busy_elsewhere()
-            or self.pool.kept_awake
-            or self.pool.ready() is None
-        ):
-            return False
-        if self.pause.left_s:
-            return False
-        self.task = asyncio.get_running_loop().create_task(self._run())
-        return await asyncio.shield(self.task) is None
+        return self.hook is not None and await self._begin(self._run(self.hook)) is None
 
-    async def evict(self, limit_s: float | None = None, wanted: Callable[[], bool] = lambda: True) -> None:
-        """Drain the pool and put it to sleep, to make room for another. New requests wait meanwhile.
+    async def standby(self) -> bool:
+        """Put the pool in standby if it serves and no request is in flight or held. Return True if it is in standby now."""
+        if self._busy() or self.pool.ready() is None:
+            return False
+        return self.standby_hook is not None and await self._begin(self._run(self.standby_hook)) is None
+
+    def _busy(self) -> bool:
+        """Return True if requests use the pool, or a move or a pause is under way."""
+        pool = self.pool
+        moving = self.task is not None or pool.waking or self.pause.left_s > 0
+        return moving or bool(pool.held or pool.outstanding or pool.busy_elsewhere())
+
+    async def _begin(self, move: Coroutine[Any, Any, ProxyError | None]) -> ProxyError | None:
+        self.task = asyncio.get_running_loop().create_task(move)
+        return await asyncio.shield(self.task)
+
+    async def evict(
+        self,
+        limit_s: float | None = None,
+        wanted: Callable[[], bool] = lambda: True,
+        *,
+        standby: bool | None = None,
+    ) -> None:
+        """Drain the pool and put it in standby or to sleep, to make room for another. New requests wait meanwhile.
 
         Args:
             limit_s: maximum seconds for requests in flight; None uses `drain_limit_s`.
             wanted: polled while draining; if it returns False, the pool continues to serve.
+            standby: to standby; None where `evicts_to_standby` says so, and to sleep if that fails.
 
         Raises:
             Unneeded: the room is no longer needed.
             ProxyError: the pool did not go to sleep and continues to serve; or it failed moments ago and is in its backoff.
         """
-        if self.hook is None:
-            raise StartFailed("no-way-to-sleep", f"{self.pool.name} cannot be put to sleep")
+        until = time.monotonic() + (self.drain_limit_s if limit_s is None else limit_s)
+        if standby or (standby is None and self.evicts_to_standby and self.standby_hook is not None):
+            try:
+                return await self._evict(self.standby_hook, until, wanted, "standby")
+            except (Unneeded, Unavailable):
+                raise
+            except ProxyError:
+                if standby or self.pool.kept_awake:
+                    raise
+                self.pause.succeeded()  # it is tried at once in the other way
+        return await self._evict(self.hook, until, wanted, "sleep")
+
+    async def _evict(self, hook: Hook | None, until: float, wanted: Callable[[], bool], where: str) -> None:
+        if hook is None:
+            raise StartFailed(f"no-way-to-{where}", f"{self.pool.name} cannot be put to {where}")
         if self.task is None:
             if self.pause.left_s and self.failure is not None:
                 raise self.failure.fresh()
-            sleep = self._run(self.drain_limit_s if limit_s is None else limit_s, wanted)
-            self.task = asyncio.get_running_loop().create_task(sleep)
+            left_s = max(0.0, until - time.monotonic())
+            self.task = asyncio.get_running_loop().create_task(self._run(hook, left_s, wanted))
         self.evicting = True
         try:
             failure = await asyncio.shield(self.task)
@@ -117,8 +167,8 @@ class Sleeper:
             raise failure
 
     def refuse_loaded(self) -> None:
-        """Raise StartFailed if the requests that were drained loaded adapters."""
-        if self.pool.kept_awake:
+        """Raise StartFailed if the requests that were drained loaded adapters, which only standby keeps."""
+        if self._ends_engine and self.pool.kept_awake:
             raise StartFailed("adapters-loaded", f"{self.pool.name} has LoRA adapters, which no start restores")
 
     async def wait_drained(self, quiet: Awaitable[Any]) -> Any:
@@ -138,14 +188,18 @@ class Sleeper:
             task.cancel()
 
     def wrap_hook(self, wrap: Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]) -> None:
-        """Replace the sleep hook with `wrap(hook)`, for an owner that must drain other processes first."""
-        inner = self.hook
-        if inner is not None:
-            self.hook = lambda: wrap(inner)
+        """Replace each hook with `wrap(hook)`, for an owner that must drain other processes first."""
 
-    async def _run(self, drain_s: float = math.inf, wanted: Callable[[], bool] = lambda: True) -> ProxyError | None:
-        """Drain, then sleep. Return the failure, if any; the pool then continues to serve."""
-        assert self.hook is not None
+        def wrapped(inner: Hook | None) -> Hook | None:
+            return None if inner is None else lambda: wrap(inner)
+
+        self.hook, self.standby_hook = wrapped(self.hook), wrapped(self.standby_hook)
+
+    async def _run(
+        self, hook: Hook, drain_s: float = math.inf, wanted: Callable[[], bool] = lambda: True
+    ) -> ProxyError | None:
+        """Drain, then call the hook. Return the failure, if any; the pool then continues as it was."""
+        self._ends_engine = hook is self.hook
         for replica in self.pool.replicas.values():
             replica.draining = True
         self._until, self._wanted = time.monotonic() + drain_s, wanted
@@ -159,8 +213,11 @@ class Sleeper:
             # An owner with other processes drains them in its hook, so the hook gets that time too.
             limit_s = self.limit_s + (0.0 if drain_s == math.inf else drain_s)
             async with asyncio.timeout(limit_s):
-                await self.hook()
-            self.sleeps += 1
+                await hook()
+            if self._ends_engine:
+                self.sleeps += 1
+            else:
+                self.standbys += 1
             self.failure = None
             self.pause.succeeded()
         except TimeoutError:
@@ -171,7 +228,8 @@ class Sleeper:
             for replica in self.pool.replicas.values():
                 replica.draining = False
             self.task = None
-            self.pool.last_active = time.monotonic()
+            if failure is not None or self._ends_engine:
+                self.pool.last_active = time.monotonic()  # standby counts on towards the sleep
             self.pool.dispatch()
         # Otherwise a new request has won over the sleep.
         if failure is not None and failure.code not in ("busy", Unneeded.CODE):
@@ -186,16 +244,25 @@ class Sleeper:
         failure.retry_after_s = pause
         fields = {"pool": self.pool.name, "code": failure.code, "reason": failure.message}
         level = logging.DEBUG if known is not None and known.code == failure.code else logging.WARNING
-        text = "%s did not go to sleep: %s; it continues to serve, and is tried again after growing pauses"
-        log.log(level, text, self.pool.name, failure.message, extra={"event": "sleep-failed", "fields": fields})
+        text = "%s did not go to %s: %s; it continues as it was, and is tried again after growing pauses"
+        where = "sleep" if self._ends_engine else "standby"
+        log.log(level, text, self.pool.name, where, failure.message, extra={"event": "sleep-failed", "fields": fields})
 
     async def watch_idle(self) -> None:
-        """Put the pool to sleep whenever it was idle for `idle_timeout_s` seconds. Runs until the server's shutdown cancels it."""
-        while self.pool.idle_timeout_s is not None:
-            idle = time.monotonic() - self.pool.last_active
-            if self.pool.outstanding or self.pool.held or self.pool.busy_elsewhere() or self.pool.ready() is None:
+        """Put the pool in standby, then to sleep, whenever it was idle for as long. Runs until the server's shutdown cancels it.
+
+        `standby_after_s` and `idle_timeout_s` of the pool are in seconds from the last request; None never.
+        """
+        pool = self.pool
+        standby_s, sleep_s = (math.inf if s is None else s for s in (pool.standby_after_s, pool.idle_timeout_s))
+        while True:
+            idle, serving = time.monotonic() - pool.last_active, pool.ready() is not None
+            if pool.outstanding or pool.held or pool.busy_elsewhere() or not (serving or self.in_standby):
                 idle = 0.0
-            if idle >= self.pool.idle_timeout_s:
+            elif idle >= sleep_s:
                 await self.sleep()
                 idle = 0.0
-            await asyncio.sleep(max(0.02, min(self.pool.idle_timeout_s - idle, 5.0)))
+            elif serving and idle >= standby_s:
+                await self.standby()
+            next_s = standby_s if serving and idle < standby_s < sleep_s else sleep_s
+            await asyncio.sleep(max(0.02, min(next_s - idle, standby_s, 5.0)))

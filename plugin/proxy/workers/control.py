@@ -13,6 +13,8 @@ from plugin.proxy.errors import ProxyError, StartFailed
 log = logging.getLogger("quickthaw.proxy")
 
 REPLY_S = 2.0
+ACTION_S = 86400.0
+"""Limit of a move by hand; the pool has its own."""
 LONGEST_LINE = 4 << 20
 
 

@@ -22,6 +22,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from plugin.proxy.admin import costs
+from plugin.proxy.admin.actions import act
 from plugin.proxy.admin.endpoints import pool_document
 from plugin.proxy.admin.stats import merged
 from plugin.proxy.errors import ProxyError, StartFailed, Unavailable
@@ -87,7 +88,7 @@ class Supervisor:
             pool.on_phase.append(lambda replica, new, reason, pool=pool: self._send_phase(pool, replica, new, reason))  # type: ignore[misc]
             pool.waker.on_failed.append(lambda error, pool=pool: self._send_failed(pool, error))  # type: ignore[misc]
             pool.sleeper.wrap_hook(lambda inner, pool=pool: self._sleep_when_quiet(pool, inner))  # type: ignore[misc]
-            if pool.idle_timeout_s is not None:
+            if pool.sleeper.watches:
                 self._tasks.append(loop.create_task(pool.sleeper.watch_idle()))
         ready = [loop.create_future() for _ in self.workers]
         for worker, future in zip(self.workers, ready, strict=True):
@@ -188,6 +189,8 @@ class Supervisor:
                 return self._wake(message)
             elif message["op"] == "gather":
                 return self._gather()
+            elif message["op"] == "act":
+                return self._act(message)
             elif message["op"] == "signed-out":
                 self._broadcast(worker, message)
             return None
@@ -286,6 +289,12 @@ class Supervisor:
         except ProxyError as error:
             return error_message(error)
         return None
+
+    async def _act(self, message: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return {"phase": await act(self.pools[message["pool"]], message["action"])}
+        except ProxyError as error:
+            return error_message(error)
 
     async def _sleep_when_quiet(self, pool: ReplicaPool, sleep: Callable[[], Awaitable[None]]) -> None:
         controls = [w.control for w in self.workers if w.control is not None]

@@ -23,7 +23,7 @@ from plugin.proxy.admin.endpoints import status_document
 from plugin.proxy.errors import Unavailable
 from plugin.proxy.server import ProxyServer
 from plugin.proxy.settings import Settings
-from plugin.proxy.workers.control import LONGEST_LINE, REPLY_S, ControlChannel
+from plugin.proxy.workers.control import ACTION_S, LONGEST_LINE, REPLY_S, ControlChannel, error_of
 from plugin.proxy.workers.mirror import Mirror
 
 log = logging.getLogger("quickthaw.proxy")
@@ -56,7 +56,16 @@ async def work(control_fd: int, listen_fd: int, admin_fd: int | None = None) -> 
             raise Unavailable("supervisor-silent", "the supervisor does not answer", retry_after_s=1.0) from exc
         return document
 
-    server.gather = gather
+    async def act(pool: str, action: str) -> str:
+        try:
+            answer: dict[str, Any] = await control.request(ACTION_S, op="act", pool=pool, action=action)
+        except (TimeoutError, ConnectionError) as exc:
+            raise Unavailable("supervisor-silent", "the supervisor does not answer", retry_after_s=1.0) from exc
+        if "code" in answer:
+            raise error_of(answer)
+        return str(answer["phase"])
+
+    server.gather, server.act = gather, act
     if server.settings.admin_token is not None:
         server.sessions = Sessions(server.settings)
         server.sessions.announce = lambda session: control.send(op="signed-out", session=session)

@@ -36,6 +36,7 @@ from plugin.proxy.settings import Settings
 if TYPE_CHECKING:
     from plugin.proxy.admin.access import Sessions
     from plugin.proxy.tls import Certificates
+    from plugin.proxy.tls_listener import TlsListener
 
 log = logging.getLogger("quickthaw.proxy")
 _ORDINARY = frozenset({"forwarded", "own", "tunnel", "client-gone", probes.REMEMBERED, probes.NOT_AWAKE})
@@ -50,6 +51,8 @@ class Proxy:
         self.router: Router = SinglePool(target) if isinstance(target, ReplicaPool) else target
         self.stats = Stats()
         self.clients: set[Client] = set()
+        self.handshakes: set[Client] = set()
+        """Clients whose TLS handshake is not done."""
         self.draining = False
         self.buffered = 0
         """Bytes of request bodies that are kept here."""
@@ -316,6 +319,7 @@ class ProxyServer(Proxy):
     def __init__(self, target: ReplicaPool | Router, settings: Settings | None = None) -> None:
         super().__init__(target, settings)
         self._servers: list[asyncio.Server] = []
+        self._tls_listener: TlsListener | None = None
 
     async def start(
         self,
@@ -340,24 +344,34 @@ class ProxyServer(Proxy):
 
     async def _listen(self, sock: socket.socket, certificates: Certificates | None, *, on_admin_port: bool) -> None:
         sock.setblocking(False)
-        more: dict[str, Any] = {"sock": sock, "backlog": self.settings.backlog}
-        if certificates is not None:
-            more |= {"ssl": certificates.context, "ssl_handshake_timeout": self.settings.head_timeout_s}
 
         def protocol() -> ClientConnection:
             return ClientConnection(self, on_admin_port=on_admin_port)
 
-        if sock.family == socket.AF_UNIX:
-            server = await self.loop.create_unix_server(protocol, **more)
+        backlog = self.settings.backlog
+        if certificates is not None:
+            from plugin.proxy.tls_listener import TlsListener
+
+            sock.listen(backlog)
+            self._tls_listener = TlsListener(self, sock, certificates, protocol, self.settings.head_timeout_s)
+        elif sock.family == socket.AF_UNIX:
+            self._servers.append(await self.loop.create_unix_server(protocol, sock=sock, backlog=backlog))
         else:
-            server = await self.loop.create_server(protocol, **more)
-        self._servers.append(server)
+            self._servers.append(await self.loop.create_server(protocol, sock=sock, backlog=backlog))
 
     def drain(self) -> None:
         """Stop accepting, close idle connections, answer held requests with 503; requests in flight continue."""
         for server in self._servers:
             server.close()
+        if self._tls_listener is not None:
+            self._tls_listener.close()
         super().drain()
+
+    async def shutdown(self, limit_s: float | None = None) -> None:
+        """Drain, wait up to `limit_s` seconds for the requests in flight, then cut the rest and the unfinished handshakes."""
+        await super().shutdown(limit_s)
+        if self._tls_listener is not None:
+            self._tls_listener.cut()
 
 
 async def serve(

@@ -24,6 +24,7 @@ class Host(Protocol):
 
     settings: Settings
     clients: set[Client]
+    handshakes: set[Client]
     draining: bool
     buffered: int
     max_clients: int

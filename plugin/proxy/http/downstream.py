@@ -166,7 +166,8 @@ class ClientConnection(Client, asyncio.Protocol):
         if transport.get_extra_info("sslcontext") is not None:
             self._scheme = b"https"
         self.host.clients.add(self)
-        if len(self.host.clients) > self.host.max_clients and not self.on_admin_port:
+        self.host.handshakes.discard(self)
+        if len(self.host.clients) + len(self.host.handshakes) > self.host.max_clients and not self.on_admin_port:
             crowd = Unavailable("too-many-clients", f"{self.host.max_clients} clients are connected already")
             self._fault(crowd)
 

@@ -63,6 +63,8 @@ class Launch:
     admin_sock: socket.socket | None = None
     certificates: Certificates | None = None
     """TLS of `sock`."""
+    bound: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """What listening takes: the sockets, and the file of a UNIX socket."""
     replicas: list[Replica] = field(default_factory=list)
     weights: Weights | None = None
     exit_code: int = 0
@@ -422,10 +424,13 @@ class Launch:
         self._early_signal_at = now if early else 0.0
         if self._signalled_once:
             log.warning("second signal: killing the engine")
-            for replica in self.replicas:
-                if running := replica.running:  # the stop may clear it meanwhile
-                    running.close()
-            os._exit(130)
+            try:
+                for replica in self.replicas:
+                    if running := replica.running:  # the stop may clear it meanwhile
+                        running.close()
+                self.bound.close()
+            finally:
+                os._exit(130)
         self._signalled_once = True
         if not self._ending.is_set():
             log.info("stopping: no new requests, finishing those in flight")

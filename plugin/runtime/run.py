@@ -55,7 +55,7 @@ def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None 
         certificates = None
         if settings.command.tls:
             certificates = _certificates(settings.command.tls)
-        run = Launch(settings, None, capabilities, None, certificates, stdout=stdout, stderr=stderr)
+        run = Launch(settings, None, capabilities, None, certificates, bound, stdout=stdout, stderr=stderr)
         run.install_signal_handlers()  # before anybody can connect
         run.sock = bound.enter_context(bind_front(settings.command, remedy))
         if settings.admin_listen:

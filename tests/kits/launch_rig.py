@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -115,6 +116,27 @@ def model(folder: Path, seed: int = 1) -> Path:
     body = bytes((i * 7 + seed) % 251 for i in range(4096)) * (WEIGHT_BYTES // 4096)
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + body)
     return folder
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """HTTP over a UNIX socket."""
+
+    def __init__(self, path, timeout):
+        super().__init__("localhost", timeout=timeout)
+        self.path = str(path)
+
+    def connect(self):
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        try:
+            self.sock.connect(self.path)
+        except FileNotFoundError as error:
+            self.sock.close()
+            raise ConnectionRefusedError(*error.args) from error
+
+
+def over_unix(path):
+    return lambda limit_s: UnixConnection(path, limit_s)
 
 
 def call(port, method, path, body=None, limit_s=60.0, **headers):

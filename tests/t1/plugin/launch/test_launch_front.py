@@ -12,31 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.kits.launch_rig import call
+from tests.kits.launch_rig import call, over_unix
 from tests.kits.tls_kit import Authority
 
 pytestmark = [pytest.mark.t1, pytest.mark.timeout(180)]
-
-
-class UnixConnection(http.client.HTTPConnection):
-    """HTTP over a UNIX socket."""
-
-    def __init__(self, path, timeout):
-        super().__init__("localhost", timeout=timeout)
-        self.path = str(path)
-
-    def connect(self):
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        try:
-            self.sock.connect(self.path)
-        except FileNotFoundError as error:
-            self.sock.close()
-            raise ConnectionRefusedError(*error.args) from error
-
-
-def over_unix(path):
-    return lambda limit_s: UnixConnection(path, limit_s)
 
 
 def over_tls(port, authority, client=None):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kits.launch_rig import REPO
+from tests.kits.launch_rig import REPO, over_unix
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]
 
@@ -49,12 +49,17 @@ def test_an_interrupt_at_a_terminal_lets_requests_finish(launch_rig, way):
     assert rig.watch.gone() == set()
 
 
-def test_a_second_interrupt_ends_at_once_and_leaves_nothing(launch_rig):
-    rig = launch_rig
+@pytest.mark.parametrize("listening", ["port", "uds"])
+def test_a_second_interrupt_ends_at_once_and_leaves_nothing(rig_of, tmp_path, listening):
+    rig, path = rig_of("vllm"), tmp_path / "engine.sock"
     rig.environment = {"ENGINE_DOUBLE_STUBBORN": "1"}
-    started = rig.start("--no-snapshot", new_session=True)
+    arguments = ["--uds", str(path)] * (listening == "uds")
+    started = rig.start("--no-snapshot", new_session=True, arguments=arguments)
+    if listening == "uds":
+        started.port = over_unix(path)
     started.ask()
-    started.wait_serving()
+    started.wait_for("serving (")
+    assert path.exists() == (listening == "uds")
     thread, answers = in_flight(started, 30.0)
     os.killpg(started.process.pid, signal.SIGINT)
     started.wait_for("stopping: no new requests")
@@ -65,6 +70,7 @@ def test_a_second_interrupt_ends_at_once_and_leaves_nothing(launch_rig):
     thread.join(10)
     assert isinstance(answers[0], Exception)
     assert "second signal" in started.ours()
+    assert not path.exists()
     assert rig.watch.gone() == set()
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from plugin.proxy.descriptor_limit import SHORTAGE
 
 if TYPE_CHECKING:
+    from plugin.proxy.http.client import Host
     from plugin.proxy.http.downstream import ClientConnection
-    from plugin.proxy.server import Proxy
     from plugin.proxy.tls import Certificates
 
 log = logging.getLogger("quickthaw.proxy")
@@ -32,7 +32,7 @@ class TlsListener:
 
     def __init__(
         self,
-        proxy: Proxy,
+        proxy: Host,
         sock: socket.socket,
         certificates: Certificates,
         protocol: Callable[[], ClientConnection],

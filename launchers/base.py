@@ -12,7 +12,8 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -24,11 +25,12 @@ from checkpoint.snapshot.manifest import GENERATE, Answer, Canary, Prompt
 from launchers import canary as canaries
 from launchers.canary import CANARY_TOKENS, CANARY_TOKENS_ON_GPU
 from launchers.client import Client
-from launchers.errors import EngineDied, EngineFailed, Usage
+from launchers.errors import EngineFailed, Usage
 from launchers.given_options import first, given_options, is_option
 from launchers.known_options import KnownOptions
 from launchers.options.as_given import why_as_given
 from launchers.options.front import BLANKED, SSL_FILES, TAKEN_OVER
+from launchers.readiness import PATIENCE_S, Probe, healthy, wait_until
 
 if TYPE_CHECKING:
     from checkpoint.compatibility.engine import EngineFacts
@@ -40,8 +42,6 @@ INNER_PORT = 8000
 ENGINE_SITE = f"{RUN_DIR}/engine"
 RELOAD_LIMIT_S = 600.0
 """Time limit for moving or reading all of a model's weights."""
-PATIENCE_S = 30.0
-"""How long a healthy engine is asked again for what it refuses with an internal error, in seconds."""
 
 
 def without_own_variables(environment: Mapping[str, str]) -> dict[str, str]:
@@ -70,29 +70,6 @@ class EngineCommand:
     uds: str = ""
     """Path of the UNIX socket to listen on, in place of host and port (vLLM's `--uds`)."""
     tls: Tls | None = None
-
-
-@dataclass
-class Probe:
-    """Watches an engine's start: whether it still runs, and how long it may take."""
-
-    died: Callable[[], int | None]
-    """Returns the engine's exit code, or None while it runs."""
-    last_lines: Callable[[], str]
-    limit_s: float
-    began: float = field(default_factory=time.monotonic)
-
-    def check(self) -> None:
-        """Raise EngineDied (engine-died) if the engine exited, EngineFailed (engine-start-timeout) after `limit_s` seconds."""
-        code = self.died()
-        if code is not None:
-            how = f"was ended by signal {-code}" if code < 0 else f"exited with code {code}"
-            raise EngineDied("engine-died", f"the engine {how} before it served", code, self.last_lines())
-        if time.monotonic() - self.began > self.limit_s:
-            raise EngineFailed(
-                "engine-start-timeout",
-                f"the engine did not serve within {self.limit_s:.0f} s; raise --start-timeout, or see its log",
-            )
 
 
 class Engine(abc.ABC):
@@ -275,29 +252,34 @@ class Engine(abc.ABC):
 
     # Start, generation, trim, reload
 
-    def wait_ready(self, client: Client, probe: Probe, on_listening: Callable[[], None]) -> Canary | None:
-        """Wait until the engine is healthy and answers a canary; return that, without its answer. A bound port is not enough.
+    def wait_ready(self, client: Client, probe: Probe) -> Canary | None:
+        """Wait until the engine answers a canary; return that, without its answer. A bound port is not enough.
 
         Returns None if the engine is healthy and refuses every canary that we know: it is as ready as it says.
-        Calls `on_listening` at the engine's first HTTP answer. Raises EngineDied or EngineFailed.
+        Raises EngineDied or EngineFailed.
         """
-        listening = False
+        for ready in self.ready_signs():
+            wait_until(partial(ready, client), probe)
+            if canary := self._wait_for_canary(client, probe):
+                return canary
+        return None
+
+    def ready_signs(self) -> tuple[Callable[[Client], bool], ...]:
+        """Return the signs, in the order of their appearance, from each of which on the engine may answer a canary.
+
+        The last one is its own health, which decides where it refuses every canary.
+        """
+        return (healthy,)
+
+    def wait_healthy(self, client: Client, probe: Probe) -> None:
+        """Wait until the engine calls itself healthy, its own warm-up included. Raises EngineDied or EngineFailed."""
+        wait_until(lambda: healthy(client), probe)
+
+    def _wait_for_canary(self, client: Client, probe: Probe) -> Canary | None:
+        began = time.monotonic()
         while True:
-            probe.check()
             try:
-                status, _ = client.call("GET", "/health", timeout_s=5.0)
-            except OSError:
-                status = 0
-            if status and not listening:
-                listening = True
-                on_listening()
-            if status == 200:
-                break
-            time.sleep(0.1)
-        healthy = time.monotonic()
-        while True:
-            try:
-                return self.find_canary(client, patient=time.monotonic() - healthy < PATIENCE_S)
+                return self.find_canary(client, patient=time.monotonic() - began < PATIENCE_S)
             except EngineFailed:
                 probe.check()
                 time.sleep(0.2)

@@ -7,7 +7,7 @@ SGLANG_USE_CPU_ENGINE=1).
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from launchers.errors import EngineFailed
 from launchers.given_options import config_words, given_options, last
 from launchers.known_options import SGLANG
 from launchers.options.front import SSL
+from launchers.readiness import status_of
 
 if TYPE_CHECKING:
     from checkpoint.compatibility.engine import EngineFacts
@@ -118,6 +119,14 @@ class Sglang(Engine):
     def command(self, python: str, command: EngineCommand, host: str, port: int) -> list[str]:
         """Use the module form, which exists in every release."""
         return [python, "-m", "sglang.launch_server", *command.arguments, f"--host={host}", f"--port={port}"]
+
+    def ready_signs(self) -> tuple[Callable[[Client], bool], ...]:
+        """SGLang serves as soon as it listens: its scheduler has started by then.
+
+        Its health page is a sign that comes over two seconds later: SGLang sleeps one second before its own warm-up, which
+        must end before the page answers, and each answer takes one more second. Alone, it does not make clients wait for that.
+        """
+        return (listens, *super().ready_signs())
 
     def kinds(self, client: Client) -> tuple[str, ...]:
         """Ask SGLang whether its model generates: a generation by one that does not may end its scheduler."""
@@ -233,6 +242,11 @@ class Sglang(Engine):
 
     def _resume(self, client: Client, tag: str) -> None:
         client.admin().ok("POST", "/resume_memory_occupation", {"tags": [tag]}, timeout_s=RELOAD_LIMIT_S)
+
+
+def listens(client: Client) -> bool:
+    """Return whether SGLang's HTTP server answers, whatever that is."""
+    return status_of(client, "/model_info") != 0
 
 
 def _input(prompt: Prompt) -> dict[str, Prompt]:

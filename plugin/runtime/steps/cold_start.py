@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from checkpoint.errors import CheckpointError
 from checkpoint.sandbox.sandbox import CACHE_DIR, Sandbox, SandboxConfig
 from launchers.bare import BareProcess, free_port
-from launchers.base import ENGINE_SITE, INNER_PORT, Probe
+from launchers.base import ENGINE_SITE, INNER_PORT
 from launchers.engine_site import engine_site
 from launchers.errors import EngineDied, LauncherError
+from launchers.readiness import Probe
 from plugin.runtime import way_out
 from plugin.runtime.capabilities import forget, sandbox_reason
 from plugin.runtime.home import unusable
@@ -94,7 +95,7 @@ def wait_ready(replica: StartContext, running: Running) -> None:
 
     probe = Probe(died, running.last_line, replica.settings.start_timeout_s)
     try:
-        replica.canary = replica.engine.wait_ready(running.client, probe, lambda: None)
+        replica.canary = replica.engine.wait_ready(running.client, probe)
     except EngineDied as error:
         if isinstance(running.place, Sandbox) and replica.weights.daemon_died():
             raise ModelLost(

@@ -25,6 +25,7 @@ from launchers import control
 from launchers.client import Client
 from launchers.errors import EngineFailed, LauncherError
 from launchers.model_source import can_reload
+from launchers.readiness import Probe
 from plugin.records import restore_rates
 from plugin.runtime.phases import Phase
 from plugin.runtime.steps import compatibility, paging
@@ -45,6 +46,8 @@ WORTH_S = 0.5
 LEAST_PROOF_S, PROOF_SHARE = 10.0, 0.25
 """Limits of the wait for the model's digest before a snapshot: at least so many seconds, or this share of the cold start. Requests
 wait meanwhile."""
+START_UP_S = 120.0
+"""How long an engine that answers may take to become healthy, in seconds. Requests wait meanwhile."""
 DAMAGED = ("manifest-", "file-", "canary-differs", "signature-")
 """Prefixes of restore failures that mean the snapshot's own bytes are wrong: the next cold start takes it again."""
 NO_CANARY = (
@@ -130,6 +133,8 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
     settings, engine, tracker = replica.settings, replica.engine, replica.tracker
     assert replica.criu is not None and replica.canary is not None
     try:
+        # The engine may answer before its own warm-up, which a snapshot must not catch halfway.
+        engine.wait_healthy(client, Probe(lambda: running.place.exit_code(running.pid), running.last_line, START_UP_S))
         # Warm up only for a snapshot. Without one, the held requests are served at once, as the engine alone would.
         engine.warm_up(client, replica.canary)
     except LauncherError as error:

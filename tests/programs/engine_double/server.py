@@ -62,6 +62,8 @@ class EngineClient:
         self.ask("wake_up", tags or [])
 
 
+HEALTH_ASKED = []
+"""Requests of the health page so far; it answers 503 to the first ENGINE_DOUBLE_HEALTHY_AFTER."""
 KEPT = []
 """Connections that stay open, as those of a client's pool do."""
 
@@ -156,7 +158,9 @@ def handler(engine, ask, options):
         def do_GET(self):
             path = self.path.partition("?")[0]
             if path == "/health":
-                return self.reply(b"")
+                HEALTH_ASKED.append(path)
+                late = int(os.environ.get("ENGINE_DOUBLE_HEALTHY_AFTER", "0")) >= len(HEALTH_ASKED)
+                return self.reply(b"", 503 if late else 200)
             if path == "/v1/models":
                 return self.reply({"object": "list", "data": [{"id": name}]})
             if path == "/model_info" and engine == "sglang":
@@ -166,6 +170,7 @@ def handler(engine, ask, options):
                 own["values"] = values()
                 own["environment"] = sorted(os.environ)
                 own["surroundings"] = surroundings()
+                own["health_asked"] = len(HEALTH_ASKED)
                 return self.reply({"server": own, "worker": ask("facts")})
             return self.reply({"error": "not found"}, 404)
 

@@ -12,7 +12,8 @@ from checkpoint.snapshot.manifest import Canary, distance
 from launchers import engine
 from launchers.canary import CANARY_PROMPT, SECOND_PROMPT, numbers, of_kind, record
 from launchers.client import Client
-from launchers.errors import EngineFailed
+from launchers.errors import EngineDied, EngineFailed
+from launchers.readiness import Probe
 
 pytestmark = pytest.mark.t0
 
@@ -89,6 +90,49 @@ def test_an_sglang_without_generation_is_never_asked_to_generate():
     assert (
         sglang.find_canary(Answers(generate={"output_ids": [1]})).kind == "generate"
     )  # an older SGLang without /model_info
+
+
+class Starting(Answers):
+    """An engine that answers, and is not healthy until its health page has been asked `unhealthy` times."""
+
+    def __init__(self, unhealthy, **paths):
+        super().__init__(**paths)
+        self.unhealthy, self.pages = unhealthy, []
+
+    def call(self, method, path, body=None, timeout_s=30.0, headers=None):
+        self.pages.append(path)
+        if path == "/health":
+            return (503 if self.pages.count(path) <= self.unhealthy else 200), b""
+        return 200, b"{}"
+
+
+def probe():
+    return Probe(lambda: None, lambda: "", 60.0)
+
+
+GENERATES = {"model_info": {"is_generation": True}, "generate": {"output_ids": [1]}}
+
+
+def test_sglang_is_ready_before_its_own_warm_up_and_vllm_is_not():
+    client = Starting(9, **GENERATES)
+    assert engine("sglang").wait_ready(client, probe()).kind == "generate"
+    assert "/health" not in client.pages, "its answers take a second each"
+    client = Starting(1, v1__completions=TOKENS)
+    assert engine("vllm").wait_ready(client, probe()).kind == "generate"
+    assert client.pages == ["/health", "/health"]
+
+
+def test_an_sglang_that_refuses_every_canary_is_as_ready_as_it_says():
+    client = Starting(1)
+    assert engine("sglang").wait_ready(client, probe()) is None
+    assert client.pages.count("/health") == 2
+
+
+def test_waiting_for_health_ends_with_the_engine():
+    with pytest.raises(EngineDied):
+        engine("sglang").wait_healthy(Starting(9), Probe(lambda: 3, lambda: "", 60.0))
+    with pytest.raises(EngineFailed, match="engine-start-timeout"):
+        engine("sglang").wait_healthy(Starting(9), Probe(lambda: None, lambda: "", 0.0))
 
 
 EMBED = of_kind("embed")[0]

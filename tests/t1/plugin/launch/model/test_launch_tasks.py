@@ -141,3 +141,19 @@ def test_an_engine_that_fails_its_warm_up_serves_without_a_snapshot(rig_of, engi
         assert "no snapshot: engine-unreachable: POST /v1/chat/completions" in started.ours(), started.ours()
         assert started.phases() == [["mounting", "starting", "loading", "warming"]]
     assert rig.library.names() == []
+
+
+@pytest.mark.slow
+def test_sglang_serves_before_its_own_warm_up_and_is_snapshotted_after_it(rig_of):
+    rig = rig_of("sglang")
+    rig.environment = {"ENGINE_DOUBLE_HEALTHY_AFTER": "3"}
+    with rig.running("--no-snapshot") as started:
+        first = started.ask()
+        assert started.facts()["server"]["health_asked"] == 0
+    with rig.running() as started:
+        assert started.ask() == first
+        started.wait_serving()
+    with rig.running() as started:
+        assert started.ask() == first
+        assert started.phases() == [["mounting", "restoring", "waking", "verifying"]]
+        assert started.facts()["server"]["health_asked"] == 4, "the dump waited until it was healthy"

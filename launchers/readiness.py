@@ -1,0 +1,59 @@
+"""Wait for a starting engine: whether it still runs, whether it answers, how long that may take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from launchers.client import Client
+from launchers.errors import EngineDied, EngineFailed
+
+POLL_S = 0.05
+"""How often a starting engine is asked whether it is ready, in seconds. Asking one that does not listen yet costs 0.1 ms."""
+PATIENCE_S = 30.0
+"""How long a healthy engine is asked again for what it refuses with an internal error, in seconds."""
+
+
+@dataclass
+class Probe:
+    """Watches an engine's start: whether it still runs, and how long it may take."""
+
+    died: Callable[[], int | None]
+    """Returns the engine's exit code, or None while it runs."""
+    last_lines: Callable[[], str]
+    limit_s: float
+    began: float = field(default_factory=time.monotonic)
+
+    def check(self) -> None:
+        """Raise EngineDied (engine-died) if the engine exited, EngineFailed (engine-start-timeout) after `limit_s` seconds."""
+        code = self.died()
+        if code is not None:
+            how = f"was ended by signal {-code}" if code < 0 else f"exited with code {code}"
+            raise EngineDied("engine-died", f"the engine {how} before it served", code, self.last_lines())
+        if time.monotonic() - self.began > self.limit_s:
+            raise EngineFailed(
+                "engine-start-timeout",
+                f"the engine did not serve within {self.limit_s:.0f} s; raise --start-timeout, or see its log",
+            )
+
+
+def wait_until(ready: Callable[[], bool], probe: Probe) -> None:
+    """Ask every POLL_S seconds until `ready` returns True. Raises EngineDied or EngineFailed."""
+    probe.check()
+    while not ready():
+        time.sleep(POLL_S)
+        probe.check()
+
+
+def healthy(client: Client) -> bool:
+    """Return whether the engine's own health page answers 200."""
+    return status_of(client, "/health") == 200
+
+
+def status_of(client: Client, path: str) -> int:
+    """Return the HTTP status of a page, or 0 if the engine does not answer within 5 s."""
+    try:
+        return client.call("GET", path, timeout_s=5.0)[0]
+    except OSError:
+        return 0

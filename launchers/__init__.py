@@ -1,7 +1,7 @@
 """Engine launchers: command line, environment, readiness, warm-up, and trimming before a dump, per engine.
 
 To add an engine: write a subclass of `launchers.base.Engine` in a module of its own and name it in `ENGINES`. Tables in
-`command_words`, `known_options` and `model_source` hold what else differs between engines; an engine need not be in them.
+`command_words`, `options.known` and `model_source` hold what else differs between engines; an engine need not be in them.
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ from launchers.canary import CANARY_TOKENS, CANARY_TOKENS_ON_GPU
 from launchers.client import Client
 from launchers.errors import EngineFailed, Usage
 from launchers.given_options import first, given_options, is_option
-from launchers.known_options import KnownOptions
 from launchers.options.as_given import why_as_given
 from launchers.options.front import BLANKED, SSL_FILES, TAKEN_OVER
+from launchers.options.known import KnownOptions
 from launchers.readiness import PATIENCE_S, Probe, healthy, wait_until
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from launchers.canary import EMBED, canary_id, numbers, refuses
 from launchers.client import Client
 from launchers.errors import EngineFailed
 from launchers.given_options import config_words, given_options, last
-from launchers.known_options import SGLANG
 from launchers.options.front import SSL
+from launchers.options.known import SGLANG
 from launchers.readiness import status_of
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from launchers.canary import CANARY_PROMPT, CLASSIFY, EMBED, POOL, SCORE, canary
 from launchers.client import Client
 from launchers.errors import EngineFailed
 from launchers.given_options import given_options
-from launchers.known_options import VLLM
 from launchers.options.front import SSL, UDS
+from launchers.options.known import VLLM
 
 if TYPE_CHECKING:
     from checkpoint.compatibility.engine import EngineFacts

@@ -1,4 +1,4 @@
-"""The options that launchers/known_options.py lists are those of the installed engines' parsers."""
+"""The options that launchers/options/known.py lists are those of the installed engines' parsers."""
 
 import json
 import os

@@ -48,6 +48,8 @@ CANCEL_LIMIT_S = 5.0
 TWICE_REPORTED_S = 1.0
 """A signal that arrives while the event loop starts is reported by the early handler and once more by the loop, within this time."""
 CONNECTING_WAIT_S = 0.5
+OWN_END_GRACE_S = 10.0
+"""Seconds that clients have to read their last answers where the launch ends by itself, as no engine serves any more."""
 UNDERWAY_S = 0.2
 """Seconds the event loop's imports (60 ms) wait until the restoring thread has started CRIU. Both threads compete for the GIL."""
 
@@ -457,8 +459,10 @@ class Launch:
             # The pool logs the failure and answers the held requests with it.
             self._pool.start_failed(self._failure)
             await asyncio.sleep(0)  # the held requests' own tasks write the answers
-        await self._server.shutdown(self.settings.grace_s)
-        codes = await asyncio.gather(*(asyncio.to_thread(replica.stop) for replica in self.replicas))
+        # --grace, which in a container is its runtime's to end, is for a stop from outside.
+        grace_s = self.settings.grace_s if self._signalled_once else min(self.settings.grace_s, OWN_END_GRACE_S)
+        await self._server.shutdown(grace_s)
+        codes = await asyncio.gather(*(asyncio.to_thread(replica.stop, grace_s) for replica in self.replicas))
         if self.weights:
             await asyncio.to_thread(self.weights.close)
         if self._failure is None and not self.exit_code:

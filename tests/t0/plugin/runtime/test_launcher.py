@@ -1,5 +1,6 @@
 """A launch whose replicas fail to start or die."""
 
+import asyncio
 import socket
 import threading
 import time
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from launchers.errors import EngineDied, EngineFailed
-from plugin.runtime.launcher import Launch
+from plugin.runtime.launcher import OWN_END_GRACE_S, Launch
 from plugin.runtime.listening import bind
 from plugin.runtime.phases import Phase, PhaseTracker
 
@@ -169,3 +170,24 @@ def test_a_signal_reported_twice_while_the_loop_starts_counts_once(monkeypatch):
     launch._signalled()
     launch._signalled()
     assert ended == [130, 130]
+
+
+@pytest.mark.parametrize("signalled", [True, False])
+def test_the_grace_is_for_a_stop_from_outside(signalled):
+    """In a container it is 24 h: an engine that died for good must not keep the launch that long for a client that reads nothing."""
+    launch = Launch(SimpleNamespace(idle_timeout_s=None, restore_concurrency=1, grace_s=86400.0), None, None)
+    graces = []
+
+    async def shutdown(grace_s):
+        graces.append(grace_s)
+
+    def stop(grace_s):
+        graces.append(grace_s)
+        return 3
+
+    launch._server, launch._pool = SimpleNamespace(shutdown=shutdown), SimpleNamespace()
+    launch.replicas = [SimpleNamespace(stop=stop)]
+    launch._signalled() if signalled else launch.end()
+    asyncio.run(launch._shut_down())
+    assert launch.exit_code == 3
+    assert graces == [86400.0 if signalled else OWN_END_GRACE_S] * 2

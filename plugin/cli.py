@@ -42,6 +42,8 @@ COMMANDS = {
         "Print the script that completes quickthaw's commands and options in a shell.",
     ),
 }
+_UNWINDING = frozenset({"weights", "mount", "snapshot", "setup", "doctor", "bench", "demo"})
+"""Commands that remove what they made when a signal ends them. `launch`, `restore` and `proxy` have handlers of their own."""
 EXIT_FAILED, EXIT_USAGE, EXIT_HOST = 1, 2, 3
 ACTIONS = frozenset(
     {"unmount", "force", "status", "metrics", "prefetch", "pin", "drop", "check", "contents", "picture", "from", "fix"}
@@ -142,6 +144,10 @@ def exit_code_of(error: Exception) -> int | None:
 
 def run(arguments: Sequence[str]) -> None:
     """Run one command line and exit the process with its exit code. Each error is one line on standard error."""
+    if not _UNWINDING.isdisjoint(arguments[:1]):
+        from plugin.runtime.signals import unwind
+
+        unwind()
     try:
         code = cli.main(list(arguments), prog_name="quickthaw", standalone_mode=False)
         sys.stdout.flush()

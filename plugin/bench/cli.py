@@ -7,6 +7,7 @@ possible.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -124,8 +125,8 @@ class Bench:
         """Run one start to the end of its answer and record it in `series`. Raises MeasureError with the log's path."""
         port = measure.service_port() if kind == "restored" else measure.free_port()
         command = self.command(kind, port, run)
-        process = command.start()
         try:
+            process = command.start()
             answer = measure.waiting_client(port, str(self.preset.model), command.began, self.limit_s, process)
             if series is not None:
                 series.first_s.append(answer.first_s)
@@ -264,19 +265,19 @@ def coldstart(
     def report(text: str) -> None:
         click.echo(f"bench: {text}", err=True)
 
+    keep_logs = keep
     try:
         result = compare(Bench(found, name, logs, limit_s, launch_options), chosen, runs, report)
     except measure.MeasureError as error:
+        keep_logs = True  # the message names one
         click.echo(f"quickthaw: no-first-token: {error}", err=True)
         return 1
     finally:
         if not keep:
-            try:
+            with contextlib.suppress(NotFound):  # no kind has taken a snapshot
                 library.remove(name)
-            except NotFound:
-                pass  # no kind has taken a snapshot
-    if not keep:
-        shutil.rmtree(logs, ignore_errors=True)
+        if not keep_logs:
+            shutil.rmtree(logs, ignore_errors=True)
     click.echo(json.dumps(result, indent=1)) if as_json else _table(result, chosen, runs)
     return 0
 

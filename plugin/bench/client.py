@@ -23,6 +23,7 @@ from launchers.bare import free_port as free_port
 from launchers.bare import (
     listening_users as listening_users,  # shared by all benchmarks; the proxy does not import launchers
 )
+from plugin.runtime.signals import deferred
 
 PROMPT = "Water boils at one hundred"
 """Differs from the canary's prompt: an engine's prefix cache would already hold most of that, unlike a user's request."""
@@ -113,7 +114,7 @@ class Command:
 
     def start(self) -> subprocess.Popen[bytes]:
         """Start the clock and the command."""
-        with open(self.log, "wb") as log:
+        with open(self.log, "wb") as log, deferred():
             self.began = time.monotonic()
             self.process = subprocess.Popen(
                 list(self.argv),
@@ -127,17 +128,31 @@ class Command:
         return self.process
 
     def stop(self, grace_s: float = 40.0) -> int:
-        """Send SIGTERM, after `grace_s` seconds SIGKILL to the whole session; return the exit code."""
-        assert self.process is not None
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGTERM)
+        """Send SIGTERM, then SIGKILL to what is left of its process group; return the exit code.
+
+        It has `grace_s` seconds, or until another signal interrupts the wait.
+        """
+        process = self.process
+        if process is None:  # interrupted before it was started
+            return 0
         try:
-            self.process.wait(grace_s)
-        except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait(10.0)
-        return self.process.returncode
+                process.send_signal(signal.SIGTERM)
+            limit = time.monotonic() + grace_s
+            # Not reaped here: until it is, its number means no other group. An engine that dies early leaves its workers.
+            while process.returncode is None and not _has_ended(process.pid) and time.monotonic() < limit:
+                time.sleep(0.02)
+        finally:
+            with deferred():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait(10.0)
+        return process.returncode
+
+
+def _has_ended(pid: int) -> bool:
+    """Return True if a child process has ended; it stays a zombie."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def status(port: int) -> dict[str, Any]:

@@ -186,8 +186,8 @@ def demo(engine: str, keep: bool) -> int:
         f"\n[bold]1. {engine} starts cold[/bold], {setting.model.name} through the lazy mount; a chat request waits at port {port}"
     )
     failed = True
-    process = command.start()
     try:
+        process = command.start()
         with story.watching(port, command.began):
             cold_text, _, _ = _with_process(process, lambda: chat(port, model, 900.0))
         snapshot = library.load(name)

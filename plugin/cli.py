@@ -26,7 +26,7 @@ COMMANDS = {
     "proxy": ("plugin.proxy.cli", "proxy", "Hold requests in front of an endpoint that exists already."),
     "weights": ("lazyfs.cli.weights", "weights", "Import, list, verify and remove models in the store."),
     "mount": ("lazyfs.cli.mount", "mount", "Show a model of the store as files."),
-    "snapshot": ("checkpoint.cli", "snapshot", "List, inspect, verify, move and remove snapshots."),
+    "snapshot": ("plugin.snapshots", "snapshot", "List, inspect, verify, rehearse, move and remove snapshots."),
     "plan": ("capacity.cli", "plan", "How many replicas and idle GPUs to hold, and what a faster restore is worth."),
     "setup": ("plugin.setup.cli", "setup", "Install what quickthaw needs beside its own wheel: setup criu."),
     "doctor": ("plugin.doctor", "doctor", "Test what this host can do, and print the remedy for what it cannot."),

@@ -190,6 +190,23 @@ WAKE_ON = (
 )
 """What wakes an engine unless --wake-on says otherwise: what vLLM, SGLang, and other servers of models serve to clients."""
 
+log_options = (
+    option(
+        "--log-level",
+        type=click.Choice(["debug", "info", "warning", "error"]),
+        default="info",
+        help="The least severe lines that are logged, on standard error.",
+    ),
+    option(
+        "--log-format",
+        type=click.Choice(["auto", "json", "text"]),
+        default="auto",
+        help="auto: text at a terminal and beside an engine's own output, else JSON lines.",
+    ),
+    option("--quiet", is_flag=True, help="Log only warnings and errors: --log-level warning."),
+)
+"""Options of the log: of every command that starts an engine or serves requests."""
+
 serving = (
     option(
         "--idle-timeout",
@@ -281,19 +298,7 @@ serving = (
         help="HOST:PORT for the admin endpoints alone; they leave the public port.",
     ),
     option("--access-log", is_flag=True, help="Log every request, not only those that waited or failed."),
-    option(
-        "--log-level",
-        type=click.Choice(["debug", "info", "warning", "error"]),
-        default="info",
-        help="The least severe lines that are logged, on standard error.",
-    ),
-    option(
-        "--log-format",
-        type=click.Choice(["auto", "json", "text"]),
-        default="auto",
-        help="auto: text at a terminal and beside an engine's own output, else JSON lines.",
-    ),
-    option("--quiet", is_flag=True, help="Log only warnings and errors: --log-level warning."),
+    *log_options,
 )
 """Options of every command that serves requests: `launch`, `restore`, `proxy`. The file of `proxy --config` takes them too."""
 
@@ -317,6 +322,16 @@ replica = (
         "--snapshot-store",
         metavar="URL",
         help="Remote store for snapshots (streamed during a restore) and compile caches.",
+    ),
+    option(
+        "--rehearse/--no-rehearse",
+        default=False,
+        help="Restore a new snapshot once, at the lowest priority beside the engine, so that its first real restore is a fast one.",
+    ),
+    option(
+        "--push/--no-push",
+        default=True,
+        help="Push a rehearsed snapshot to --snapshot-store, in the background.",
     ),
     option(
         "--lazy/--no-lazy",
@@ -372,6 +387,8 @@ def replica_settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "store_url": options["store"],
         "snapshot_store": options["snapshot_store"],
+        "rehearse": options["rehearse"],
+        "push": options["push"],
         "replicas": options["replicas"],
         "restore_concurrency": options["restore_concurrency"],
         "lazy_restore": options["lazy"],

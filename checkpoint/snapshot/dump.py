@@ -156,4 +156,4 @@ def take(
             (folder / "manifest.sig").chmod(0o600)
         (folder / manifest.FILE_NAME).write_bytes(data)
         (folder / manifest.FILE_NAME).chmod(0o600)
-    return done
+    return manifest.parse(data, folder, draft.name)  # with its digest, as whoever loads it has it

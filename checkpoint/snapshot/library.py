@@ -288,12 +288,18 @@ class Library:
 
         It is not written when the disk is full or read-only.
         """
-        health = self.health(name)
-        health.failures += 1
-        health.reason, health.at = reason, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return self._record(name, self.health(name).failures + 1, reason)
+
+    def _record(self, name: str, failures: int, reason: str) -> Health:
+        health = Health(failures, reason, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         with disk.optional(f"the failed restore of {name} is not counted", "health-not-kept"):
             write_private(self._health_file(name), msgspec.json.encode(health))
         return health
+
+    def quarantine(self, name: str, reason: str) -> Health:
+        """Have launches skip a snapshot from now on, for a reason that starts with a code. Written as `record_failure` does."""
+        health = self.health(name)
+        return self._record(name, max(health.failures + 1, QUARANTINE_AFTER), reason)
 
     def clear_failures(self, name: str) -> None:
         """Clear the recorded failures."""

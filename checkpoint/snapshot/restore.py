@@ -279,6 +279,26 @@ def restore(
         raise disk.failure(f"{snapshot.name} is not restored", error, "restore-failed") from error
 
 
+def next_plan(
+    library: Library,
+    criu: Criu,
+    snapshot: Snapshot,
+    binds: Sequence[Bind],
+    streams: Sequence[str],
+    lazy: LazyRestore,
+    egress: Egress | None = None,
+) -> speculative.Plan:
+    """Return the plan of the restore that `restore` would do with these arguments, for a speculative one. Raises OSError."""
+    config = SandboxConfig(
+        binds=binds,
+        monotonic_ns=snapshot.monotonic_ns,
+        kernel_facts=criu.kernel_facts(library.home),
+        egress=egress,
+    )
+    folder, run_folder = library.path(snapshot.name), library.home / "run"
+    return _plan(criu, snapshot, folder, run_folder, config, dict.fromkeys(streams, -1), lazy)
+
+
 def _plan(
     criu: Criu,
     snapshot: Snapshot,

@@ -322,7 +322,7 @@ class OpenedArchive:
             layout.check(archive)
         links, named = archive_entries.hard_links(archive), archive_entries.essentials(document)
         archive_entries.check(archive, layout, links, named.files)
-        excluded = (archive_entries.WORKING_SET,) if trust_keys and not trusted else ()
+        excluded = archive_entries.UNNAMED if trust_keys and not trusted else ()
         return cls(digest, archive, layout, document, signature, links, named.name, named.files, trusted, excluded)
 
     def check_name(self, name: str) -> None:

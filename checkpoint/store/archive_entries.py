@@ -17,6 +17,7 @@ import msgspec
 from checkpoint.errors import Integrity
 from checkpoint.snapshot.digests import digest_symlink
 from checkpoint.snapshot.manifest import FILE_NAME, SnapshotFile
+from checkpoint.snapshot.rehearsal import FILE_NAME as REHEARSED
 from checkpoint.snapshot.signatures import FILE_NAME as SIGNATURE
 from checkpoint.store import layout as layouts
 from checkpoint.store.layout import Layout
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from lazyfs.content.manifest import Manifest
 
 WORKING_SET = "working-set"
-ROOT_FILES = (FILE_NAME, SIGNATURE, WORKING_SET)
+UNNAMED = (WORKING_SET, REHEARSED)
+"""Files that the manifest does not name, because they are written after it. Only a signature of the archive covers them."""
+ROOT_FILES = (FILE_NAME, SIGNATURE, *UNNAMED)
 FOLDERS = ("images", "shm", "tmp", "cache")
 _WITH_SYMLINKS = ("shm", "tmp")
 """Folders that may hold symbolic links. CRIU's images are plain files, and paths below `cache` are followed when it is

@@ -81,6 +81,7 @@ class Bench:
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
+            "QUICKTHAW_REHEARSE": "0",  # it would run beside the next measurement
         }
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
         cwd = Path(__file__).resolve().parents[2]

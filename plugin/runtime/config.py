@@ -25,6 +25,7 @@ class LaunchSettings:
     - idle_timeout_s: 0 never sleeps.
     - shrink: False leaves the KV cache in the snapshot (to measure what excluding it gains).
     - snapshot_store: URL of the store for snapshots that this host lacks, and for compile caches.
+    - rehearse: restore a snapshot once beside the serving engine (plugin/rehearsal); push: then push it to `snapshot_store`.
     - silence_limit_s: restart an engine that has not answered for this long; 0 never.
     - restore_concurrency: maximum of concurrent restores; 0 chooses by processors (plugin/runtime/restore_limit.py).
     - strict: fail, instead of continuing without, when a capability is off or a restore fails.
@@ -39,6 +40,8 @@ class LaunchSettings:
     home: Path
     store_url: str | None = None
     snapshot_store: str | None = None
+    rehearse: bool = False
+    push: bool = True
     name: str | None = None
     named: bool = False
     replicas: int = 1

@@ -50,6 +50,7 @@ TWICE_REPORTED_S = 1.0
 CONNECTING_WAIT_S = 0.5
 OWN_END_GRACE_S = 10.0
 """Seconds that clients have to read their last answers where the launch ends by itself, as no engine serves any more."""
+REHEARSE_AFTER_S = 1.0
 UNDERWAY_S = 0.2
 """Seconds the event loop's imports (60 ms) wait until the restoring thread has started CRIU. Both threads compete for the GIL."""
 
@@ -339,6 +340,8 @@ class Launch:
             replica.cancel_requests = self._canceller(pool, behind.name)
         if self.settings.silence_limit_s:
             pool.background.append(Silence(pool, self.settings.silence_limit_s, self._silent).run)
+        if self.settings.rehearse:
+            pool.background.append(self._rehearse)
         given = dict(self.settings.proxy)
         denied = self.replicas[0].engine.denied_paths | given.pop("denied_paths", frozenset())
         behaviour = Settings(denied_paths=denied, root_path=self.settings.command.root_path, **given)
@@ -354,6 +357,15 @@ class Launch:
             stop.set()
         await stop.wait()
         await self._shut_down()
+
+    async def _rehearse(self) -> None:
+        import asyncio
+
+        await asyncio.sleep(REHEARSE_AFTER_S)  # a start that is under way needs no more imports beside it
+        from plugin.rehearsal.beside import Beside
+
+        assert self._pool is not None
+        await Beside(self.settings, self.replicas, self._pool).run()
 
     @staticmethod
     def _counter(behind: Any) -> Callable[[], int]:

@@ -52,6 +52,7 @@ class Rig:
             **os.environ,
             **self.preset.environment,
             "QUICKTHAW_HOME": str(self.home),
+            "QUICKTHAW_REHEARSE": "0",  # tests of the first restore need one that was not rehearsed
             **self.watch.environment,
             **environment,
         }

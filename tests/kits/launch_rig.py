@@ -273,6 +273,7 @@ class Rig:
         env = {
             **os.environ,
             "QUICKTHAW_SHARED_STEP": "1",  # the double does not round, on any processor
+            "QUICKTHAW_REHEARSE": "0",  # tests of the first restore need one that was not rehearsed
             **self.watch.environment,
             "QUICKTHAW_HOME": str(self.home),
             "SGLANG_USE_CPU_ENGINE": "1",

@@ -6,10 +6,11 @@ Runs in a thread of its own from the moment a replica serves until every page is
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from checkpoint.errors import CheckpointError
@@ -29,12 +30,34 @@ SAVE_WAIT_S = 5.0
 """Maximum seconds that a stop waits for a working set being recorded. Writing it took over 1 s on a busy machine; without
 it the next restore takes 4 s longer.
 """
+ALL = 1 << 30
+"""A number of answered requests that ends every wait for more of them."""
+PATIENCE_S = 600.0
+"""The same for a rehearsal, which may have to wait for the disk and for every other process."""
 DRIFT_FAULTS = 32
 """Faults outside a known working set above which the missed pages are added to it. From a store, each fault waits for a 1 MiB chunk."""
 LOG_EVERY_S = 600.0
 """Seconds between log lines while pages are still arriving."""
 COUNTS = ("faults", "stall_s", "bytes_ahead", "bytes_faulted", "bytes_rest", "bytes_zero", "bytes_cold")
 """Counters of a page server that are exported (checkpoint.lazy_pages.address_space.Stats)."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long to wait, in seconds, for the first answer, for the requests of the working set, and for its file.
+
+    `measured`: the rate of this restore says something about those of users.
+    """
+
+    first_answer_s: float = FIRST_ANSWER_WAIT_S
+    requests_s: float = WORKING_SET_WAIT_S
+    save_s: float = SAVE_WAIT_S
+    measured: bool = True
+
+    @classmethod
+    def patient(cls) -> Pace:
+        """Return the pace of a rehearsal, which has the lowest priority and ends each part itself."""
+        return cls(math.inf, math.inf, PATIENCE_S, measured=False)
 
 
 @dataclass
@@ -47,6 +70,7 @@ class PageFollower:
     fetching: Fetching
     served: Callable[[], int]
     lives: Callable[[], bool]
+    pace: Pace = field(default_factory=Pace)
 
     def __post_init__(self) -> None:
         self._stopping = threading.Event()
@@ -77,26 +101,31 @@ class PageFollower:
         self._stopping.set()
         self._saved.wait(SAVE_WAIT_S)
 
+    def wait_saved(self, limit_s: float) -> bool:
+        """Wait until the working set is written, or is not to be. Return False on timeout."""
+        return self._saved.wait(limit_s)
+
     def _follow(self, library: Library, snapshot: Snapshot, pages: PageServer, recording: bool) -> None:
         """Follow one restore to its last page. The background pages wait for the first token, so as not to compete with it."""
         known = library.working_set(snapshot.name)
         # While the working set is recorded page by page, the first answer takes seconds: wait longer, so that it counts
         # in the first part.
-        self._wait_served(1, FIRST_ANSWER_WAIT_S * (10 if recording else 1))
+        self._wait_served(1, self.pace.first_answer_s * (10 if recording else 1))
         early = pages.stats()
         log.debug("pages at the first token: %s", early)
         pages.first_token()
         self.fetching.first_token()
         placing_s = early.get("startup_done_s", 0.0) - early.get("first_placed_s", 0.0)
-        restore_rates.remember(library.home, early.get("bytes_ahead", 0.0), placing_s, gpu=False)
-        self._wait_served(WORKING_SET_REQUESTS, WORKING_SET_WAIT_S)
+        if self.pace.measured:
+            restore_rates.remember(library.home, early.get("bytes_ahead", 0.0), placing_s, gpu=False)
+        self._wait_served(WORKING_SET_REQUESTS, self.pace.requests_s)
         # `exists` is checked because a damaged working set has been removed by now, and its misses prove nothing.
         drifted = not recording and known.exists() and pages.stats().get("faults_missed", 0) > DRIFT_FAULTS
         # Save nothing if the replica ended before its first answer: the set would be incomplete.
         save = (recording or drifted) and self.served() > 0 and _still_named(library, snapshot)
         pages.requests_done(save=known if save else None)
         if save:
-            pages.wait_saved(SAVE_WAIT_S)
+            pages.wait_saved(self.pace.save_s)
         self._saved.set()
         # Never give up on a slow disk or link: closing before the last page arrived would leave zeros in its place.
         while not pages.wait_complete(LOG_EVERY_S) and not pages.ended.is_set():

@@ -111,10 +111,31 @@ def run(replica: RestoreContext, name: str, lazy: bool) -> None:
         if replica.recording:
             log.info("this first restore records the snapshot's working set; later restores load it first")
         replica.page_follower.begin(replica.library, snapshot, restored.pages, recording=replica.recording)
-    else:
+    elif replica.page_follower.pace.measured:
         restore_rates.remember(
             replica.settings.home, snapshot.image_bytes, restored.spans["criu"], bool(snapshot.gpu.processes)
         )
+
+
+def save_next_plan(replica: RestoreContext, snapshot: Snapshot) -> None:
+    """Save the plan of this command line's first restore, which can then begin as early as the later ones do.
+
+    Only for a snapshot with its weights, of which this host has the working set: else the plan depends on the lazy
+    mount, or is made for recording. A plan that does not fit is not used. Raises CheckpointError, OSError.
+    """
+    if replica.criu is None or replica.settings.trust_keys or not replica.settings.lazy_restore:
+        return
+    lazy = _lazy(replica, snapshot.name)
+    if snapshot.weights != "full" or snapshot.gpu.processes or lazy.record:
+        return
+    from checkpoint.compatibility.check import Identity
+
+    place = model_place(snapshot, replica.weights, replica.settings.named)
+    shown = binds(replica.settings, replica.weights, None, place)
+    egress = way_out.recorded(Identity.decode(snapshot.identity).arguments)
+    speculative.save_plan(
+        restore.next_plan(replica.library, replica.criu, snapshot, shown, ("stdout", "stderr"), lazy, egress)
+    )
 
 
 def _lazy(replica: RestoreContext, name: str) -> restore.LazyRestore:

@@ -48,8 +48,8 @@ LEAST_PROOF_S, PROOF_SHARE = 10.0, 0.25
 wait meanwhile."""
 START_UP_S = 120.0
 """How long an engine that answers may take to become healthy, in seconds. Requests wait meanwhile."""
-DAMAGED = ("manifest-", "file-", "canary-differs", "signature-")
-"""Prefixes of restore failures that mean the snapshot's own bytes are wrong: the next cold start takes it again."""
+DAMAGED = ("manifest-", "file-", "canary-differs", "signature-", "rehearsal-failed")
+"""Prefixes of restore failures that mean the snapshot itself is wrong: the next cold start takes it again."""
 NO_CANARY = (
     "no-canary: this {} answers no generation, embedding, classification or score of a text, by which a restore could be "
     "verified; it starts cold each time"

@@ -53,6 +53,7 @@ def main(engine):
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True
+        request_queue_size = 2048  # as that of the engines
 
     with Server((options["host"], int(options["port"])), handler(engine, ask, options)) as server:
         server.serve_forever()

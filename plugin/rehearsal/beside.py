@@ -1,0 +1,253 @@
+"""Rehearse a launch's snapshot beside the engine that serves: when to begin, when to drop it, and what comes of it.
+
+It begins once a replica serves that has a snapshot and no request has been there for QUIET_S seconds, or after LATEST_S
+seconds at most. It is dropped at once when a request has waited longer than it should (`Load.suffers`), when a replica
+of this launch starts or wakes, and by its own process when memory gets short. A dropped one is tried again after a
+pause that doubles, TRIES times; then the next launch tries. The process ends with this one, however that ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from checkpoint.errors import CheckpointError
+from checkpoint.snapshot import rehearsal
+from checkpoint.snapshot.library import Library
+from plugin.rehearsal.process import END_LIMIT_S, Order, Report
+from plugin.runtime.phases import Phase
+from plugin.runtime.steps import restore_snapshot
+
+if TYPE_CHECKING:
+    from checkpoint.snapshot.manifest import Snapshot
+    from plugin.runtime.config import LaunchSettings
+    from plugin.runtime.replica import Replica
+
+log = logging.getLogger("quickthaw")
+QUIET_S, LATEST_S = 1.0, 30.0
+POLL_S, POLL_RUNNING_S = 0.25, 0.05
+TRIES, PAUSE_S = 4, 30.0
+CALM = frozenset({Phase.SERVING, Phase.SUSPECT, Phase.ASLEEP, Phase.FAILED, Phase.STOPPED})
+"""Phases in which a replica does not start."""
+
+
+class Requests(Protocol):
+    """What is known of the requests (`plugin.proxy.pool.pool.ReplicaPool`)."""
+
+    @property
+    def held(self) -> int:
+        """Return the number of requests waiting for a replica."""
+
+    @property
+    def outstanding(self) -> int:
+        """Return the number of requests that replicas are answering."""
+
+
+@dataclass
+class Timing:
+    """When to begin. All times are seconds of the monotonic clock."""
+
+    due_since: float | None = None
+    quiet_since: float | None = None
+    not_before: float = 0.0
+    tries: int = 0
+
+    def may_begin(self, now: float, due: bool, busy: bool) -> bool:
+        """Return whether to begin now.
+
+        `due`: a replica serves whose snapshot is not rehearsed, and none starts. `busy`: requests are there.
+        """
+        if not due:
+            self.due_since = self.quiet_since = None
+            return False
+        self.due_since = now if self.due_since is None else self.due_since
+        self.quiet_since = None if busy else now if self.quiet_since is None else self.quiet_since
+        if now < self.not_before or self.tries >= TRIES:
+            return False
+        quiet = self.quiet_since is not None and now - self.quiet_since >= QUIET_S
+        return quiet or now - self.due_since >= LATEST_S
+
+    def dropped(self, now: float) -> None:
+        """Note that a try came to nothing."""
+        self.not_before = now + PAUSE_S * 2**self.tries
+        self.tries += 1
+        self.due_since = self.quiet_since = None
+
+
+@dataclass
+class Beside:
+    """Rehearse the snapshot of one launch. `run` is a coroutine for the pool's background."""
+
+    settings: LaunchSettings
+    replicas: Sequence[Replica]
+    requests: Requests
+    suffers: Callable[[], str] = lambda: ""
+    """Returns why the requests suffer from it, or ""."""
+    timing: Timing = field(default_factory=Timing)
+
+    def __post_init__(self) -> None:
+        self._settled = ""
+        """The digest of the snapshot's manifest for which nothing is left to do."""
+        self._process: subprocess.Popen[bytes] | None = None
+
+    async def run(self) -> None:
+        """Rehearse whenever there is something to rehearse. Runs until cancelled."""
+        try:
+            while True:
+                await asyncio.sleep(POLL_S)
+                snapshot = self._unrehearsed()
+                busy = bool(self.requests.held or self.requests.outstanding)
+                if self.timing.may_begin(time.monotonic(), snapshot is not None, busy):
+                    assert snapshot is not None
+                    await self._rehearse(snapshot)
+        finally:
+            self._end()
+
+    def _unrehearsed(self) -> Snapshot | None:
+        """Return the snapshot of a replica that serves, unless it is settled or a replica starts."""
+        if any(replica.tracker.phase not in CALM for replica in self.replicas):
+            return None
+        for replica in self.replicas:
+            found = replica.snapshot
+            if found is not None and replica.tracker.phase is Phase.SERVING and not replica.pages_pending():
+                return found if found.digest != self._settled and not self._nothing_to_do(found) else None
+        return None
+
+    def _nothing_to_do(self, snapshot: Snapshot) -> bool:
+        """Return whether the snapshot is rehearsed, prepared on this host, and pushed; it is settled then."""
+        library = Library(self.settings.home)
+        folder = library.path(snapshot.name)
+        if not library.has(snapshot.name):
+            return True  # still on its way from a store, or removed
+        if rehearsal.read(folder, snapshot) is None or not rehearsal.prepared_here(folder, snapshot):
+            return False
+        store = self._push_to()
+        if store and not rehearsal.pushed(folder, store):
+            return False
+        self._settled = snapshot.digest
+        return True
+
+    def _push_to(self) -> str:
+        """Return the store to push to, or "". Without a key for signing, a launch that trusts keys could not use what it pushed."""
+        settings = self.settings
+        if not settings.push or (settings.trust_keys and settings.sign_key is None):
+            return ""
+        return settings.snapshot_store or ""
+
+    def order(self, snapshot: Snapshot) -> Order:
+        """Return what the process is asked to do."""
+        settings = self.settings
+        key = settings.command
+        return Order(
+            home=str(settings.home),
+            name=snapshot.name,
+            engine_python=settings.engine_python,
+            api_key=key.api_key,
+            admin_key=key.admin_key,
+            lazy_restore=settings.lazy_restore,
+            verify=settings.verify,
+            trust_keys=[str(path) for path in settings.trust_keys],
+            store_url=settings.store_url,
+            push_to=self._push_to(),
+            sign_key=str(settings.sign_key) if settings.sign_key else "",
+        )
+
+    async def _rehearse(self, snapshot: Snapshot) -> None:
+        process = self._process = await asyncio.to_thread(self._start, self.order(snapshot))
+        reading = asyncio.ensure_future(asyncio.to_thread(self._read, process))
+        why = ""
+        try:
+            while not (await asyncio.wait((reading,), timeout=POLL_RUNNING_S))[0]:
+                if any(replica.tracker.phase not in CALM for replica in self.replicas):
+                    why = "a replica of this launch starts"
+                elif not why:
+                    why = self.suffers()
+                if why:
+                    await asyncio.to_thread(self._end)
+            reports = reading.result()
+        finally:
+            reading.cancel()
+        self._settle(snapshot, reports, why)
+
+    def _settle(self, snapshot: Snapshot, reports: Sequence[Report], why: str) -> None:
+        """Log what came of it, and have it tried again if it was dropped."""
+        for report in reports:
+            if report.event == "rehearsed":
+                log.info("snapshot %s: rehearsed; its next restore is a fast one", snapshot.name)
+                self._save_plan(snapshot)
+            elif report.event == "pushed":
+                what = f"{report.bytes / 1e9:.2f} GB written" if report.bytes else "the store has it"
+                log.info("snapshot %s: pushed (%s)", snapshot.name, what)
+            elif report.event == "failed":
+                log.warning("%s: %s", report.code, report.message)
+                for replica in self.replicas:
+                    if replica.snapshot is not None and replica.snapshot.digest == snapshot.digest:
+                        replica.snapshot = None  # not to be put to sleep: there would be nothing to wake it from
+        last = reports[-1] if reports else Report("given-up", "rehearsal-ended", "its process ended")
+        if last.event == "given-up":
+            self.timing.dropped(time.monotonic())
+            again = self.timing.tries < TRIES
+            log.info(
+                "snapshot %s: not rehearsed (%s); %s",
+                snapshot.name,
+                why or f"{last.code}: {last.message}",
+                "it is tried again" if again else "the next launch tries again",
+            )
+        else:
+            self._settled = snapshot.digest
+
+    def _save_plan(self, snapshot: Snapshot) -> None:
+        replica = self.replicas[0]
+        try:
+            restore_snapshot.save_next_plan(replica, snapshot)
+        except (CheckpointError, OSError) as error:
+            log.debug("no plan for the next restore of %s: %s", snapshot.name, error)
+
+    # The process
+
+    def _start(self, order: Order) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "plugin.rehearsal.process"],
+            cwd=Path(__file__).parents[2],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(msgspec.json.encode(order) + b"\n")
+            process.stdin.flush()
+        return process
+
+    @staticmethod
+    def _read(process: subprocess.Popen[bytes]) -> list[Report]:
+        """Return the process's reports, once it has ended."""
+        assert process.stdout is not None
+        with process.stdout:
+            found = [msgspec.json.decode(line, type=Report) for line in process.stdout if line.startswith(b"{")]
+        process.wait()
+        return found
+
+    def _end(self) -> None:
+        """End the process, and with it its sandbox: in order within its own limit, else by force."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        assert process.stdin is not None
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        try:
+            process.wait(2 * END_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

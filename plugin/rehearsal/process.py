@@ -1,0 +1,109 @@
+"""The process that rehearses for a launch: `python -m plugin.rehearsal.process`, at the lowest priority.
+
+Its standard input carries one line, an `Order` in JSON, and stays open for as long as the launch wants the result: when
+it closes, however the launch ended, everything here ends at once. Its standard output carries one `Report` a line.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from plugin.rehearsal import priority
+
+if TYPE_CHECKING:
+    from plugin.rehearsal.rehearse import Rehearsal
+
+END_LIMIT_S = 3.0
+"""Seconds after the end of standard input in which the sandbox is ended in order; afterwards the process's end ends it."""
+
+
+class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What to rehearse, and with what the launch restores it itself. `push_to`: the store to push it to afterwards, or ""."""
+
+    home: str
+    name: str
+    engine_python: str = ""
+    api_key: str | None = None
+    admin_key: str | None = None
+    lazy_restore: bool = True
+    verify: str = "auto"
+    trust_keys: list[str] = []
+    store_url: str | None = None
+    push_to: str = ""
+    sign_key: str = ""
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What came of one step: `event` is rehearsed, pushed, failed (the snapshot is in quarantine) or given-up; `took_s` in seconds."""
+
+    event: str
+    code: str = ""
+    message: str = ""
+    took_s: float = 0.0
+    bytes: int = 0
+
+
+def _say(report: Report) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(report) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def main() -> int:
+    """Rehearse as ordered. Returns 0 when the snapshot is rehearsed, and pushed if that was ordered, else 1."""
+    priority.lower_own()
+    order = msgspec.json.decode(sys.stdin.buffer.readline(), type=Order)
+
+    from checkpoint.errors import CheckpointError
+    from checkpoint.snapshot.library import Library
+    from plugin.rehearsal.rehearse import GivenUp, Rehearsal, RehearsalFailed, named_settings
+
+    home = Path(order.home)
+    try:
+        found = Library(home).load(order.name)
+        settings = named_settings(
+            found,
+            home,
+            order.engine_python,
+            api_key=order.api_key,
+            admin_key=order.admin_key,
+            lazy_restore=order.lazy_restore,
+            verify=order.verify,
+            trust_keys=tuple(map(Path, order.trust_keys)),
+            store_url=order.store_url,
+        )
+        one = Rehearsal(settings)
+        threading.Thread(target=_end_with_owner, args=(one,), name="owner", daemon=True).start()
+        mark = one.run()
+        _say(Report("rehearsed", took_s=mark.took_s, message=", ".join(mark.requests)))
+        if order.push_to:
+            from plugin.rehearsal.push import push
+
+            done = push(Library(home), order.name, order.push_to, order.sign_key)
+            _say(Report("pushed", message=order.push_to, bytes=done))
+    except RehearsalFailed as error:
+        _say(Report("failed", error.code, str(error.args[0])))
+        return 1
+    except (GivenUp, CheckpointError) as error:
+        _say(Report("given-up", error.code, str(error.args[0])))
+        return 1
+    return 0
+
+
+def _end_with_owner(one: Rehearsal) -> None:
+    """End everything when standard input closes."""
+    while sys.stdin.buffer.read(1):
+        pass
+    if not one.over:
+        one.end("launch-ended", "the launch that asked for it does not wait any more")
+        threading.Event().wait(END_LIMIT_S)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+"""Restore a snapshot in a sandbox of its own, ask it what users ask, and mark it as rehearsed.
+
+The first restore records the working set, and ends once it is written. A second one, with that working set, leaves the
+plans, the pack and the list of reads beside the images. Both are the restore that a launch does
+(plugin/runtime/steps/restore_snapshot.py).
+
+Guarantees: whatever happens, and at whichever moment `end` is called, no process, mount, namespace or file of the
+sandboxes is left. The snapshot itself is never changed. One that cannot be restored, or answers otherwise, in two
+attempts is put into quarantine, and the next cold start takes it again. What this host lacks, another process that
+needs the snapshot, a full disk and an `end` are no failures of the snapshot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import launchers
+from checkpoint.cuda import checkpoint as cuda
+from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Incompatible, NotFound
+from checkpoint.sandbox.process_tree import processes
+from checkpoint.sandbox.sandbox import Sandbox
+from checkpoint.snapshot import rehearsal
+from checkpoint.snapshot.library import Library
+from launchers.base import EngineCommand
+from launchers.errors import LauncherError
+from plugin.rehearsal import memory, priority, requests
+from plugin.runtime.capabilities import detect
+from plugin.runtime.config import LaunchSettings
+from plugin.runtime.phases import PhaseTracker
+from plugin.runtime.replica import Replica
+from plugin.runtime.steps import restore_snapshot
+from plugin.runtime.steps.model_mount import Weights
+from plugin.runtime.steps.paging import ALL, Pace, PageFollower
+
+if TYPE_CHECKING:
+    from checkpoint.snapshot.manifest import Snapshot
+    from plugin.runtime.steps.engine_process import Running
+
+log = logging.getLogger("quickthaw")
+ATTEMPTS = 2
+"""After so many failures in a row the snapshot itself is at fault."""
+CHECK_EVERY_S = 0.25
+"""Seconds between two looks at the host's memory."""
+NO_FAULT = (
+    "disk-full",
+    "disk-read-only",
+    "stopped",
+    "rehearsal-ended",
+    "engine-stalled",
+    "sandbox-timeout",
+    "pages-lost",
+)
+"""Codes of errors that say nothing about the snapshot."""
+ROUNDS = 3
+"""Most restores with a known working set: one that misses pages adds them to it, and its plans are made again."""
+PLACED_LIMIT_S = 600.0
+
+
+class GivenUp(Exception):
+    """The rehearsal ended without a result; `code` says why."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+
+
+class RehearsalFailed(CheckpointError):
+    """The snapshot cannot be restored, or answers otherwise, and is in quarantine."""
+
+
+class _Rehearsed(Replica):
+    """A replica whose engine runs at the lowest priority from its first instruction on (CRIU restores the recorded one)."""
+
+    def set_running(self, running: Running) -> None:
+        """See Replica."""
+        if isinstance(running.place, Sandbox):
+            priority.lower([running.place.init_pid, *processes(running.place.init_pid)])
+        super().set_running(running)
+
+
+def named_settings(
+    found: Snapshot,
+    home: Path,
+    python: str = "",
+    api_key: str | None = None,
+    admin_key: str | None = None,
+    **more: Any,
+) -> LaunchSettings:
+    """Return the settings with which a snapshot is restored by its name. `python`: the engine's interpreter, if it is another one."""
+    interpreter = python or str(found.identity.get("engine", {}).get("interpreter", ""))
+    model = found.model_path if Path(found.model_path or "/nonexistent").is_dir() else found.model
+    return LaunchSettings(
+        engine=found.engine,
+        command=EngineCommand(found.engine, (), model, "127.0.0.1", 0, api_key, admin_key=admin_key),
+        engine_python=interpreter,
+        home=home,
+        name=found.name,
+        named=True,
+        mount=Path(model).is_dir(),
+        take_snapshot=False,
+        **more,
+    )
+
+
+class Rehearsal:
+    """One rehearsal of one snapshot. `run` it once; any other thread may `end` it."""
+
+    def __init__(self, settings: LaunchSettings) -> None:
+        """`settings`: as `named_settings` returns them."""
+        assert settings.name
+        self.settings, self.name = settings, settings.name
+        self.library = Library(settings.home)
+        self._replica: Replica | None = None
+        self._ended: GivenUp | None = None
+        self._over = threading.Event()
+        self._lock = threading.Lock()
+
+    # Ending, from any thread
+
+    def end(self, code: str, why: str) -> None:
+        """End it at once: `run` raises GivenUp. Returns before everything is cleaned up, which `run` does."""
+        with self._lock:
+            self._ended = self._ended or GivenUp(code, why)
+            replica = self._replica
+        self._over.set()
+        if replica is not None:
+            replica.cancellation.cancel(Failed("rehearsal-ended", why))
+            if running := replica.running:
+                running.kill()
+
+    def _check(self) -> None:
+        if self._ended is not None:
+            raise self._ended
+
+    # Running
+
+    def run(self) -> rehearsal.Mark:
+        """Rehearse and return the mark. Raises GivenUp, RehearsalFailed, NotFound, Integrity (the manifest is damaged)."""
+        began = time.monotonic()
+        found = self.library.load(self.name)
+        folder = self.library.path(self.name)
+        if (before := rehearsal.read(folder, found)) and rehearsal.prepared_here(folder, found):
+            return before
+        with rehearsal.lock(folder), self._watching_memory(found):
+            asked = list(before.requests) if before else []
+            lazy = self.settings.lazy_restore and not found.gpu.processes
+            if not lazy or not self.library.working_set(self.name).exists():
+                asked = self._attempt(found, lambda: self._once(found, lazy, full=True))
+            for _ in range(ROUNDS if lazy else 0):
+                known = self.library.working_set(self.name).read_bytes()
+                self._attempt(found, lambda: self._once(found, lazy, full=False))
+                if self.library.working_set(self.name).read_bytes() == known:
+                    break
+            now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+            mark = rehearsal.Mark(found.digest, now, asked, round(time.monotonic() - began, 2))
+            self._check()
+            with self.library.in_use(self.name) as folder:
+                if self.library.load(self.name).digest != found.digest:
+                    raise GivenUp("snapshot-replaced", f"{self.name} was replaced meanwhile")
+                rehearsal.write(folder, mark)
+            return mark
+
+    def _attempt(self, found: Snapshot, once: Callable[[], list[str]]) -> list[str]:
+        """Return what `once` returns, in one of ATTEMPTS. Raises GivenUp, or RehearsalFailed with the snapshot in quarantine."""
+        for attempt in range(ATTEMPTS):
+            self._check()
+            try:
+                return once()
+            except (CheckpointError, LauncherError, OSError) as error:
+                self._check()
+                self._blameless(error, found)
+                log.debug("rehearsal of %s, attempt %d: %s", self.name, attempt + 1, error)
+                last = error
+        why = f"rehearsal-failed: {last}"
+        self.library.quarantine(self.name, why)
+        raise RehearsalFailed(
+            "rehearsal-failed", f"{self.name} is not offered, and the next cold start takes it again: {last}"
+        )
+
+    def _blameless(self, error: Exception, found: Snapshot) -> None:
+        """Raise GivenUp if an error says nothing about the snapshot."""
+        cause: BaseException | None = error
+        while cause is not None:
+            code = getattr(cause, "code", "")
+            if isinstance(cause, Busy | HostLacks | NotFound | Incompatible | OSError) or code in NO_FAULT:
+                raise GivenUp(code or "host-io", str(getattr(error, "args", [error])[0])) from error
+            cause = cause.__cause__
+        if why := memory.short(0):
+            raise GivenUp("memory-short", why) from error
+
+    @property
+    def over(self) -> bool:
+        """Return whether nothing of it is left to end."""
+        return self._over.is_set()
+
+    @contextlib.contextmanager
+    def _watching_memory(self, found: Snapshot) -> Iterator[None]:
+        """End the rehearsal when memory gets short. Raises GivenUp if it is from the beginning."""
+        if why := memory.short(found.image_bytes):
+            raise GivenUp("memory-short", why)
+
+        def watch() -> None:
+            while not self._over.wait(CHECK_EVERY_S):
+                if short := memory.short(0):
+                    self.end("memory-short", short)
+
+        threading.Thread(target=watch, name="memory", daemon=True).start()
+        try:
+            yield
+        finally:
+            self._over.set()
+
+    def _once(self, found: Snapshot, lazy: bool, *, full: bool) -> list[str]:
+        """Restore once, ask, and close everything; `full`: all the typical requests, else one. Return the names of those asked."""
+        host = detect(self.settings.home)
+        if off := host.capabilities.snapshots or host.capabilities.sandbox:
+            raise HostLacks("cannot-restore", off)
+        if lazy and host.capabilities.pages:
+            raise HostLacks("cannot-record", host.capabilities.pages)
+        weights = Weights.of(self.settings, enabled=self.settings.mount and not host.capabilities.mount)
+        engine = launchers.engine(self.settings.engine)
+        replica = _Rehearsed(
+            self.settings, engine, host.capabilities, host.criu, weights, PhaseTracker(), stdout=None, stderr=None
+        )
+        answered = [0]
+        replica.page_follower = PageFollower(
+            replica.fetching, lambda: answered[0], lambda: replica.running is not None, Pace.patient()
+        )
+        with self._lock:
+            self._replica = replica
+        try:
+            self._check()
+            if found.gpu.processes and (driver := replica.driver()) is not None:
+                cuda.check_memory(driver, found.gpu)
+            with replica.fetching.held(self.library, self.name):
+                restore_snapshot.run(replica, self.name, lazy)
+            self._check()
+            running = replica.running
+            assert running is not None
+            client = dataclasses.replace(running.client)
+            requests.first(engine, client, found.canary)
+            answered[0] = 1
+            asked = ["short"]
+            if full:
+                asked += requests.typical(engine, client, found.canary, found.identity.get("arguments", {}))
+            answered[0] = ALL
+            if lazy and not replica.page_follower.wait_saved(PLACED_LIMIT_S):
+                raise GivenUp("working-set-late", "the working set was not written in time")
+            if lazy and full and not self.library.working_set(self.name).exists():
+                raise Failed("disk-full", "the working set could not be written; make room")
+            if lazy and not full and running.restored and running.restored.pages:
+                running.restored.pages.wait_complete(PLACED_LIMIT_S)
+            return asked
+        finally:
+            with self._lock:
+                self._replica = None
+            replica.clear()
+            replica.stop(0.0)
+            weights.close()

@@ -1,0 +1,124 @@
+"""When a rehearsal begins and when memory is too short for one."""
+
+import pytest
+
+from plugin.rehearsal import memory
+from plugin.rehearsal.beside import LATEST_S, PAUSE_S, QUIET_S, TRIES, Timing
+
+pytestmark = pytest.mark.t0
+GB = 1 << 30
+
+
+def test_it_begins_once_no_request_has_been_there_for_a_while():
+    timing = Timing()
+    assert not timing.may_begin(0.0, due=True, busy=False)
+    assert not timing.may_begin(QUIET_S / 2, due=True, busy=True)  # counts from here again
+    assert not timing.may_begin(QUIET_S, due=True, busy=False)
+    assert timing.may_begin(2 * QUIET_S, due=True, busy=False)
+
+
+def test_it_begins_at_the_latest_although_requests_are_there():
+    timing = Timing()
+    assert not timing.may_begin(0.0, due=True, busy=True)
+    assert not timing.may_begin(LATEST_S - 1, due=True, busy=True)
+    assert timing.may_begin(LATEST_S, due=True, busy=True)
+
+
+def test_a_start_of_the_engine_begins_the_wait_anew():
+    timing = Timing()
+    timing.may_begin(0.0, due=True, busy=False)
+    assert not timing.may_begin(QUIET_S, due=False, busy=False)
+    assert not timing.may_begin(LATEST_S, due=True, busy=False)
+    assert timing.may_begin(LATEST_S + QUIET_S, due=True, busy=False)
+
+
+def test_a_dropped_one_is_tried_again_after_growing_pauses_and_then_no_more():
+    timing, now = Timing(), 0.0
+    for number in range(TRIES):
+        assert timing.not_before <= now + PAUSE_S * 2**number
+        timing.dropped(now)
+        assert not timing.may_begin(now + PAUSE_S * 2**number - 1, due=True, busy=False)
+        now = timing.not_before
+        timing.may_begin(now, due=True, busy=False)
+        assert timing.may_begin(now + QUIET_S, due=True, busy=False) == (number + 1 < TRIES)
+
+
+class Host:
+    """The files that the kernel shows of a host's memory, and of a control group's."""
+
+    def __init__(self, folder):
+        self.proc, self.groups = folder / "proc", folder / "cgroup"
+        (self.proc / "self").mkdir(parents=True)
+        (self.proc / "pressure").mkdir()
+        self.groups.mkdir()
+        (self.proc / "self" / "cgroup").write_text("")
+        self.meminfo(24 * GB, 20 * GB)
+
+    def meminfo(self, total, available):
+        text = f"MemTotal:       {total >> 10} kB\nMemAvailable:   {available >> 10} kB\n"
+        (self.proc / "meminfo").write_text(text)
+
+    def group(self, line, folder, files):
+        (self.proc / "self" / "cgroup").write_text(line + "\n")
+        place = self.groups / folder
+        place.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (place / name).write_text(text)
+
+    def stalled(self, percent):
+        text = f"some avg10=90.00 avg60=0.00 avg300=0.00 total=0\nfull avg10={percent} avg60=0.00 avg300=0.00 total=0\n"
+        (self.proc / "pressure" / "memory").write_text(text)
+
+    def short(self, needed):
+        return memory.short(needed, self.proc, self.groups)
+
+
+@pytest.fixture
+def host(tmp_path):
+    return Host(tmp_path)
+
+
+def test_memory_is_short_where_a_second_engine_would_leave_no_margin(host):
+    assert host.short(3 * GB) == ""
+    assert host.short(19 * GB).startswith("21.5 GB of memory are available")
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "files"),
+    [
+        (
+            "0::/a/b",
+            "a",
+            {"memory.max": f"{4 * GB}", "memory.current": f"{3 * GB}", "memory.stat": f"inactive_file {GB}\nother 1\n"},
+        ),
+        (
+            "5:cpu,memory:/a",
+            "memory/a",
+            {
+                "memory.limit_in_bytes": f"{4 * GB}",
+                "memory.usage_in_bytes": f"{3 * GB}",
+                "memory.stat": f"inactive_file 5\ntotal_inactive_file {GB}\n",
+            },
+        ),
+    ],
+    ids=["v2, of the parent", "v1"],
+)
+def test_the_limit_of_a_control_group_counts_with_its_page_cache(host, line, folder, files):
+    (host.groups / "a" / "b").mkdir(parents=True)
+    host.group(line, folder, files)
+    assert host.short(GB) == ""
+    assert "2.1 GB of memory are available" in host.short(2 * GB)
+
+
+def test_a_group_without_a_limit_changes_nothing(host):
+    host.group("0::/", ".", {"memory.max": "max", "memory.current": "5", "memory.stat": ""})
+    assert host.short(3 * GB) == ""
+
+
+def test_memory_is_short_where_processes_wait_for_it_and_little_is_left(host):
+    host.stalled(30)
+    assert host.short(3 * GB) == ""  # they wait for the memory of another group
+    host.meminfo(24 * GB, 8 * GB)
+    assert "30 %" in host.short(3 * GB)
+    host.stalled(1)
+    assert host.short(3 * GB) == ""

@@ -1,0 +1,167 @@
+"""A rehearsal of a real snapshot, with the engine double: what it leaves, what it costs, and how it ends."""
+
+import json
+import subprocess
+import sys
+import time
+
+import msgspec
+import pytest
+
+from checkpoint.snapshot import manifest, rehearsal
+from checkpoint.snapshot.library import QUARANTINE_AFTER
+from tests.kits.launch_rig import REPO
+
+pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]
+FIRST = "this first restore records"
+DONE = "rehearsed; its next restore is a fast one"
+
+
+def mark_of(rig):
+    return rehearsal.read(rig.library.path(rig.name), rig.library.load(rig.name))
+
+
+def wait_until(what, limit_s=60.0):
+    limit = time.monotonic() + limit_s
+    while not (found := what()):
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    return found
+
+
+def spoil(rig):
+    """Give the snapshot a canary that no engine answers."""
+    file = rig.library.path(rig.name) / manifest.FILE_NAME
+    found = rig.library.load(rig.name)
+    canary = msgspec.structs.replace(found.canary, token_ids=[number + 1 for number in found.canary.token_ids])
+    file.write_bytes(manifest.dump(msgspec.structs.replace(found, canary=canary)))
+
+
+def ordered(rig, **more):
+    """The process that rehearses for a launch, with its order on its standard input."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "plugin.rehearsal.process"],
+        env=rig.env(),
+        cwd=REPO,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    process.stdin.write(json.dumps({"home": str(rig.home), "name": rig.name, **more}) + "\n")
+    process.stdin.flush()
+    return process
+
+
+def restoring(rig):
+    return list((rig.home / "run").glob("restore-*"))
+
+
+def test_by_hand_it_leaves_the_working_set_the_plans_and_the_mark(launch_rig):
+    rig = launch_rig
+    rig.take()
+    folder = rig.library.path(rig.name)
+    assert mark_of(rig) is None and not rig.library.working_set(rig.name).exists()
+    done = rig.cli("snapshot", "rehearse", rig.name, "--json")
+    assert done.returncode == 0, done.stderr
+    asked = json.loads(done.stdout)["requests"]
+    assert asked[:2] == ["short", "long"] and asked[-1].startswith("batch of ")
+    assert mark_of(rig).requests == asked
+    assert rig.library.working_set(rig.name).exists()
+    assert rehearsal.prepared_here(folder, rig.library.load(rig.name))
+    assert rig.watch.gone() == set()
+    before = mark_of(rig)
+    assert rig.cli("snapshot", "rehearse", rig.name).returncode == 0  # nothing is left to do
+    assert mark_of(rig) == before
+
+
+def test_a_launch_rehearses_its_snapshot_and_pushes_it(launch_rig, tmp_path):
+    rig, store = launch_rig, tmp_path / "store"
+    words = ("--rehearse", "--snapshot-store", store)
+    with rig.running(*words) as started:
+        answer = started.ask()
+        started.wait_for(DONE)
+        started.wait_for("pushed (")
+        assert started.ask() == answer
+    with rig.running(*words) as started:
+        assert started.ask() == answer
+        assert "restoring" in started.phases()[0] and FIRST not in started.text()
+    rig.fresh_home()
+    with rig.running(*words) as started:  # the mark and the working set travel
+        assert started.ask() == answer
+        assert "restoring" in started.phases()[0] and FIRST not in started.text()
+        started.wait_for(DONE)  # this host gets its plans
+        assert mark_of(rig) is not None
+
+
+def test_the_end_of_the_launch_ends_it_at_once(launch_rig):
+    rig = launch_rig
+    with rig.running("--rehearse") as started:
+        started.ask()
+        started.wait_serving()
+        wait_until(lambda: restoring(rig))
+        began = time.monotonic()
+        started.stop()
+        assert time.monotonic() - began < 20
+    assert rig.watch.gone(5) == set()
+    assert mark_of(rig) is None and not rig.library.health(rig.name).failures
+
+
+def test_a_killed_launch_leaves_no_rehearsal(launch_rig):
+    rig = launch_rig
+    started = rig.start("--rehearse")
+    started.ask()
+    started.wait_serving()
+    wait_until(lambda: restoring(rig))
+    started.process.kill()
+    started.process.wait()
+    rig.watch.gone(20)
+    rig.library.sweep()
+    assert rig.watch.gone(5) == set()
+
+
+def test_what_answers_otherwise_is_not_offered_and_taken_again(launch_rig):
+    rig = launch_rig
+    answer = rig.take()
+    spoil(rig)
+    before = rig.library.load(rig.name).digest
+    done = rig.cli("snapshot", "rehearse", rig.name)
+    assert done.returncode == 1 and "rehearsal-failed" in done.stderr and "canary-differs" in done.stderr
+    health = rig.library.health(rig.name)
+    assert health.failures >= QUARANTINE_AFTER and health.reason.startswith("rehearsal-failed: canary-differs")
+    assert mark_of(rig) is None and rig.watch.gone() == set()
+    with rig.running() as started:
+        assert started.ask() == answer
+        assert "restoring" not in started.phases()[0]
+    assert rig.library.load(rig.name).digest != before and not rig.library.health(rig.name).failures
+
+
+def test_only_one_rehearses_a_snapshot(launch_rig):
+    rig = launch_rig
+    rig.take()
+    with rehearsal.lock(rig.library.path(rig.name)):
+        done = rig.cli("snapshot", "rehearse", rig.name)
+    assert done.returncode == 1 and "rehearsal-running" in done.stderr
+    assert not rig.library.health(rig.name).failures
+
+
+def test_a_snapshot_that_is_removed_meanwhile_stays_removed(launch_rig):
+    rig = launch_rig
+    rig.take()
+    name = rig.name
+    process = ordered(rig)
+    wait_until(lambda: restoring(rig))
+    wait_until(lambda: rig.cli("snapshot", "rm", name).returncode == 0)
+    said, _ = process.communicate(timeout=60)
+    assert json.loads(said.splitlines()[-1])["event"] == "given-up"
+    assert not rig.library.names() and not rig.library.health(name).failures
+    assert rig.watch.gone() == set()
+
+
+def test_its_owner_s_end_ends_it(launch_rig):
+    rig = launch_rig
+    rig.take()
+    process = ordered(rig)
+    wait_until(lambda: restoring(rig))
+    process.communicate(timeout=10)  # closes its standard input
+    assert process.returncode == 1
+    assert rig.watch.gone(5) == set()

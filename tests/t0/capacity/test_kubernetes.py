@@ -199,6 +199,7 @@ def test_pause_pods_yield_to_every_other(plan):
         assert item["spec"]["selector"]["matchLabels"].items() <= item["spec"]["template"]["metadata"]["labels"].items()
 
 
+@pytest.mark.slow
 def test_the_stream_is_plain_yaml(plan):
     text = kubernetes.manifest(plan, namespace="idle", way=None, pause_image="example/pause:1")
     assert "&id" not in text

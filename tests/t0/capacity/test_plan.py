@@ -86,6 +86,7 @@ def test_the_check_finds_what_is_taken_away(seed, data):
     assert any("are served" in text for text in violations(problem, plan.need, plan.instances, replicas, plan.blocks))
 
 
+@pytest.mark.slow
 @given(seeds, st.integers(1, 5), st.integers(1, 5))
 @settings(calm, max_examples=15)
 def test_more_supply_never_costs_more(seed, quota, supply):
@@ -154,6 +155,7 @@ def test_doubling_every_price_changes_no_count(seed):
     assert two.cost == pytest.approx(2 * one.cost)
 
 
+@pytest.mark.slow
 @given(seeds)
 @settings(calm, max_examples=12)
 def test_the_rounding_is_within_two_percent(seed):
@@ -178,6 +180,7 @@ def agree(problem):
     return True
 
 
+@pytest.mark.slow
 def test_the_same_optimum_as_scipy():
     assert sum(agree(random_problem(seed)) for seed in range(8)) >= 6
 

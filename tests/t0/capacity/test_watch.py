@@ -272,6 +272,7 @@ def test_a_command_that_times_out_takes_its_children_along(tmp_path):
     assert not mark.exists()
 
 
+@pytest.mark.slow
 def test_a_command_that_leaves_its_process_group_does_not_hold_up_the_next_round(tmp_path, monkeypatch):
     """A descendant in a session of its own keeps the pipes open; the limit holds all the same."""
     monkeypatch.setattr("capacity.actions.apply.TERM_LIMIT_S", 0.3)

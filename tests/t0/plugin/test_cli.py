@@ -137,6 +137,7 @@ def test_completion_prints_a_script_for_each_shell(shell):
     assert result.exit_code == 0 and "_QUICKTHAW_COMPLETE" in result.output and "quickthaw" in result.output
 
 
+@pytest.mark.slow
 def test_completion_knows_commands_and_options_and_imports_only_what_it_names(tmp_path):
     def completed(line):
         environment = {

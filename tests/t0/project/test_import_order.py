@@ -1,6 +1,7 @@
 """The order in which folders may import each other, from docs/architecture.md."""
 
 import ast
+import functools
 import sys
 from pathlib import Path
 
@@ -18,12 +19,18 @@ MAY_IMPORT = {
 }
 
 
+@functools.cache
+def import_nodes(file):
+    """Return the import statements anywhere in a file."""
+    return [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def imports(file):
     """Yield every module that a file imports absolutely, anywhere in the file."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in import_nodes(file):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
+        elif not node.level:
             yield node.module
 
 
@@ -81,10 +88,10 @@ def _modules():
 def _imported(name, file, known):
     """Yield the product's modules that a module imports, also inside functions and for type checking."""
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in import_nodes(file):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in known)
-        elif isinstance(node, ast.ImportFrom):
+        else:
             base = node.module or ""
             if node.level:
                 parts = package.split(".")

@@ -68,6 +68,7 @@ def test_watch_follows_the_file_and_ends_on_a_signal(tmp_path):
         process.stderr.close()
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_apply_command_too_and_what_it_did_is_kept(tmp_path):
     plan, state = tmp_path / "plan.yaml", tmp_path / "state.json"
     plan.write_text((REPO / "examples" / "plan_trace.yaml").read_text())

@@ -94,6 +94,7 @@ def test_pulls_killed_at_many_moments(snapshot: Path, slow: str, tmp_path: Path)
     assert [p.name for p in target.parent.iterdir()] == ["snap"]
 
 
+@pytest.mark.slow
 def test_pushes_killed_at_many_moments(snapshot: Path, tmp_path: Path) -> None:
     url = f"file://{tmp_path}/store"
     for lines in (1, 2, 3):

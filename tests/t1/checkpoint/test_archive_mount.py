@@ -31,6 +31,7 @@ def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     found.close()
 
 
+@pytest.mark.slow
 def test_a_mounted_archive_shows_the_snapshot(rig: Rig, tmp_path: Path) -> None:
     folder = tmp_path / "snap"
     (folder / "images").mkdir(parents=True)

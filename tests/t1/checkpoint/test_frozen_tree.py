@@ -109,6 +109,7 @@ def answer(replica, name):
     return wait_for(sandbox_tmpdir(replica.sandbox) / name, 10).decode()
 
 
+@pytest.mark.slow
 def test_a_remembered_parent_can_be_signalled_after_a_restore(bench):
     bench.taken("""
 import psutil
@@ -185,6 +186,7 @@ def _states(replica):
     return found
 
 
+@pytest.mark.slow
 def test_a_stopped_child_stays_stopped(bench):
     bench.taken("""
 child = subprocess.Popen(["sleep", "1000"])
@@ -203,6 +205,7 @@ os.waitpid(child.pid, os.WUNTRACED)
         replica.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["/dev/shm", "TMPDIR"])
 def test_a_large_deleted_file_is_restored(bench, folder):
     bench.taken(f"""
@@ -263,6 +266,7 @@ def test_a_host_file_open_for_writing_is_refused_by_name(bench):
         bench.taken(f"log = open({str(log)!r}, 'w')\nprint('a line', file=log, flush=True)\n")
 
 
+@pytest.mark.slow
 def test_a_host_file_that_is_appended_to_may_grow(bench):
     log = bench.home / "appended.log"
     bench.taken(f"log = open({str(log)!r}, 'a')\nprint('a line', file=log, flush=True)\n")
@@ -310,6 +314,7 @@ accepted = server.accept()
     assert bench.library.names() == []
 
 
+@pytest.mark.slow
 def test_a_failed_lazy_restore_reports_criu_s_cause_and_keeps_its_log(bench):
     lock = bench.home / "some.lock"
     snapshot = bench.taken(f"lock = open({str(lock)!r}, 'w')\n")

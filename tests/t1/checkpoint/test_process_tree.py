@@ -1,5 +1,6 @@
 """Sandboxes and snapshots with a real process tree under real CRIU: one snapshot, many restores, nothing left behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -79,8 +80,8 @@ def home(tmp_path, watch):
     assert watch.gone() == set()
 
 
-@pytest.fixture
-def taken(home, criu):
+@contextlib.contextmanager
+def running_tree(home, criu):
     """Take a snapshot of the tree after its counter reached 2; the sandbox continues to run."""
     library, output = Library(home), Output(None)
     with Sandbox(SandboxConfig(binds=[Bind(home / "compile", Path(CACHE_DIR), read_only=False)])) as sandbox:
@@ -90,6 +91,37 @@ def taken(home, criu):
             library, criu, sandbox, draft("tree", pid, {"stdout": output.name}), home / "compile", digest_folder
         )
         yield library, snapshot, sandbox
+
+
+@pytest.fixture
+def taken(home, criu):
+    """Return a library, its snapshot of the tree, and the sandbox in which the tree continues to run."""
+    with running_tree(home, criu) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def taken_once(tmp_path_factory):
+    """Return a library and its snapshot of a tree that has ended, for tests that do not change them."""
+    home = tmp_path_factory.mktemp("taken")
+    (home / "compile").mkdir()
+    watch = Watch(home)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in watch.environment.items():
+            patch.setenv(name, value)
+        with running_tree(home, Criu.find(state_home())) as (library, snapshot, _):
+            pass
+    yield library, snapshot
+    assert watch.gone() == set()
+
+
+@pytest.fixture
+def copied(home, taken_once):
+    """Return a library with a copy of the module's snapshot, which a test may change and restore."""
+    library, snapshot = taken_once
+    # With the socket and the links below the engine's TMPDIR.
+    subprocess.run(["cp", "-a", library.folder, home], check=True, timeout=30)
+    return Library(home), snapshot
 
 
 def restore_snapshot(library, criu, snapshot, output=None):
@@ -152,7 +184,7 @@ def test_an_exit_code_and_a_missing_program_are_reported(home):
             sandbox.start(["/nowhere/python"], {}, "/")
 
 
-@pytest.mark.parametrize("victim", ["owner", "outer", "init"])
+@pytest.mark.parametrize("victim", ["owner", pytest.param("outer", marks=pytest.mark.slow), "init"])
 def test_the_death_of_any_part_ends_the_sandbox(home, watch, victim):
     script = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
@@ -189,8 +221,8 @@ def test_one_snapshot_restores_repeatedly_while_the_original_runs(taken, criu):
     assert ask(sandbox, op="count")["count"] == 4
 
 
-def test_two_replicas_serve_at_the_same_time_on_the_same_port(taken, criu):
-    library, snapshot, _ = taken
+def test_two_replicas_serve_at_the_same_time_on_the_same_port(copied, criu):
+    library, snapshot = copied
     replicas, failures = [], []
 
     def one():
@@ -226,8 +258,8 @@ def test_the_monotonic_clock_continues_from_the_dump(taken, criu):
         replica.close()
 
 
-def test_output_goes_to_the_new_owner(taken, criu):
-    library, snapshot, _ = taken
+def test_output_goes_to_the_new_owner(copied, criu):
+    library, snapshot = copied
     output = Output(None)
     replica = restore_snapshot(library, criu, snapshot, output)
     try:
@@ -240,8 +272,8 @@ def test_output_goes_to_the_new_owner(taken, criu):
         replica.close()
 
 
-def test_the_exit_of_a_restored_root_is_reported(taken, criu):
-    library, snapshot, _ = taken
+def test_the_exit_of_a_restored_root_is_reported(copied, criu):
+    library, snapshot = copied
     replica = restore_snapshot(library, criu, snapshot)
     try:
         sock = replica.sandbox.connect(8000)
@@ -253,8 +285,8 @@ def test_the_exit_of_a_restored_root_is_reported(taken, criu):
         replica.close()
 
 
-def test_files_are_private_to_their_owner(taken):
-    library, _, _ = taken
+def test_files_are_private_to_their_owner(taken_once):
+    library, _ = taken_once
     folder = library.path("tree")
     assert library.folder.stat().st_mode & 0o777 == 0o700
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -263,8 +295,8 @@ def test_files_are_private_to_their_owner(taken):
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "add"])
-def test_damage_is_named_before_anything_is_restored(taken, harm):
-    library, snapshot, _ = taken
+def test_damage_is_named_before_anything_is_restored(copied, harm):
+    library, snapshot = copied
     images = library.path("tree") / "images"
     file = max(images.iterdir(), key=lambda path: path.stat().st_size)
     if harm == "flip":
@@ -293,8 +325,8 @@ def test_damage_is_named_before_anything_is_restored(taken, harm):
     assert "\n" not in str(caught.value)
 
 
-def test_a_failed_criu_restore_leaves_nothing(taken, criu):
-    library, snapshot, _ = taken
+def test_a_failed_criu_restore_leaves_nothing(copied, criu):
+    library, snapshot = copied
     (library.path("tree") / "images" / "inventory.img").write_bytes(b"garbage")
     with pytest.raises(Failed) as caught:
         restore_snapshot(library, criu, snapshot)
@@ -370,8 +402,8 @@ def test_a_hanging_helper_is_killed_at_its_limit(home):
             time.sleep(0.02)
 
 
-def test_the_processor_is_compared_like_criu_cpuinfo(taken, criu):
-    library, snapshot, _ = taken
+def test_the_processor_is_compared_like_criu_cpuinfo(copied, criu):
+    library, snapshot = copied
     images = library.path(snapshot.name) / "images"
     assert "images/cpuinfo.img" in snapshot.files
     criu.check_cpu(images)

@@ -83,6 +83,7 @@ def run(*argv, limit_s=60):
     return subprocess.run(argv, capture_output=True, text=True, timeout=limit_s, check=False)
 
 
+@pytest.mark.slow
 def test_connecting_while_the_sandbox_ends_only_raises_errors():
     done = run(sys.executable, "-c", RACE, str(REPO))
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr[-2000:]

@@ -123,6 +123,7 @@ def test_a_failed_dump_resumes_the_gpu(rig):
     assert ask(sandbox, op="count")["count"] == 2
 
 
+@pytest.mark.slow
 def test_a_snapshot_with_gpu_state_is_refused_by_name_without_a_gpu(rig):
     library, sandbox, wanted, driver, _ = rig
     snapshot = take(

@@ -74,6 +74,7 @@ def test_no_answer_is_an_error(peer, data):
         peer(data).json("GET", "/x")
 
 
+@pytest.mark.slow
 def test_a_stalling_peer_times_out(peer):
     client = peer(b"HTTP/1.1 200 OK\r\n", stall_s=20)
     began = time.monotonic()

@@ -42,6 +42,7 @@ def each(faults):
     return [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in faults]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", each(FAULTS))
 def test_a_store_that_fails_always(stored, rig, control, tmp_path, fault):
     """Every read fails within its limit, none returns a wrong byte, and reads succeed once the fault ends."""
@@ -61,6 +62,7 @@ def test_a_store_that_fails_always(stored, rig, control, tmp_path, fault):
     assert digest_or_errno(reader, path) == right
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", each(["corrupt", "truncate", "503", "empty"]))
 def test_a_store_that_fails_half_the_time(stored, rig, control, tmp_path, fault):
     """Retries hide temporary faults; a corrupt body is fetched once more, and never served."""

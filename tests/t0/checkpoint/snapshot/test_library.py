@@ -73,6 +73,7 @@ def test_a_sweep_during_a_write_loses_no_snapshot(library: Library, monkeypatch:
     assert content(library) == "new" and hidden(library) == []
 
 
+@pytest.mark.slow
 def test_a_name_always_has_a_snapshot_during_a_replacement(library: Library) -> None:
     write(library, "x", files=50)
     over = threading.Event()

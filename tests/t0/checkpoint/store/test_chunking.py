@@ -36,6 +36,7 @@ def chunks(data: bytes, lengths: list[int]) -> list[bytes]:
     return [data[end - length : end] for end, length in zip(ends, lengths, strict=True)]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=80)
 @given(contents)
 def test_chunks_cover_every_file_and_long_copies_are_equal_chunks(

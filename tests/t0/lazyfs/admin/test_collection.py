@@ -85,6 +85,7 @@ def test_chunks_reused_by_an_import_after_the_listing_are_kept(store, garbage, o
     assert verify(ChunkStore(store)).clean and verify(ChunkStore(store)).manifests == 1
 
 
+@pytest.mark.slow
 def test_chunks_reused_between_two_deletions_are_kept(store, garbage, monkeypatch):
     """The import touches the chunks while the first one is deleted. It had reused that one before, and gets an error."""
     monkeypatch.setattr("lazyfs.admin.gc._REMOTE_WORKERS", 1)

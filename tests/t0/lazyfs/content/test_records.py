@@ -34,6 +34,7 @@ assert len(made) == 300
 """
 
 
+@pytest.mark.slow
 def test_threads_can_decode_a_type_for_the_first_time_at_once():
     result = subprocess.run([sys.executable, "-c", PROGRAM], cwd=REPO, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr[-2000:]

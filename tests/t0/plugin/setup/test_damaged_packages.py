@@ -14,6 +14,7 @@ pytestmark = pytest.mark.t0
 FILES = {"criu": b"wrapper", "criu.bin": bytes(range(256)) * 8, "lib/ld-linux-x86-64.so.2": b"loader" * 50}
 
 
+@pytest.mark.slow
 def test_a_byte_flipped_anywhere_in_a_wheel_is_no_traceback(tmp_path):
     wheel = tmp_path / "quickthaw_criu-4.2.1-py3-none-linux_x86_64.whl"
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -320,6 +320,7 @@ fault = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(fault, max_size=3), st.lists(fault, max_size=3))
 def test_any_mixture_of_faults_ends_all_running_all_suspended_or_named(

@@ -32,6 +32,7 @@ def nothing_unexpected(frozen: Frozen):  # type: ignore[no-untyped-def]
         shutil.rmtree(work)
 
 
+@pytest.mark.slow
 def test_command_line_and_environment_are_readable_before_the_first_token(frozen: Frozen) -> None:
     """/proc/PID/cmdline and environ of a restored process are not empty, in a recording restore and in later ones."""
     frozen.working_set.unlink(missing_ok=True)

@@ -54,6 +54,7 @@ def test_reads_are_streamed_on_a_full_disk(stored, rig, tmp_path):
         wait_for(lambda: subprocess.run(["umount", small], check=False, timeout=LIMIT_S).returncode == 0)
 
 
+@pytest.mark.slow
 def test_mounting_pinning_and_verifying_on_a_full_disk(stored, rig, tmp_path, monkeypatch):
     """Not a byte is free for records: the mount serves, what cannot be stored is refused by name, and verifying needs no space."""
     model, digest, store = stored
@@ -148,6 +149,7 @@ def test_a_damaged_cache_is_found_and_repaired(stored, rig, tmp_path):
     assert digest_or_errno(reader, path) == right
 
 
+@pytest.mark.slow
 def test_after_a_power_cut_everything_is_verified_again(stored, rig, tmp_path):
     """A sparse file of another boot without fsync: what the disk lost is detected, the rest is used."""
     model, digest, store = stored

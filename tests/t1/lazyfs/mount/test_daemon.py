@@ -75,6 +75,7 @@ def test_a_cold_mount_opens_more_files_than_the_soft_limit_allows(shared, rig, t
     wait_for(lambda: descriptors(handle.pid) <= idle + 8 and descriptors(fetcher) < 100)
 
 
+@pytest.mark.slow
 def test_a_chunk_that_verify_removed_is_fetched_again_at_once(shared, rig, tmp_path):
     """The mount had the complete file: its fetcher reported the chunk as present, and its server requested it again, for a minute."""
     model, digest, *_ = shared
@@ -139,6 +140,7 @@ class Delayed:
         self.behind.rename(self.path)
 
 
+@pytest.mark.slow
 def test_a_slow_daemon_is_not_killed(shared, rig, monkeypatch):
     """Engines read through it; two missed pings are no reason to kill it."""
     _, digest, *_ = shared
@@ -182,6 +184,7 @@ def test_requests_to_a_killed_fetcher_are_sent_to_the_next(shared, rig, tmp_path
     assert fetcher_pid(handle.pid) not in (None, fetcher)
 
 
+@pytest.mark.slow
 def test_a_fetcher_that_cannot_start_is_retried(tmp_path, monkeypatch):
     """Each one ends at once, because its manifest does not exist; two of them cannot be started at all."""
     names = {n: str(tmp_path / n) for n in ("mountpoint", "cache_dir", "log_file", "socket", "state_file", "home")}

@@ -36,6 +36,7 @@ def mount(where):
     return fd
 
 
+@pytest.mark.slow
 def test_dead_ones_go_and_a_living_one_below_them_stays(mountpoint):
     living = mount(mountpoint)
     try:

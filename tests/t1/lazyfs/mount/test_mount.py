@@ -165,6 +165,7 @@ def test_a_stopped_daemon_is_replaced(shared, rig, monkeypatch):
     assert second.pid != first.pid and not is_daemon(first.pid)
 
 
+@pytest.mark.slow
 @both
 def test_unmounting_removes_mount_and_daemon(shared, rig, tmp_path, transport):
     _, digest = shared
@@ -184,6 +185,7 @@ def test_unmounting_removes_mount_and_daemon(shared, rig, tmp_path, transport):
     assert not handle.socket.exists() and not leftovers
 
 
+@pytest.mark.slow
 @both
 def test_a_mount_used_in_another_namespace_survives_unmounting(shared, rig, tmp_path, transport):
     """As an engine's sandbox does: it binds the mount into its own namespace, and the host unmounts."""
@@ -219,6 +221,7 @@ print(data, flush=True)
     assert find_mount(first.mountpoint).pid == second.pid
 
 
+@pytest.mark.slow
 @both
 def test_copies_in_other_sandboxes_do_not_keep_an_idle_mount(shared, rig, transport):
     """Where mounts are private, as in a container, a sandbox keeps a copy of each, which it does not read."""
@@ -254,6 +257,7 @@ def test_unmounting_waits_for_a_slow_daemon(shared, rig, monkeypatch, kept):
     assert limits == [client._END_S if kept else 7.0]
 
 
+@pytest.mark.slow
 def test_a_mount_exists_while_any_namespace_has_it(shared, rig):
     _, digest = shared
     handle = rig.mount(digest, orphan_exit_s=1.0)
@@ -347,6 +351,7 @@ def test_a_mount_over_another_file_system_is_refused(shared, rig, tmp_path):
         subprocess.run(["umount", tmp_path / "mnt"], check=True, timeout=LIMIT_S)
 
 
+@pytest.mark.slow
 def test_a_mount_of_another_home_is_not_touched(rig, tmp_path, shared, monkeypatch):
     _, digest = shared
     first = rig.mount(digest)

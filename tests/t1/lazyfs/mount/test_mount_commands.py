@@ -45,6 +45,7 @@ def run(*arguments, code=0):
     return done
 
 
+@pytest.mark.slow
 def test_a_stopped_daemon_is_named(shared, rig, monkeypatch):
     monkeypatch.setattr("lazyfs.mount.client._PING_S", 0.2)
     _, digest = shared

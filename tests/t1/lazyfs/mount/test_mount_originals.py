@@ -40,6 +40,7 @@ def test_a_truncated_original_fails_and_the_daemon_continues(rig, tmp_path, shar
     assert is_daemon(handle.pid)
 
 
+@pytest.mark.slow
 @both
 def test_a_changed_original_is_not_served(shared, rig, tmp_path, transport):
     model = write_model(tmp_path / "own", [5 << 20])
@@ -53,6 +54,7 @@ def test_a_changed_original_is_not_served(shared, rig, tmp_path, transport):
     assert reader.ask("digest", str(handle.mountpoint / "config.json")) == before != reader.ask("digest", str(path))
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("native", ["auto", "off"])
 def test_open_files_see_changes_of_an_original(rig, tmp_path, shared, transport, native):
@@ -91,6 +93,7 @@ def assert_same_or_error(reader, path, size):
     assert isinstance(answer, dict) or answer < size // 2
 
 
+@pytest.mark.slow
 def test_a_missing_original_does_not_count_as_cached(rig, tmp_path, shared):
     model = write_model(tmp_path / "own", [5 << 20])
     digest = import_directory(model)

@@ -98,6 +98,7 @@ def test_the_daemon_imports_nothing_from_the_working_directory(home, rig, tmp_pa
     assert reader.ask("digest", str(where)) == reader.ask("digest", str(model / "config.json"))
 
 
+@pytest.mark.slow
 def test_a_password_in_a_stores_url_is_shown_nowhere(home, rig, tmp_path, guarded):
     model = write_model(tmp_path / "model", [5 << 20, 1000])
     digest = import_directory(model)

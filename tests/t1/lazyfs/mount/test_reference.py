@@ -110,6 +110,7 @@ def test_many_random_reads(pair):
     check_operations(pair, operations)
 
 
+@pytest.mark.slow
 def test_safetensors_reads_the_mount(imported, tmp_path):
     folder, _, _ = imported
     rig = Rig(tmp_path)

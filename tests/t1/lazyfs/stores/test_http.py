@@ -77,7 +77,7 @@ class FaultyHandler(http.server.BaseHTTPRequestHandler):
 def origin():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FaultyHandler)
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -138,6 +138,7 @@ def test_http_silence_has_a_limit():
     store.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"])
 def test_a_dripping_answer_has_a_total_limit(head):
     """Each byte comes within the inactivity limit: only the total limit ends the head, or the body."""

@@ -63,6 +63,7 @@ def masks(sandbox):
     return before, now
 
 
+@pytest.mark.slow
 def test_a_woken_process_has_its_amx_permission_again(tmp_path, watch):
     criu, library = Criu.find(state_home()), Library(tmp_path)
     (tmp_path / "compile").mkdir()

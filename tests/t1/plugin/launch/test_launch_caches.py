@@ -120,7 +120,7 @@ def test_the_wait_for_a_stalled_store_is_limited(tmp_path, caplog):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stalling) as server:
         server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         folder = tmp_path / "compile" / "sglang"
         folder.mkdir(parents=True)
         began = time.monotonic()

@@ -99,6 +99,7 @@ def test_a_developer_mode_set_by_the_user_is_kept(launch_rig):
         assert post(started.port, CONTROL_PATH, "k" * 64) == 404
 
 
+@pytest.mark.slow
 def test_without_a_sandbox_the_engine_starts_as_it_would_alone(launch_rig):
     launch_rig.engine = "vllm"
     with launch_rig.running(model="acme/tiny", env={"QUICKTHAW_TOKEN": SECRET}) as started:

@@ -42,7 +42,7 @@ class Server(http.server.ThreadingHTTPServer):
 @contextlib.contextmanager
 def server(address):
     with Server((address, 0), Handler) as made:
-        threading.Thread(target=made.serve_forever, daemon=True).start()
+        threading.Thread(target=made.serve_forever, args=(0.02,), daemon=True).start()
         yield made.server_address[1]
         made.shutdown()
 

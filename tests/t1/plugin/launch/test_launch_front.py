@@ -95,6 +95,7 @@ def test_the_socket_of_a_killed_launch_is_replaced_and_that_of_a_living_one_is_n
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_what_is_no_socket_is_left_alone(rig_of, tmp_path):
     rig, path = rig_of("vllm"), tmp_path / "a file"
     path.write_text("kept")
@@ -206,6 +207,7 @@ def test_changed_certificates_are_read_again_if_the_engine_would(rig, authority)
             assert kept.getresponse().status == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_files_that_cannot_be_used_are_refused_by_name_at_once(rig_of, authority, engine):
     rig = rig_of(engine)

@@ -76,6 +76,7 @@ def test_the_openai_client_waits_and_gets_its_answer(early, retries):
     run(main())
 
 
+@pytest.mark.slow
 def test_the_openai_client_reads_an_early_streams_error():
     import openai
 

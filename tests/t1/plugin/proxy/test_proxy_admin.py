@@ -312,6 +312,7 @@ def test_ready_means_accepted_and_strict_means_served():
     run(main())
 
 
+@pytest.mark.slow
 def test_ready_returns_when_the_next_request_would_wake_again():
     async def main():
         async def wake() -> None:

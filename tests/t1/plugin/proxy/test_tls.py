@@ -41,6 +41,7 @@ async def tls_proxy(authority, settings=None):
     return server, ask
 
 
+@pytest.mark.slow
 def test_an_idle_client_does_not_hold_up_the_end(authority, monkeypatch, caplog):
     """It keeps its connection in a pool, and so does not answer the end of its TLS."""
     monkeypatch.setattr(downstream, "_TLS_END_S", 0.1)

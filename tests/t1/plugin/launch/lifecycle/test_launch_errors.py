@@ -194,6 +194,7 @@ def restore_of(rig, name, manifest):
     return result
 
 
+@pytest.mark.slow
 def test_a_garbled_manifest_is_an_error(rig):
     result = restore_of(rig, "bad", '{"format": 1, "name": ')
     assert "quickthaw snapshot rm bad" in only_line(result, "manifest-garbled")
@@ -218,6 +219,7 @@ def test_help_of_every_command_has_an_example(rig):
         assert f"quickthaw {name}" in result.stdout, f"{name} has no example"
 
 
+@pytest.mark.slow
 def test_stopping_before_the_engine_serves_leaves_nothing(rig, tmp_path):
     engine = engine_script(tmp_path, "exec sleep 600")
     with rig.start(engine, free_port()) as process:
@@ -270,6 +272,7 @@ def start_in_vain(rig, port, *options):
     return [line for line in result.stderr.splitlines() if "state-folder-open" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "what", "times"), [(0o777, "replace", 2), (0o750, "list", 1), (0o700, None, 0)])
 def test_a_state_folder_of_someone_else_that_others_can_enter_is_named_once(rig, port_in_use, mode, what, times):
     (rig.home / "photographs").mkdir()

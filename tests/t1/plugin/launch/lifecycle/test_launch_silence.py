@@ -66,6 +66,7 @@ def test_a_stopped_replica_gets_no_new_requests_and_is_restarted(launch_rig, whi
         assert started.ask() == answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_an_engine_killed_by_a_signal_during_its_start_gives_a_shells_code(launch_rig, number):
     started = launch_rig.start("--no-snapshot", env={"ENGINE_DOUBLE_COMPILE_S": "30"})

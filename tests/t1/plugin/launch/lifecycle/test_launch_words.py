@@ -89,7 +89,9 @@ NIXL = '{"kv_connector":"NixlConnector","kv_role":"kv_both"}'
         ("sglang", ["--enable-http2"]),
     ],
 )
-@pytest.mark.parametrize("form", ["name", "module", "shell"])
+@pytest.mark.parametrize(
+    "form", ["name", *(pytest.param(form, marks=pytest.mark.slow) for form in ("module", "shell"))]
+)
 def test_an_engine_of_several_processes_or_hosts_runs_as_given(launch_rig, engine, more, form):
     """It is this very process, on the port that it was given, with all of its options."""
     flag, port = "--model-path" if engine == "sglang" else "--model", free_port()

@@ -227,6 +227,7 @@ def test_the_wait_for_a_silent_hub_is_limited(one):
             assert "off:" not in started.ours()
 
 
+@pytest.mark.slow
 def test_a_full_disk_during_a_download_is_named(one):
     disk = one.folder / "hf"
     disk.mkdir()

@@ -87,6 +87,7 @@ def test_restore_rates_of_a_gpu_are_separate(choose):
     assert choose(10 * GB, 2.0, gpu=False)[0] is False
 
 
+@pytest.mark.slow
 def test_before_the_first_restore_the_host_is_probed(choose):
     thin, said, _ = choose(100 * GB, 0.01)
     assert thin is True and "a probe, no restore yet" in said

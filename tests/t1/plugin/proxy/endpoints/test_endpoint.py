@@ -37,6 +37,7 @@ def living(word: str) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["url", pytest.param("command", marks=pytest.mark.slow)])
 def test_a_sleeping_engine_with_a_healthy_page_is_woken(by):
     async def main():
@@ -151,7 +152,7 @@ def test_a_proxy_that_ends_while_its_command_starts_leaves_nothing():
     run(main())
 
 
-@pytest.mark.parametrize("how", ["fails", "hangs"])
+@pytest.mark.parametrize("how", [pytest.param("fails", marks=pytest.mark.slow), "hangs"])
 def test_an_ineffective_sleep_command_keeps_the_engine_serving(how):
     """A command that still runs when the proxy ends does not outlive it."""
 

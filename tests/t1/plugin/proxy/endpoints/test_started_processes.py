@@ -62,6 +62,7 @@ def gone_at_last(pid: int):
             os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_the_next_proxy_takes_over_the_engine_of_a_killed_one(home):
     port = free_port()
     arguments = ["--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), "--idle-timeout", "0.5"]
@@ -77,6 +78,7 @@ def test_the_next_proxy_takes_over_the_engine_of_a_killed_one(home):
     assert not list(home.glob("run/proxy/*"))
 
 
+@pytest.mark.slow
 def test_an_engine_left_on_another_port_is_ended(tmp_path):
     text = f'models:\n  m: {{command: "exec {sys.executable} -S {ENGINE} ${{PORT}} m"}}\n'
     config = models_file(tmp_path, text)
@@ -170,7 +172,7 @@ class Slow(BaseHTTPRequestHandler):
 @pytest.mark.parametrize("who", ["every worker", "the group"])
 def test_a_stream_is_finished_when_workers_end(who):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         upstream = f"http://127.0.0.1:{server.server_address[1]}"
         with command("--upstream", upstream, "--workers", "2") as (process, url):

@@ -120,6 +120,7 @@ def test_an_engine_put_to_sleep_does_not_count_as_serving():
     run(main())
 
 
+@pytest.mark.slow
 def test_an_engine_that_listens_without_generating_is_probed_less_and_less():
     async def main():
         mode = SleepMode(awake=False)
@@ -156,6 +157,7 @@ def test_an_engine_that_only_the_proxy_starts_is_not_probed():
     run(main())
 
 
+@pytest.mark.slow
 def test_without_a_wake_no_time_is_promised():
     from plugin.proxy.settings import Settings
 
@@ -175,6 +177,7 @@ def test_without_a_wake_no_time_is_promised():
     run(main())
 
 
+@pytest.mark.slow
 def test_without_a_wake_retry_after_is_short_and_no_start_is_measured():
     """A wait there says nothing about the next start."""
 

@@ -82,6 +82,7 @@ def test_bytes_are_kept_for_any_split(exchanges, held, pipelined):
     run(main())
 
 
+@pytest.mark.slow
 @SLOW
 @given(
     up_pieces=pieces,
@@ -140,6 +141,7 @@ def test_any_order_of_events_in_both_directions(up_pieces, down_pieces, order, c
     run(main())
 
 
+@pytest.mark.slow
 @SLOW
 @given(junk=st.binary(min_size=1, max_size=400), where=cuts, good=st.booleans())
 def test_client_junk_never_hangs_and_never_becomes_two_requests(junk, where, good):

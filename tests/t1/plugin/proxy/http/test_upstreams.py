@@ -61,6 +61,7 @@ def test_a_kept_connection_that_the_replica_closed_is_not_used(run, proxy):
     run(main())
 
 
+@pytest.mark.slow
 def test_upstreams_by_host_name_unix_socket_and_tls(run, proxy, tmp_path):
     import datetime
     import ssl
@@ -123,6 +124,7 @@ def test_upstreams_by_host_name_unix_socket_and_tls(run, proxy, tmp_path):
     run(main())
 
 
+@pytest.mark.slow
 def test_a_replica_in_another_network_namespace(run):
     import shutil
     import sys

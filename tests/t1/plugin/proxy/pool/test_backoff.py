@@ -222,6 +222,7 @@ def test_a_failed_sleep_is_retried_with_growing_pauses(caplog):
     run(main())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["trickles", "waits for us"])
 def test_a_trickling_body_ends_after_a_total_limit(how):
     """Each byte is in time, but the body never ends. Time that a client waits for the proxy does not count."""

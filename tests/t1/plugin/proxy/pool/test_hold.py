@@ -195,6 +195,7 @@ def test_a_held_request_of_a_disconnected_client_is_never_sent(proxy, sent):
     run(main())
 
 
+@pytest.mark.slow
 def test_nothing_is_sent_before_the_replicas_head_by_default(proxy):
     async def main():
         async with upstream() as up, proxy() as rig:

@@ -131,6 +131,7 @@ def test_a_replica_that_answers_again_serves_again():
     run(main())
 
 
+@pytest.mark.slow
 def test_disconnecting_clients_do_not_hide_a_silent_replica():
     async def main():
         reported: list[str] = []
@@ -164,6 +165,7 @@ def test_a_body_that_follows_its_head_is_kept():
     run(main())
 
 
+@pytest.mark.slow
 def test_a_replica_with_pending_pages_is_not_suspect():
     async def main():
         reported: list[str] = []

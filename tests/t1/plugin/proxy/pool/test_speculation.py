@@ -218,6 +218,7 @@ def test_a_held_requests_deadline_applies_during_the_check(proxy):
     run(main())
 
 
+@pytest.mark.slow
 def test_a_long_withheld_stream_is_bounded_and_complete(proxy):
     size, parts = 1 << 16, 200
 

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
     pid1.begin(["launch", *sys.argv[1:]])
 
+import dataclasses
 import logging
 import os
 import sys
@@ -29,6 +30,7 @@ from plugin.options import Duration, log_level, option, replica, replica_setting
 if TYPE_CHECKING:
     from launchers.base import Engine
     from launchers.command_words import Words
+    from plugin.runtime.config import LaunchSettings
 
 log = logging.getLogger("quickthaw")
 # All arguments after the engine's name belong to the engine.
@@ -108,8 +110,7 @@ def run_unsupported(words: Words, environment: Mapping[str, str], options: Mappi
     )
 
 
-@click.command(context_settings=PASS_THROUGH)
-@using(
+engine_options = (
     option(
         "--engine-python",
         metavar="PYTHON",
@@ -130,17 +131,10 @@ def run_unsupported(words: Words, environment: Mapping[str, str], options: Mappi
         help="full: the snapshot includes the weights; thin: a restore reads them again; auto: what is faster here.",
     ),
     option("--mount/--no-mount", default=True, help="Show the weights through the lazy mount."),
-    option("--snapshot/--no-snapshot", default=True, help="Take a snapshot if there is none."),
-    option("--restore/--no-restore", default=True, help="Restore if there is a snapshot."),
     option(
         "--shrink/--no-shrink",
         default=True,
         help="Leave the empty KV cache out of the snapshot; --no-shrink only measures what that gains.",
-    ),
-    option(
-        "--strict",
-        is_flag=True,
-        help="Fail if a capability is off or a restore fails, instead of continuing without.",
     ),
     option(
         "--spin-idle",
@@ -161,6 +155,52 @@ def run_unsupported(words: Words, environment: Mapping[str, str], options: Mappi
         help="Remove a variable from the engine's environment, and so from its snapshot. Repeatable.",
     ),
     option("--sign-key", type=click.Path(path_type=Path), help="Sign the snapshot with this Ed25519 key."),
+)
+"""Options that say how an engine is started and its snapshot taken: of `launch` and `snapshot create`."""
+
+
+def engine_settings(
+    words: Words, python: str, environment: Mapping[str, str], options: Mapping[str, Any], **more: Any
+) -> LaunchSettings:
+    """Return the settings of a launch: its command line, `engine_options`, and `more` fields. Raises Usage."""
+    import launchers
+    from launchers import command_words
+    from launchers.errors import Usage
+    from plugin.runtime.config import LaunchSettings, state_home
+
+    for word in command_words.unexpanded(words.arguments):
+        log.warning("argument-not-expanded: %s is given as written; set the variable, or leave the argument out", word)
+    command = launchers.engine(words.engine).parse(words.arguments, environment, options["spin_idle"], python)
+    if not os.access(python, os.X_OK, effective_ids=True):
+        raise Usage("engine-python", f"{python} cannot be executed; give the engine's interpreter with --engine-python")
+    return LaunchSettings(
+        engine=words.engine,
+        command=command,
+        engine_python=os.path.abspath(python),
+        home=state_home(),
+        name=options["snapshot_name"],
+        weights=options["weights"],
+        mount=options["mount"],
+        egress=options["egress"],
+        shrink=options["shrink"],
+        start_timeout_s=options["start_timeout"],
+        scrub_env=options["scrub_env"],
+        sign_key=options["sign_key"],
+        environment=dict(environment),
+        **more,
+    )
+
+
+@click.command(context_settings=PASS_THROUGH)
+@using(
+    *engine_options,
+    option("--snapshot/--no-snapshot", default=True, help="Take a snapshot if there is none."),
+    option("--restore/--no-restore", default=True, help="Restore if there is a snapshot."),
+    option(
+        "--strict",
+        is_flag=True,
+        help="Fail if a capability is off or a restore fails, instead of continuing without.",
+    ),
     *replica,
     *serving,
 )
@@ -183,8 +223,6 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
     """
     import launchers
     from launchers import command_words
-    from launchers.errors import Usage
-    from plugin.runtime.config import LaunchSettings, state_home
     from plugin.runtime.run import launch as start
 
     start_log(options)
@@ -200,34 +238,19 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
     if why := launcher.why_as_given(words.arguments, environment, python):
         alone = command_words.as_one_command(given, os.path.abspath(python))
         run_unsupported(command_words.Words(plain=why, given=alone), os.environ, options)
-    for word in command_words.unexpanded(words.arguments):
-        log.warning("argument-not-expanded: %s is given as written; set the variable, or leave the argument out", word)
-    command = launcher.parse(words.arguments, environment, options["spin_idle"], python)
-    if not os.access(python, os.X_OK, effective_ids=True):
-        raise Usage("engine-python", f"{python} cannot be executed; give the engine's interpreter with --engine-python")
-    # What the engine may take to finish its requests is not cut short.
-    options["grace"] = max(options["grace"], command.shutdown_timeout_s)
-    return start(
-        LaunchSettings(
-            engine=words.engine,
-            command=command,
-            engine_python=os.path.abspath(python),
-            home=state_home(),
-            name=options["snapshot_name"],
-            weights=options["weights"],
-            mount=options["mount"],
-            take_snapshot=options["snapshot"],
-            use_snapshot=options["restore"],
-            strict=options["strict"],
-            egress=options["egress"],
-            shrink=options["shrink"],
-            start_timeout_s=options["start_timeout"],
-            scrub_env=options["scrub_env"],
-            sign_key=options["sign_key"],
-            environment=environment,
-            **replica_settings_of(options),
-        )
+    settings = engine_settings(
+        words,
+        python,
+        environment,
+        options,
+        take_snapshot=options["snapshot"],
+        use_snapshot=options["restore"],
+        strict=options["strict"],
+        **replica_settings_of(options),
     )
+    # What the engine may take to finish its requests is not cut short.
+    grace_s = max(settings.grace_s, settings.command.shutdown_timeout_s)
+    return start(dataclasses.replace(settings, grace_s=grace_s, proxy={**settings.proxy, "drain_s": grace_s}))
 
 
 def main() -> None:

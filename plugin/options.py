@@ -302,16 +302,7 @@ serving = (
 )
 """Options of every command that serves requests: `launch`, `restore`, `proxy`. The file of `proxy --config` takes them too."""
 
-replica = (
-    option("--replicas", type=click.IntRange(1), default=1, help="Replicas behind the one port."),
-    option(
-        "--restore-concurrency",
-        type=click.IntRange(0),
-        default=0,
-        old=["--restores-at-once"],
-        show_default="one for every two processors",
-        help="How many replicas are restored at the same time.",
-    ),
+stores = (
     option(
         "--store",
         metavar="URL",
@@ -324,19 +315,9 @@ replica = (
         help="Remote store for snapshots (streamed during a restore) and compile caches.",
     ),
     option(
-        "--rehearse/--no-rehearse",
-        default=False,
-        help="Restore a new snapshot once, at the lowest priority beside the engine, so that its first real restore is a fast one.",
-    ),
-    option(
         "--push/--no-push",
         default=True,
         help="Push a rehearsed snapshot to --snapshot-store, in the background.",
-    ),
-    option(
-        "--lazy/--no-lazy",
-        default=True,
-        help="Restore the recorded working set first and the rest after the first token.",
     ),
     option(
         "--verify",
@@ -350,6 +331,30 @@ replica = (
         multiple=True,
         old_variables=["QUICKTHAW_TRUST_KEYS"],
         help="Restore only snapshots that one of these keys has signed. Repeatable.",
+    ),
+)
+"""Options of the commands that restore or make snapshots: where from and where to, and what is trusted."""
+
+replica = (
+    option("--replicas", type=click.IntRange(1), default=1, help="Replicas behind the one port."),
+    option(
+        "--restore-concurrency",
+        type=click.IntRange(0),
+        default=0,
+        old=["--restores-at-once"],
+        show_default="one for every two processors",
+        help="How many replicas are restored at the same time.",
+    ),
+    *stores,
+    option(
+        "--rehearse/--no-rehearse",
+        default=False,
+        help="Restore a new snapshot once, at the lowest priority beside the engine, so that its first real restore is a fast one.",
+    ),
+    option(
+        "--lazy/--no-lazy",
+        default=True,
+        help="Restore the recorded working set first and the rest after the first token.",
     ),
     option(
         "--silence-timeout",

@@ -30,9 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("quickthaw")
 
 
-def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None = 2) -> int:
-    """Run a launch to its end and return the exit code. Raises LauncherError for errors found before any process has started."""
-    require_files(LEAST_FILES_WITH_ENGINE)
+def prepare(settings: LaunchSettings) -> tuple[Engine, Criu | None, Capabilities, Weights]:
+    """Return what a replica of this launch is made of, and log once what this host cannot do. Raises LauncherError."""
     for warning in protect(settings.home):
         log.warning("%s", warning)
     engine = launchers.engine(settings.engine)
@@ -50,6 +49,13 @@ def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None 
         raise LauncherError(
             "capability-off", f"--strict, and {', '.join(capabilities.off())} are off here; see quickthaw doctor"
         )
+    return engine, host.criu, capabilities, weights
+
+
+def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None = 2) -> int:
+    """Run a launch to its end and return the exit code. Raises LauncherError for errors found before any process has started."""
+    require_files(LEAST_FILES_WITH_ENGINE)
+    engine, criu, capabilities, weights = prepare(settings)
     with contextlib.ExitStack() as bound:
         remedy = "choose another with the engine's --port"
         certificates = None
@@ -62,7 +68,7 @@ def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None 
             run.admin_sock = bound.enter_context(bind(*settings.admin_listen, "choose another with --admin-listen"))
         prefix = settings.proxy.get("admin_prefix", "/-")
         log.info("%s", announcement(run.sock, run.admin_sock, prefix, certificates is not None))
-        return _run(run, host.criu, engine, weights)
+        return _run(run, criu, engine, weights)
 
 
 def _why_plain(settings: LaunchSettings, weights: Weights) -> str | None:

@@ -165,3 +165,34 @@ def test_its_owner_s_end_ends_it(launch_rig):
     process.communicate(timeout=10)  # closes its standard input
     assert process.returncode == 1
     assert rig.watch.gone(5) == set()
+
+
+def engine_words(rig):
+    return ("--engine-python", rig.python, rig.engine, "--model-path", rig.model)
+
+
+def test_create_takes_rehearses_and_pushes_without_a_port(launch_rig, tmp_path):
+    rig, store = launch_rig, tmp_path / "store"
+    words = engine_words(rig)
+    name = rig.cli("snapshot", "key", *words).stdout.strip()
+    assert not rig.library.names()
+    done = rig.cli("snapshot", "create", "--json", "--snapshot-store", store, *words)
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert made["name"] == name == rig.name and made["taken"] and made["pushed_bytes"] > 0
+    assert mark_of(rig).requests == made["requests"]
+    assert rig.watch.gone() == set()
+    again = rig.cli("snapshot", "create", "--json", "--snapshot-store", store, *words)
+    assert json.loads(again.stdout) == {**made, "taken": False, "pushed_bytes": 0}
+    with rig.running() as started:  # the launch with these arguments restores it
+        started.ask()
+        assert "restoring" in started.phases()[0] and FIRST not in started.text()
+
+
+def test_create_fails_with_a_code_where_no_snapshot_can_be(launch_rig):
+    rig = launch_rig
+    done = rig.cli("snapshot", "create", *engine_words(rig), QUICKTHAW_CRIU="/nowhere/criu")
+    assert done.returncode != 0 and "capability-off" in done.stderr, done.stderr
+    done = rig.cli("snapshot", "create", "vllm", "serve", "--headless")
+    assert done.returncode == 1 and "run-as-given" in done.stderr, done.stderr
+    assert not rig.library.names() and rig.watch.gone() == set()

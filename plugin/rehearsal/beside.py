@@ -163,6 +163,7 @@ class Beside:
         )
 
     async def _rehearse(self, snapshot: Snapshot) -> None:
+        log.info("snapshot %s: rehearsing it beside the engine, at the lowest priority", snapshot.name)
         process = self._process = await asyncio.to_thread(self._start, self.order(snapshot))
         reading = asyncio.ensure_future(asyncio.to_thread(self._read, process))
         why = ""

@@ -28,8 +28,9 @@ test: setup
 	$(PYTEST) $(call REPORT,parts) -n 2 --dist loadgroup tests/t0 tests/t1 || $(PYTEST) $(call REPORT,parts-again) --last-failed tests/t0 tests/t1
 	$(PYTEST) $(call REPORT,engines) tests/t2 tests/gpu || $(PYTEST) $(call REPORT,engines-again) --last-failed tests/t2 tests/gpu
 
+# Three workers for two cores: a third of the tests' time is waiting, for a disk or a time limit.
 test-fast: setup-fast
-	@$(PYTEST) -n 2 --dist loadgroup -m "not slow" tests/t0 tests/t1
+	@$(PYTEST) -n 3 --dist loadgroup -m "not slow" tests/t0 tests/t1
 
 lint: setup-fast
 	@$(PYTHON) -m ruff check .

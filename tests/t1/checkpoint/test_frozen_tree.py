@@ -275,6 +275,7 @@ def test_a_host_file_that_is_appended_to_may_grow(bench):
     bench.restored().close()
 
 
+@pytest.mark.slow
 def test_a_host_file_that_grew_after_the_dump_is_named(bench):
     lock = bench.home / "some.lock"  # empty at the dump, as a lock file is: the snapshot is still accepted
     bench.taken(f"lock = open({str(lock)!r}, 'w')\n")

@@ -158,6 +158,7 @@ def test_memory_is_exact_for_many_seeds(frozen: Frozen, known: bool, rate: float
         drive(frozen, seed=int(rate) + 100 * round_number + known, steps=400, known=known, rate=rate)
 
 
+@pytest.mark.slow
 def test_a_dead_server_never_shows_zeros(frozen: Frozen) -> None:
     """The owner is notified at once, and the processes wait, without reading wrong bytes, until it has killed them."""
     server, work = frozen.serve(known=False)

@@ -19,7 +19,11 @@ FILES = ["config.json", "model.safetensors", "sub/tokenizer.json"]
 
 @pytest.mark.parametrize(
     ("imported", "mountpoint"),
-    [("models/llama", "models/llama"), ("models/llama", "models"), ("by-name", "models/llama")],
+    [
+        pytest.param("models/llama", "models/llama", marks=pytest.mark.slow),
+        pytest.param("models/llama", "models", marks=pytest.mark.slow),
+        ("by-name", "models/llama"),
+    ],
 )
 def test_an_imported_directory_under_its_own_mount_is_read_from_the_store(rig, imported, mountpoint):
     """Its original is the fastest copy, but the daemon cannot reach it once the mount covers it."""

@@ -95,7 +95,7 @@ def test_operations_other_than_reading_have_their_errno(shared, rig, transport):
     assert number(f"os.fsync(os.open('{m}/sub', os.O_RDONLY))") is None
 
 
-@pytest.mark.parametrize("transport", ["raw", "pyfuse3"])
+@both
 def test_extended_attributes(shared, rig, tmp_path, transport):
     _, digest = shared
     handle = rig.mount(

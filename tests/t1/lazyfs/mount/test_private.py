@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from lazyfs.api import import_directory
 from lazyfs.cli.mount import mount
 from lazyfs.mount import kernel
-from tests.kits.lazyfs.rig import write_model
+from tests.kits.lazyfs.rig import both, write_model
 
 pytestmark = [
     pytest.mark.t1,
@@ -46,7 +46,7 @@ def as_another_user(path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="changes its user")
-@pytest.mark.parametrize("transport", ["raw", "pyfuse3"])
+@both
 @pytest.mark.parametrize("allowed", [False, True])
 def test_a_mount_is_private_without_allow_other(home, rig, tmp_path, transport, allowed):
     model = write_model(tmp_path / "model", [1000])

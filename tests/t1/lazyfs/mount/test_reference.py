@@ -31,7 +31,14 @@ def imported(module_folder):
     return module_folder, model, import_directory(model)
 
 
-@pytest.fixture(scope="module", params=["raw", "raw-not-native", "pyfuse3", "streaming"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "raw",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("raw-not-native", "pyfuse3")),
+        "streaming",
+    ],
+)
 def pair(request, imported):
     """Return a mount with an empty cache, and three readers."""
     folder, model, digest = imported

@@ -82,11 +82,11 @@ NIXL = '{"kv_connector":"NixlConnector","kv_role":"kv_both"}'
     ("engine", "more"),
     [
         ("vllm", ["--headless"]),
-        ("vllm", ["--api-server-count", "2"]),
-        ("vllm", ["--nnodes=2", "--node-rank", "0"]),
+        pytest.param("vllm", ["--api-server-count", "2"], marks=pytest.mark.slow),
+        pytest.param("vllm", ["--nnodes=2", "--node-rank", "0"], marks=pytest.mark.slow),
         ("vllm", ["--kv-transfer-config", NIXL]),
         ("sglang", ["--nnodes", "2", "--node-rank", "0", "--dist-init-addr", "10.0.0.1:5000"]),
-        ("sglang", ["--enable-http2"]),
+        pytest.param("sglang", ["--enable-http2"], marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def test_a_frozen_engine_is_lost_and_found_again():
     run(main(), limit_s=60)
 
 
+@pytest.mark.slow
 def test_a_busy_engine_with_a_slow_health_page_keeps_serving():
     unready = False
 

@@ -356,6 +356,7 @@ def test_a_replica_may_answer_before_the_body_is_complete():
     run(main())
 
 
+@pytest.mark.slow
 def test_slow_loris_is_dropped_in_head_and_in_body():
     async def main():
         settings = Settings(head_timeout_s=0.2, body_timeout_s=0.2)

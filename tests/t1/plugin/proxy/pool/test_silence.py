@@ -78,6 +78,7 @@ def test_a_silent_replica_gets_no_requests_and_another_answers_its_own():
     run(main())
 
 
+@pytest.mark.slow
 def test_requests_other_than_generations_are_not_sent_again():
     async def main():
         reported: list[str] = []

@@ -1,8 +1,8 @@
 """`standby.py rehearsal`: the first restore after a rehearsal against later ones, and requests beside a rehearsal.
 
 Each run starts the engine cold with an empty state folder, has it take its snapshot and rehearse it beside a client that asks one request
-after the other (16 tokens, as a stream), stops it, and restores it with the same command line: once for the first time, then a few times
-more. Targets: the first restore within 1.15 times of the later ones (from the command to the first token of a waiting request, medians);
+after the other (4 tokens, as a stream, a pause of --think seconds between them), stops it, and restores it with the same command line: once
+for the first time, then a few times more. With short pauses the rehearsal runs beside the requests, with long ones it pauses for them. Targets: the first restore within 1.15 times of the later ones (from the command to the first token of a waiting request, medians);
 the 99th percentile of the requests beside the rehearsal, to the first token and to the last, within 1.2 times of that without.
 """
 
@@ -35,9 +35,9 @@ from plugin.runtime.config import state_home
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST_TARGET, P99_TARGET = 1.15, 1.2
-COLD_LIMIT_S, REHEARSED_LIMIT_S, RESTORE_LIMIT_S = 900.0, 300.0, 120.0
-WITHOUT_S = 20.0
-"""Seconds of requests after the rehearsal, without it; before it there are 30, as a busy launch waits for so long."""
+COLD_LIMIT_S, REHEARSED_LIMIT_S, RESTORE_LIMIT_S = 900.0, 600.0, 120.0
+WITHOUT_S = 40.0
+"""Seconds of requests after the rehearsal, without it; before it there are up to 30, as a busy launch waits for so long."""
 BEGINS, ENDS = "rehearsing it beside the engine", "its next restore is a fast one"
 
 
@@ -90,14 +90,14 @@ class Launches:
 
     def ask(self) -> FirstToken:
         """Ask one request."""
-        return stream_completion(self.port, str(self.preset.model), time.monotonic(), 16, 120.0)
+        return stream_completion(self.port, str(self.preset.model), time.monotonic(), 4, 120.0)
 
     def said(self, words: str) -> bool:
         """Return whether the log has these words."""
         return words in self.log.read_text(errors="replace")
 
 
-def requests_beside(launches: Launches) -> dict[str, list[FirstToken]]:
+def requests_beside(launches: Launches, think_s: float) -> dict[str, list[FirstToken]]:
     """Ask one request after the other until the rehearsal is over and WITHOUT_S longer; return the answers without and beside it."""
     found: dict[str, list[FirstToken]] = {"without": [], "beside": []}
     over = 0.0
@@ -115,6 +115,7 @@ def requests_beside(launches: Launches) -> dict[str, list[FirstToken]]:
         elif before == launches.said(BEGINS) and (ended or not before):
             found["without"].append(answer)
         over = over or (time.monotonic() if ended else 0.0)
+        time.sleep(think_s)
     return found
 
 
@@ -122,22 +123,26 @@ def requests_beside(launches: Launches) -> dict[str, list[FirstToken]]:
 @click.option("--engine", type=click.Choice(["sglang", "vllm"]), default="sglang")
 @click.option("--runs", type=click.IntRange(1), default=3)
 @click.option("--later", type=click.IntRange(1), default=2, help="Restores after the first one, in each run.")
+@click.option("--think", type=float, default=0.7, help="Seconds between an answer and the next request.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def rehearsal(engine: str, runs: int, later: int, as_json: bool) -> int:
+def rehearsal(engine: str, runs: int, later: int, think: float, as_json: bool) -> int:
     """Measure the first restore after a rehearsal, and what the rehearsal costs the requests beside it."""
     shared = state_home()
     chosen = preset(engine, shared)
     first: list[float] = []
     others: list[float] = []
     answers: dict[str, list[FirstToken]] = {"without": [], "beside": []}
+    took: list[float] = []
     texts = set()
     for number in range(runs):
         with state(shared) as home:
             launches = Launches(chosen, home)
             with launches.running(COLD_LIMIT_S) as answer:
                 texts.add(answer.text)
-                for kind, some in requests_beside(launches).items():
+                began = time.monotonic()
+                for kind, some in requests_beside(launches, think).items():
                     answers[kind] += some
+                took.append(time.monotonic() - began)
             for restore in range(1 + later):
                 with launches.running(RESTORE_LIMIT_S) as answer:
                     texts.add(answer.text)
@@ -145,7 +150,10 @@ def rehearsal(engine: str, runs: int, later: int, as_json: bool) -> int:
                     if not launches.said("restoring"):
                         raise MeasureError("not restored: " + launches.log.read_text(errors="replace")[-2000:])
                     time.sleep(1.0)
-        click.echo(f"run {number + 1} of {runs}: first {first[-1]:.2f} s, later {others[-later:]}", err=True)
+        click.echo(
+            f"run {number + 1} of {runs}: rehearsed within {took[-1]:.0f} s of requests; first {first[-1]:.2f} s, later {others[-later:]}",
+            err=True,
+        )
     result: dict[str, Any] = {
         "engine": engine,
         "first_restore_s": first,

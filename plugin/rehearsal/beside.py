@@ -1,9 +1,9 @@
 """Rehearse a launch's snapshot beside the engine that serves: when to begin, when to drop it, and what comes of it.
 
 It begins once a replica serves that has a snapshot and no request has been there for QUIET_S seconds, or after LATEST_S
-seconds at most. It is dropped at once when a request has waited longer than it should (`Load.suffers`), when a replica
-of this launch starts or wakes, and by its own process when memory gets short. A dropped one is tried again after a
-pause that doubles, TRIES times; then the next launch tries. The process ends with this one, however that ends.
+seconds at most. It pauses for requests, and is dropped when they suffer (plugin.rehearsal.yielding), when a replica of
+this launch starts or wakes, and by its own process when memory gets short. A dropped one is tried again after a pause
+that doubles, TRIES times; then the next launch tries. The process ends with this one, however that ends.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -24,7 +24,8 @@ import msgspec
 from checkpoint.errors import CheckpointError
 from checkpoint.snapshot import rehearsal
 from checkpoint.snapshot.library import Library
-from plugin.rehearsal.process import END_LIMIT_S, Order, Report
+from plugin.rehearsal.process import END_LIMIT_S, GO_ON, PAUSE, Order, Report
+from plugin.rehearsal.yielding import Course, MeanTime, Yielding
 from plugin.runtime.phases import Phase
 from plugin.runtime.steps import restore_snapshot
 
@@ -35,10 +36,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("quickthaw")
 QUIET_S, LATEST_S = 1.0, 30.0
-POLL_S, POLL_RUNNING_S = 0.25, 0.05
+POLL_S, POLL_RUNNING_S = 0.25, 0.02
 TRIES, PAUSE_S = 4, 30.0
+LIMIT_S = 900.0
+"""Seconds after which a rehearsal is dropped whatever it does: on a host that is always busy it gets no processor."""
 CALM = frozenset({Phase.SERVING, Phase.SUSPECT, Phase.ASLEEP, Phase.FAILED, Phase.STOPPED})
 """Phases in which a replica does not start."""
+
+
+class Answering(Protocol):
+    """A replica as the proxy sees it."""
+
+    served: int
+    """How many requests it has answered."""
 
 
 class Requests(Protocol):
@@ -51,6 +61,10 @@ class Requests(Protocol):
     @property
     def outstanding(self) -> int:
         """Return the number of requests that replicas are answering."""
+
+    @property
+    def replicas(self) -> Mapping[str, Answering]:
+        """Return the replicas by their names."""
 
 
 @dataclass
@@ -91,14 +105,13 @@ class Beside:
     settings: LaunchSettings
     replicas: Sequence[Replica]
     requests: Requests
-    suffers: Callable[[], str] = lambda: ""
-    """Returns why the requests suffer from it, or ""."""
     timing: Timing = field(default_factory=Timing)
 
     def __post_init__(self) -> None:
         self._settled = ""
         """The digest of the snapshot's manifest for which nothing is left to do."""
         self._process: subprocess.Popen[bytes] | None = None
+        self._alone = MeanTime()
 
     async def run(self) -> None:
         """Rehearse whenever there is something to rehearse. Runs until cancelled."""
@@ -106,12 +119,24 @@ class Beside:
             while True:
                 await asyncio.sleep(POLL_S)
                 snapshot = self._unrehearsed()
-                busy = bool(self.requests.held or self.requests.outstanding)
-                if self.timing.may_begin(time.monotonic(), snapshot is not None, busy):
+                now, there = time.monotonic(), self._there
+                if snapshot is None:
+                    self._alone = MeanTime()
+                else:
+                    self._alone.add(now, there, self._answered)
+                if self.timing.may_begin(now, snapshot is not None, there > 0):
                     assert snapshot is not None
-                    await self._rehearse(snapshot)
+                    await self._rehearse(snapshot, Yielding(self._alone, busy=there > 0))
         finally:
             self._end()
+
+    @property
+    def _there(self) -> int:
+        return self.requests.held + self.requests.outstanding
+
+    @property
+    def _answered(self) -> int:
+        return sum(replica.served for replica in self.requests.replicas.values())
 
     def _unrehearsed(self) -> Snapshot | None:
         """Return the snapshot of a replica that serves, unless it is settled or a replica starts."""
@@ -162,22 +187,29 @@ class Beside:
             sign_key=str(settings.sign_key) if settings.sign_key else "",
         )
 
-    async def _rehearse(self, snapshot: Snapshot) -> None:
+    async def _rehearse(self, snapshot: Snapshot, yielding: Yielding) -> None:
         log.info("snapshot %s: rehearsing it beside the engine, at the lowest priority", snapshot.name)
         process = self._process = await asyncio.to_thread(self._start, self.order(snapshot))
         reading = asyncio.ensure_future(asyncio.to_thread(self._read, process))
-        why = ""
+        why, course, began = "", Course.RUN, time.monotonic()
         try:
             while not (await asyncio.wait((reading,), timeout=POLL_RUNNING_S))[0]:
+                before, course = course, yielding.course(time.monotonic(), self._there, self._answered)
                 if any(replica.tracker.phase not in CALM for replica in self.replicas):
                     why = "a replica of this launch starts"
-                elif not why:
-                    why = self.suffers()
+                elif course is Course.DROP:
+                    why = yielding.why
+                elif time.monotonic() - began > LIMIT_S:
+                    why = f"not done after {LIMIT_S:.0f} s"
+                elif course is not before:
+                    self._tell(PAUSE if course is Course.PAUSE else GO_ON)
                 if why:
                     await asyncio.to_thread(self._end)
-            reports = reading.result()
+                    break
+            reports = await reading
         finally:
             reading.cancel()
+        self._alone.interrupt()
         self._settle(snapshot, reports, why)
 
     def _settle(self, snapshot: Snapshot, reports: Sequence[Report], why: str) -> None:
@@ -229,6 +261,13 @@ class Beside:
             process.stdin.write(msgspec.json.encode(order) + b"\n")
             process.stdin.flush()
         return process
+
+    def _tell(self, word: bytes) -> None:
+        """Send the process a word, unless it has ended."""
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.write(word)
+                self._process.stdin.flush()
 
     @staticmethod
     def _read(process: subprocess.Popen[bytes]) -> list[Report]:

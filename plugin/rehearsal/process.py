@@ -1,7 +1,8 @@
 """The process that rehearses for a launch: `python -m plugin.rehearsal.process`, at the lowest priority.
 
-Its standard input carries one line, an `Order` in JSON, and stays open for as long as the launch wants the result: when
-it closes, however the launch ended, everything here ends at once. Its standard output carries one `Report` a line.
+Its standard input carries one line, an `Order` in JSON, and then the bytes PAUSE and GO_ON. It stays open for as long
+as the launch wants the result: when it closes, however the launch ended, everything here ends at once. Its standard
+output carries one `Report` a line.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from plugin.rehearsal import priority
 if TYPE_CHECKING:
     from plugin.rehearsal.rehearse import Rehearsal
 
+PAUSE, GO_ON = b"p", b"c"
 END_LIMIT_S = 3.0
 """Seconds after the end of standard input in which the sandbox is ended in order; afterwards the process's end ends it."""
 
@@ -78,7 +80,7 @@ def main() -> int:
             store_url=order.store_url,
         )
         one = Rehearsal(settings)
-        threading.Thread(target=_end_with_owner, args=(one,), name="owner", daemon=True).start()
+        threading.Thread(target=_obey, args=(one,), name="owner", daemon=True).start()
         mark = one.run()
         _say(Report("rehearsed", took_s=mark.took_s, message=", ".join(mark.requests)))
         if order.push_to:
@@ -95,10 +97,10 @@ def main() -> int:
     return 0
 
 
-def _end_with_owner(one: Rehearsal) -> None:
-    """End everything when standard input closes."""
-    while sys.stdin.buffer.read(1):
-        pass
+def _obey(one: Rehearsal) -> None:
+    """Pause and go on as standard input says, and end everything when it closes."""
+    while word := sys.stdin.buffer.read(1):
+        one.pause(word == PAUSE)
     if not one.over:
         one.end("launch-ended", "the launch that asked for it does not wait any more")
         threading.Event().wait(END_LIMIT_S)

@@ -15,6 +15,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +39,7 @@ from plugin.runtime.config import LaunchSettings
 from plugin.runtime.phases import PhaseTracker
 from plugin.runtime.replica import Replica
 from plugin.runtime.steps import restore_snapshot
+from plugin.runtime.steps.engine_process import process_stopped
 from plugin.runtime.steps.model_mount import Weights
 from plugin.runtime.steps.paging import ALL, Pace, PageFollower
 
@@ -79,11 +82,52 @@ class RehearsalFailed(CheckpointError):
 class _Rehearsed(Replica):
     """A replica whose engine runs at the lowest priority from its first instruction on (CRIU restores the recorded one)."""
 
+    pausing: Pausing
+
     def set_running(self, running: Running) -> None:
         """See Replica."""
         if isinstance(running.place, Sandbox):
             priority.lower([running.place.init_pid, *processes(running.place.init_pid)])
+            self.pausing.begin(running.place.init_pid)
         super().set_running(running)
+
+
+class Pausing:
+    """Stops and continues the processes of one engine after the other; those that were stopped anyway stay so."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._paused = False
+        self._init_pid = 0
+        self._stopped: list[int] = []
+
+    def begin(self, init_pid: int) -> None:
+        """Take over the engine of a new sandbox; 0 for none."""
+        with self._lock:
+            self._init_pid, self._stopped = init_pid, []
+            if self._paused:
+                self._stop()
+
+    def set(self, paused: bool) -> None:
+        """Pause, or go on."""
+        with self._lock:
+            if paused == self._paused:
+                return
+            self._paused = paused
+            if paused:
+                self._stop()
+                return
+            for pid in self._stopped:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+            self._stopped = []
+
+    def _stop(self) -> None:
+        for pid in processes(self._init_pid) if self._init_pid else ():
+            if not process_stopped(pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSTOP)
+                self._stopped.append(pid)
 
 
 def named_settings(
@@ -122,6 +166,11 @@ class Rehearsal:
         self._ended: GivenUp | None = None
         self._over = threading.Event()
         self._lock = threading.Lock()
+        self._pausing = Pausing()
+
+    def pause(self, paused: bool) -> None:
+        """Stop the engine that is being rehearsed, or have it go on; any thread may call it, at any moment."""
+        self._pausing.set(paused)
 
     # Ending, from any thread
 
@@ -234,6 +283,7 @@ class Rehearsal:
         replica.page_follower = PageFollower(
             replica.fetching, lambda: answered[0], lambda: replica.running is not None, Pace.patient()
         )
+        replica.pausing = self._pausing
         with self._lock:
             self._replica = replica
         try:
@@ -262,6 +312,7 @@ class Rehearsal:
         finally:
             with self._lock:
                 self._replica = None
+            self._pausing.begin(0)
             replica.clear()
             replica.stop(0.0)
             weights.close()

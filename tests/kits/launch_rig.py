@@ -157,6 +157,15 @@ def call(port, method, path, body=None, limit_s=60.0, **headers):
         return response.status, data.decode()
 
 
+def fill(folder):
+    """Leave no byte on the disk of a folder."""
+    with open(folder / "ballast", "wb", buffering=0) as file:
+        for size in (1 << 20, 4096, 1):
+            with contextlib.suppress(OSError):
+                while file.write(bytes(size)):
+                    pass
+
+
 class Started:
     """A running launch: its port, process and log."""
 

@@ -1,6 +1,7 @@
 """Launches with the engine double, for tests of the whole command."""
 
 import os
+import subprocess
 
 import pytest
 
@@ -36,3 +37,28 @@ def launch_rig(tmp_path, double):
         if line.startswith("process "):
             os.kill(int(line.split()[1].rstrip(":")), 9)  # an own process: it has this test's marker
     assert left == set()
+
+
+@pytest.fixture
+def small_disk(launch_rig):
+    """Mount a file system of a size over the rig's state folder, as it is, or read-only."""
+    mounted = []
+
+    def mount(size, read_only=False):
+        home = launch_rig.home
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "small", home], check=True, timeout=10)
+        mounted.append(home)
+        launch_rig._criu(home)
+        if read_only:
+            subprocess.run(["mount", "-o", "remount,ro", home], check=True, timeout=10)
+
+    yield mount
+    for home in mounted:
+        subprocess.run(["umount", "-l", home], check=True, timeout=10)
+
+
+@pytest.fixture
+def outside(launch_rig, tmp_path):
+    """Watch for leftovers where no mount of a test counts as one."""
+    launch_rig.watch.home = tmp_path / "watched"
+    return launch_rig

@@ -69,13 +69,18 @@ class Running:
         from checkpoint.sandbox.process_tree import processes
 
         if not isinstance(self.place, Sandbox):
-            return _state(self.pid) == "T"
-        return any(_state(pid) == "T" for pid in processes(self.place.init_pid))
+            return process_stopped(self.pid)
+        return any(process_stopped(pid) for pid in processes(self.place.init_pid))
 
     def last_line(self) -> str:
         """Return the last line of stderr, or of stdout if stderr is empty."""
         words = self.outputs["stderr"].last()
         return self.outputs["stdout"].last() if words.startswith("(") else words
+
+
+def process_stopped(pid: int) -> bool:
+    """Return True if a process is stopped (SIGSTOP), False also if it has ended."""
+    return _state(pid) == "T"
 
 
 def _state(pid: int) -> str:

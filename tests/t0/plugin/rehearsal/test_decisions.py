@@ -4,6 +4,7 @@ import pytest
 
 from plugin.rehearsal import memory
 from plugin.rehearsal.beside import LATEST_S, PAUSE_S, QUIET_S, TRIES, Timing
+from plugin.rehearsal.yielding import CALM_S, GIVE_UP_S, YIELD_S, Course, MeanTime, Yielding
 
 pytestmark = pytest.mark.t0
 GB = 1 << 30
@@ -122,3 +123,64 @@ def test_memory_is_short_where_processes_wait_for_it_and_little_is_left(host):
     assert "30 %" in host.short(3 * GB)
     host.stalled(1)
     assert host.short(3 * GB) == ""
+
+
+# Yielding to requests
+
+
+def closed_loop(meant, begin, seconds, takes, course=None, every=0.02):
+    """Sample a client that asks one request after the other, each taking `takes` seconds; return the time of the end."""
+    now, answered, since = begin, getattr(meant, "answered", 0), begin
+    courses = []
+    while now < begin + seconds:
+        if now - since >= takes:
+            answered, since = answered + 1, now
+        if course is None:
+            meant.add(now, 1, answered)
+        else:
+            courses.append(course(now, 1, answered))
+        now += every
+    return courses
+
+
+def test_the_mean_time_follows_from_what_is_there_and_what_gets_done():
+    meant = MeanTime()
+    assert meant.seconds is None
+    closed_loop(meant, 0.0, 30.0, 0.5)
+    assert meant.seconds == pytest.approx(0.5, rel=0.1)
+    idle = MeanTime()
+    for number in range(1000):
+        idle.add(number * 0.1, 0, 0)
+    assert idle.seconds is None  # nobody asked
+
+
+def test_it_pauses_while_a_request_is_there_and_goes_on_after():
+    yielding = Yielding(MeanTime())
+    assert yielding.course(0.0, 0, 0) is Course.RUN
+    assert yielding.course(1.0, 1, 0) is Course.PAUSE
+    assert yielding.course(2.0, 1, 0) is Course.PAUSE
+    assert yielding.course(2.01, 0, 1) is Course.PAUSE
+    assert yielding.course(2.02 + CALM_S, 0, 1) is Course.RUN
+
+
+def test_it_runs_beside_requests_that_are_always_there():
+    yielding = Yielding(MeanTime())
+    courses = closed_loop(yielding, 0.0, YIELD_S + 20, 0.5, yielding.course)
+    assert courses[0] is Course.PAUSE and courses[-1] is Course.RUN
+    assert 0.98 * YIELD_S < 0.02 * courses.count(Course.PAUSE) < 1.05 * YIELD_S
+
+
+@pytest.mark.parametrize(("takes", "last"), [(0.53, Course.RUN), (0.7, Course.DROP)])
+def test_it_is_dropped_once_requests_take_longer_beside_it(takes, last):
+    alone = MeanTime()
+    closed_loop(alone, 0.0, 30.0, 0.5)
+    yielding = Yielding(alone, busy=True)
+    courses = closed_loop(yielding, 30.0, 30.0, takes, yielding.course)
+    assert courses[0] is Course.RUN and courses[-1] is last
+    assert bool(yielding.why) == (last is Course.DROP)
+
+
+def test_it_is_dropped_where_requests_are_always_there_and_nothing_is_known_of_them():
+    yielding = Yielding(MeanTime())
+    courses = closed_loop(yielding, 0.0, GIVE_UP_S + 10, 1e9, yielding.course)
+    assert Course.RUN not in courses and courses[-1] is Course.DROP

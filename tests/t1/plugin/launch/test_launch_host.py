@@ -1,6 +1,5 @@
 """Hosts that lack something: the engine starts as it would alone, and one line names what is off and the remedy."""
 
-import contextlib
 import os
 import shutil
 import subprocess
@@ -8,6 +7,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
+from tests.kits.launch_rig import fill
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch")]
 
@@ -198,40 +199,6 @@ def test_what_a_launch_reads_below_dev_shm_gives_a_plain_start(launch_rig, shm_f
         started.wait_serving()
         assert list(started.off()) == ["lazy weights, sandbox, snapshots"]
         assert f"input-hidden: {shown} lies below /dev/shm" in "".join(started.off().values())
-
-
-@pytest.fixture
-def small_disk(launch_rig):
-    """Mount a file system of a size over the rig's state folder, as it is, or read-only."""
-    mounted = []
-
-    def mount(size, read_only=False):
-        home = launch_rig.home
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "small", home], check=True, timeout=10)
-        mounted.append(home)
-        launch_rig._criu(home)
-        if read_only:
-            subprocess.run(["mount", "-o", "remount,ro", home], check=True, timeout=10)
-
-    yield mount
-    for home in mounted:
-        subprocess.run(["umount", "-l", home], check=True, timeout=10)
-
-
-def fill(folder):
-    """Leave no byte on the disk of a folder."""
-    with open(folder / "ballast", "wb", buffering=0) as file:
-        for size in (1 << 20, 4096, 1):
-            with contextlib.suppress(OSError):
-                while file.write(bytes(size)):
-                    pass
-
-
-@pytest.fixture
-def outside(launch_rig, tmp_path):
-    """Watch for leftovers where no mount of a test counts as one."""
-    launch_rig.watch.home = tmp_path / "watched"
-    return launch_rig
 
 
 @pytest.mark.slow

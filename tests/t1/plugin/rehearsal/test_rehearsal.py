@@ -1,16 +1,19 @@
 """A rehearsal of a real snapshot, with the engine double: what it leaves, what it costs, and how it ends."""
 
+import contextlib
 import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from checkpoint.snapshot import manifest, rehearsal
 from checkpoint.snapshot.library import QUARANTINE_AFTER
-from tests.kits.launch_rig import REPO
+from tests.kits.launch_rig import REPO, fill
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]
 FIRST = "this first restore records"
@@ -117,6 +120,42 @@ def test_a_killed_launch_leaves_no_rehearsal(launch_rig):
     rig.watch.gone(20)
     rig.library.sweep()
     assert rig.watch.gone(5) == set()
+
+
+def stopped(rig):
+    """The processes of the rig that are stopped."""
+    pids = [line.split()[1].rstrip(":") for line in rig.watch.new() if line.startswith("process ")]
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+                found.append(pid)
+    return found
+
+
+def test_it_pauses_while_a_request_is_there(launch_rig):
+    rig = launch_rig
+    with rig.running("--rehearse") as started, ThreadPoolExecutor(1) as pool:
+        started.ask()
+        started.wait_for("rehearsing it beside the engine")
+        slow = pool.submit(started.complete, slow=8)
+        wait_until(lambda: stopped(rig))
+        assert not slow.done() and DONE not in started.text()
+        slow.result()
+        started.wait_for(DONE)
+        assert not stopped(rig)
+
+
+def test_a_full_disk_costs_the_rehearsal_only(outside, small_disk):
+    rig = outside
+    small_disk("512m")
+    rig.take()
+    fill(rig.home)
+    done = rig.cli("snapshot", "rehearse", rig.name)
+    assert done.returncode == 1 and "disk-full" in done.stderr, done.stderr
+    assert mark_of(rig) is None and not rig.library.health(rig.name).failures and not restoring(rig)
+    (rig.home / "ballast").unlink()
+    assert rig.cli("snapshot", "rehearse", rig.name).returncode == 0
 
 
 def test_what_answers_otherwise_is_not_offered_and_taken_again(launch_rig):

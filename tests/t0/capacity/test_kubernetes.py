@@ -15,7 +15,7 @@ from capacity.errors import InputError
 from capacity.inputs.load import load
 from capacity.optimize.plan import solve
 
-pytestmark = pytest.mark.t0
+pytestmark = [pytest.mark.t0, pytest.mark.xdist_group("kubernetes")]  # one worker: the plan is made once
 
 REPO = Path(__file__).resolve().parents[3]
 

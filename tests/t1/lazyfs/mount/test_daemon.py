@@ -172,8 +172,8 @@ def test_prefetch_requests_are_not_lost(shared, rig, tmp_path):
     wait_for(lambda: handle.status()["cached_bytes"] == handle.status()["bytes"])
 
 
-def test_requests_to_a_killed_fetcher_are_sent_to_the_next(shared, rig, tmp_path):
-    _, digest, *_ = shared
+def test_requests_to_a_killed_fetcher_are_sent_to_the_next(stored, rig, tmp_path):
+    _, digest, _ = stored
     handle = rig.mount(digest, cache_dir=tmp_path / "c", **QUIET)
     assert rig.reader().ask("digest", str(handle.mountpoint / "config.json"))
     fetcher = rig.fetcher_of(handle)

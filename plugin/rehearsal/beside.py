@@ -24,6 +24,7 @@ import msgspec
 from checkpoint.errors import CheckpointError
 from checkpoint.snapshot import rehearsal
 from checkpoint.snapshot.library import Library
+from lazyfs.content.records import ready
 from plugin.rehearsal.process import END_LIMIT_S, GO_ON, PAUSE, Order, Report
 from plugin.rehearsal.yielding import Course, MeanTime, Yielding
 from plugin.runtime.phases import Phase
@@ -274,7 +275,7 @@ class Beside:
         """Return the process's reports, once it has ended."""
         assert process.stdout is not None
         with process.stdout:
-            found = [msgspec.json.decode(line, type=Report) for line in process.stdout if line.startswith(b"{")]
+            found = [msgspec.json.decode(line, type=ready(Report)) for line in process.stdout if line.startswith(b"{")]
         process.wait()
         return found
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from lazyfs.content.records import ready
 from plugin.rehearsal import priority
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def _say(report: Report) -> None:
 def main() -> int:
     """Rehearse as ordered. Returns 0 when the snapshot is rehearsed, and pushed if that was ordered, else 1."""
     priority.lower_own()
-    order = msgspec.json.decode(sys.stdin.buffer.readline(), type=Order)
+    order = msgspec.json.decode(sys.stdin.buffer.readline(), type=ready(Order))
 
     from checkpoint.errors import CheckpointError
     from checkpoint.snapshot.library import Library

@@ -6,6 +6,7 @@ No function here touches a path below the mount: the process that serves it woul
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +20,9 @@ READ_AHEAD_KIB = 1024
 
 
 class MountEntry(NamedTuple):
-    """One line of /proc/self/mountinfo."""
+    """One line of /proc/self/mountinfo. `number` is the mount's own; copies of a mount have the same `device`."""
 
+    number: str
     device: str
     mountpoint: str
     fstype: str
@@ -38,13 +40,23 @@ def _unescape(text: str) -> str:
 def mount_at(mountpoint: str) -> MountEntry | None:
     """Return the topmost mount at exactly that path, or None."""
     found = None
+    for entry in _table():
+        if entry.mountpoint == mountpoint:
+            found = entry
+    return found
+
+
+def place_of(mount: MountEntry) -> str | None:
+    """Return the path of a mount now, after its folder may have been renamed, or None if it is gone from this namespace."""
+    return next((e.mountpoint for e in _table() if (e.number, e.device) == (mount.number, mount.device)), None)
+
+
+def _table() -> Iterator[MountEntry]:
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
         for line in table:
             fields = line.split(" ")
-            if _unescape(fields[4]) == mountpoint:
-                rest = fields[fields.index("-") + 1 :]
-                found = MountEntry(fields[2], mountpoint, rest[0], _unescape(rest[1]))
-    return found
+            rest = fields[fields.index("-") + 1 :]
+            yield MountEntry(fields[0], fields[2], _unescape(fields[4]), rest[0], _unescape(rest[1]))
 
 
 def mount_fuse(fd: int, mountpoint: str, source: str, *, allow_other: bool = False) -> None:

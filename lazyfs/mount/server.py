@@ -131,6 +131,7 @@ class Server:
         self._wanted: set[int] = set()
         self._pinned: set[int] = set()
         self._to_share = False
+        self._mount: kernel.MountEntry | None = None
 
     def start(self) -> None:
         """Mount and start serving."""
@@ -138,6 +139,7 @@ class Server:
         if needed:
             self.link.ensure_started()
         self.transport.start()
+        self._mount = kernel.mount_at(self.config.mountpoint)
         self.control.start()
         try:
             write_atomic(Path(self.config.state_file), json.dumps(self.identity()).encode(), sync=False)
@@ -162,18 +164,21 @@ class Server:
                     )
                     break
         finally:
-            self.service.access_log.save()
             self.link.close()
             self._release_name()
+            self._detach()
+            self.service.access_log.save()
             log.info("unmounted %s", self.config.mountpoint)
 
     def _tick(self) -> None:
-        self.service.expire()
-        self.service.access_log.save()
-        self._to_share = self.service.access_log.settled(_QUIET_S) or self._to_share
-        if self._to_share and self.link.request(wire.SHARE_LOG, 0, 0):
-            self._to_share = False
-        self._unmount_if_idle()
+        try:
+            self.service.expire()
+            self.service.access_log.save()
+            self._to_share = self.service.access_log.settled(_QUIET_S) or self._to_share
+            if self._to_share and self.link.request(wire.SHARE_LOG, 0, 0):
+                self._to_share = False
+        finally:
+            self._unmount_if_idle()  # whatever has happened to the folders that the others write to
 
     def identity(self) -> dict[str, Any]:
         """Return the fields by which a caller recognises this mount."""
@@ -285,15 +290,28 @@ class Server:
 
     def _unmount_here(self, *, lazy: bool) -> None:
         """Unmount here. Other mount namespaces may still show the mount; it is served until the last of them is gone."""
-        kernel.unmount(self.config.mountpoint, lazy=lazy)
+        where = self._mount and kernel.place_of(self._mount)  # its folder may have been renamed
+        kernel.unmount(where or self.config.mountpoint, lazy=lazy)
         self._release_name()
+
+    def _detach(self) -> None:
+        """Remove the mount, if it is still there: without this process it would be dead."""
+        where = self._mount and kernel.place_of(self._mount)
+        if where is not None:
+            try:
+                kernel.unmount(where, lazy=True)
+            except LazyfsError as error:
+                log.error("cannot unmount at the end: %s", error)
 
     def _release_name(self) -> None:
         """Give up the name: a new daemon may serve this mount point, even while the old mount is in use."""
         with self._releasing:
             if not self.control.closed:
-                self.control.close()
-                Path(self.config.state_file).unlink(missing_ok=True)
+                try:
+                    self.control.close()
+                    Path(self.config.state_file).unlink(missing_ok=True)
+                except OSError as error:
+                    log.warning("cannot remove the name of this mount: %s", error)
 
     def _on_withdraw(self, request: dict[str, Any]) -> dict[str, Any]:
         if kernel.mount_at(self.config.mountpoint) is None:

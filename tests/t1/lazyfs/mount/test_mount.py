@@ -279,6 +279,42 @@ def test_an_idle_mount_unmounts_itself(shared, rig, transport):
     wait_for(lambda: not is_daemon(handle.pid))
 
 
+@both
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["idle", "unmount", "signal"])
+def test_a_mount_whose_folder_was_renamed_ends_like_any_other(shared, rig, tmp_path, transport, how):
+    _, digest = shared
+    handle = rig.mount(digest, "before/mnt", transport=transport, idle_exit_s=0.5 * (how == "idle"))
+    (tmp_path / "before").rename(tmp_path / "after")
+    moved = str(tmp_path / "after" / "mnt")
+    try:
+        if how == "unmount":
+            assert handle.unmount(limit_s=LIMIT_S) is True
+        elif how == "signal":
+            os.kill(handle.pid, signal.SIGTERM)
+        wait_for(lambda: not is_daemon(handle.pid))
+        assert kernel.mount_at(moved) is None
+        assert os.listdir(moved) == []
+    finally:
+        if kernel.mount_at(moved) is not None:
+            kernel.unmount(moved, lazy=True)
+
+
+def test_a_daemon_that_ends_without_an_unmount_takes_its_mount_along(shared, rig, tmp_path):
+    """Its name was given up while its folder was elsewhere, so nobody asks it to unmount."""
+    _, digest = shared
+    handle = rig.mount(digest, "before/mnt", orphan_exit_s=0.2)
+    (tmp_path / "before").rename(tmp_path / "after")
+    moved = str(tmp_path / "after" / "mnt")
+    try:
+        assert find_mount(handle.mountpoint) is None  # and tells the daemon so
+        wait_for(lambda: not is_daemon(handle.pid))
+        assert kernel.mount_at(moved) is None
+    finally:
+        if kernel.mount_at(moved) is not None:
+            kernel.unmount(moved, lazy=True)
+
+
 def test_mounting_an_unknown_manifest_fails(rig, shared, tmp_path):
     with pytest.raises(NotFound) as caught:
         rig.mount("0" * 64)

@@ -17,7 +17,7 @@ LOOK_EVERY_S = 1.0
 
 @dataclass
 class Certificates:
-    """A server's TLS context, `context`, made of PEM files. Raises ValueError, with one line, if they cannot be used.
+    """A server's TLS context, `context`, made of PEM files; a reload replaces it. Raises ValueError, with one line, if they cannot be used.
 
     The fields are those of launchers.options.tls.Tls, which the proxy, usable without any engine, does not import.
     """
@@ -54,8 +54,8 @@ class Certificates:
             return
         self._known = now
         try:
-            self._context()  # loading a pair that does not fit would spoil the context in use
-            self._load(self.context)
+            # A context of its own: files that change while they are read cannot spoil the one in use.
+            self.context = self._context()
         except (OSError, ValueError) as error:
             log.warning("tls-files: %s: %s; the certificate before stays in use", self._names(), _cause(error))
         else:
@@ -63,16 +63,13 @@ class Certificates:
 
     def _context(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._load(context)
+        context.load_cert_chain(self.certificate, self.key or None, self._password)
+        if self.authorities:
+            context.load_verify_locations(self.authorities)
         context.verify_mode = ssl.VerifyMode(self.client_certificates)
         if self.ciphers:
             context.set_ciphers(self.ciphers)
         return context
-
-    def _load(self, context: ssl.SSLContext) -> None:
-        context.load_cert_chain(self.certificate, self.key or None, self._password)
-        if self.authorities:
-            context.load_verify_locations(self.authorities)
 
     def _password(self) -> str:
         """Return the key's password, for which OpenSSL would ask at the terminal otherwise."""
@@ -92,7 +89,7 @@ class Certificates:
             try:
                 stat = Path(name).stat()
                 found.append((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns))
-            except OSError:
+            except (OSError, ValueError):
                 found.append(None)
         return found
 

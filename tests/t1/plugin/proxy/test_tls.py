@@ -1,6 +1,7 @@
 """TLS connections whose client does not take part in their handshake or end: each counts, and none holds anything up."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -116,6 +117,39 @@ def test_connections_far_over_the_limit_get_no_handshake(authority, monkeypatch)
         await server.shutdown(LIMIT_S)
 
     run(main())
+
+
+def test_files_that_change_while_they_are_read_again_spoil_nothing(authority, monkeypatch, caplog):
+    """The key comes after the certificate was read: both are read again at the next look."""
+    pair, new = authority.pair("server"), authority.pair("new")
+    certificates = Certificates(str(pair.certificate), str(pair.key), refresh=True)
+    load = ssl.SSLContext.load_cert_chain
+
+    def half_way(context, certificate, *more):
+        load(context, certificate, *more)
+        pair.key.write_bytes(new.key.read_bytes())
+
+    def subject():
+        ours, theirs = ssl.MemoryBIO(), ssl.MemoryBIO()
+        server = certificates.context.wrap_bio(ours, theirs, server_side=True)
+        trusting = ssl.create_default_context(cafile=str(authority.file))
+        client = trusting.wrap_bio(theirs, ours, server_hostname="localhost")
+        for one in (client, server) * 3:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                one.do_handshake()
+        return dict(name[0] for name in client.getpeercert()["subject"])["commonName"]
+
+    os.utime(pair.certificate)
+    with monkeypatch.context() as patched, caplog.at_level(logging.WARNING):
+        patched.setattr(ssl.SSLContext, "load_cert_chain", half_way)
+        certificates.reload()
+        assert subject() == "server"
+        certificates.reload()
+        assert subject() == "server" and len(caplog.messages) == 1
+    pair.certificate.write_bytes(new.certificate.read_bytes())
+    certificates.reload()
+    assert subject() == "new"
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("tls-files: ")
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])

@@ -11,6 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
+NO_CHANGE = "no nearest change: time ran out before one was found; change one of these, or plan fewer pools or services"
+
+
 class CapacityError(Exception):
     """Base class; `code` is kebab-case and does not change between versions."""
 
@@ -58,7 +61,10 @@ class Change:
 
 @dataclass(frozen=True)
 class Conflict:
-    """An irreducible set of constraints that cannot hold together, and the cheapest change that makes them hold."""
+    """An irreducible set of constraints that cannot hold together, and the cheapest change that makes them hold.
+
+    Without a change, the time to look for one ran out: of constraints that are named, some can always be changed.
+    """
 
     constraints: tuple[str, ...]
     smallest: bool
@@ -71,9 +77,11 @@ class InfeasibleError(CapacityError):
     def __init__(self, conflict: Conflict) -> None:
         cause = "; ".join(conflict.constraints) or "the constraints contradict each other"
         remedy = "; ".join(str(change) for change in conflict.changes)
-        super().__init__(
-            "infeasible", f"these cannot hold together: {cause}" + (f"; nearest change: {remedy}" if remedy else "")
-        )
+        if remedy:
+            cause += f"; nearest change: {remedy}"
+        elif conflict.constraints:
+            cause += f"; {NO_CHANGE}"
+        super().__init__("infeasible", f"these cannot hold together: {cause}")
         self.conflict = conflict
 
     def lines(self) -> list[str]:
@@ -84,6 +92,8 @@ class InfeasibleError(CapacityError):
         found += [f"  - {text}" for text in self.conflict.constraints]
         if self.conflict.changes:
             found += ["the nearest change that makes one possible", *(f"  - {c}" for c in self.conflict.changes)]
+        else:
+            found.append(NO_CHANGE)
         return found
 
 

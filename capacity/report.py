@@ -195,6 +195,7 @@ def error_json(error: CapacityError) -> dict[str, Any]:
         found["conflict"] = list(error.conflict.constraints)
         found["smallest"] = error.conflict.smallest
         found["changes"] = [vars(change) for change in error.conflict.changes]
+        found["changes_found"] = bool(error.conflict.changes)
     return found
 
 

@@ -11,6 +11,7 @@ from capacity.errors import InfeasibleError
 from capacity.inputs import document, load
 from capacity.optimize import explain, program
 from capacity.optimize.plan import solve
+from capacity.report import error_json
 
 pytestmark = pytest.mark.t0
 
@@ -53,6 +54,19 @@ def test_the_smallest_conflict_and_the_nearest_change(problem):
     )
     (change,) = conflict.changes
     assert (change.what, change.now, change.needed) == ("pools east-a quota", 2, 5)
+
+
+def test_without_time_for_the_nearest_change_the_error_says_so(problem):
+    """400 services on 200 pools printed a conflict and nothing else after 15 s."""
+    built = program.build(problem, requirements.compute(problem, "restored"))
+    error = explain.infeasible(problem, built, integers=False, limit=0.0)
+    assert error.conflict.changes == () and not error.conflict.smallest
+    assert error.lines()[-1].startswith("no nearest change: time ran out")
+    assert "no nearest change: time ran out" in str(error) and "\n" not in str(error)
+    assert error_json(error)["changes_found"] is False
+    found = explain.infeasible(problem, built, integers=False)
+    assert "time ran out" not in str(found) + "".join(found.lines())
+    assert error_json(found)["changes_found"] is True
 
 
 def test_the_nearest_change_is_enough_and_no_more_than_enough(problem):

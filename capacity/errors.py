@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-
 NO_CHANGE = "no nearest change: time ran out before one was found; change one of these, or plan fewer pools or services"
 
 

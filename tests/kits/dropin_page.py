@@ -6,14 +6,17 @@ from tests.kits.dropin_rows import (
     AS_GIVEN,
     COMMANDS,
     DIFFERENT,
+    DOORS,
     EMBEDDING,
     FEATURES,
     ITS_OWN,
     PLAIN,
     PLAINLY,
     RESTORED,
+    SGLANG,
     SPELLINGS,
     SURROUNDINGS,
+    VLLM,
     Command,
     Row,
 )
@@ -27,6 +30,10 @@ _SHOWN = {
     "{folder}": "DIR",
     "{port}": "8000",
     "{home}": "DIR",
+    "{certificate}": "CERT.pem",
+    "{key}": "KEY.pem",
+    "{socket}": "/run/engine.sock",
+    "{collector}": "http://COLLECTOR/v1/traces",
 }
 _FOLLOWS = {
     RESTORED: "restored, the same answer",
@@ -36,7 +43,7 @@ _FOLLOWS = {
 }
 _HEAD = """# Compatibility: command lines and environments, tried with the real engines
 
-Made by `python -m tests.kits.dropin_page > docs/compatibility.md` from the table that `tests/t2/test_dropin.py` runs, row by row, with vLLM 0.32 and
+Made by `python -m tests.kits.dropin_page > docs/compatibility.md` from the table that `tests/t2/test_dropin*.py` run, row by row, with vLLM 0.32 and
 SGLang 0.5.23 (CPU) and SmolLM2-135M-Instruct. "Restored": the snapshot that one start took serves this one too, and the greedy text is the same.
 [Limits](limits.md) says what is not here; [options](options.md) lists quickthaw's own.
 """
@@ -53,10 +60,11 @@ def shown(row: Row | Command) -> str:
 
     variables = [f"{name}={filled(value)}" for name, value in getattr(row, "environment", {}).items()]
     before = getattr(row, "before", "")
+    command = shlex.join(["quickthaw", "launch", *getattr(row, "options", ()), *map(filled, row.words)])
     if variables or before:
         shell = ["sh", "-c", shlex.quote(filled(before)), "sh"] if before else []
-        return " ".join([*variables, *shell, "quickthaw launch …"])
-    return shlex.join(["quickthaw", "launch", *getattr(row, "options", ()), *map(filled, row.words)])
+        return " ".join([*variables, *shell, "quickthaw launch …" if row.words in (VLLM, SGLANG) else command])
+    return command
 
 
 def table() -> list[tuple[str, str, str, str, str]]:
@@ -67,6 +75,7 @@ def table() -> list[tuple[str, str, str, str, str]]:
         ("Environments", SURROUNDINGS),
         ("What needs its own snapshot", DIFFERENT),
         ("Plain starts", PLAINLY),
+        ("TLS, Unix sockets, traces", DOORS),
     ):
         for row in group:
             found.append((section, row.engine, row.what, shown(row), _FOLLOWS[row.outcome].format(code=row.code)))

@@ -431,3 +431,19 @@ FEATURES = (*_features("vllm"), _ADAPTER, *_features("sglang"))
 
 EMBEDDING = {"sglang": ("--is-embedding",), "vllm": ("--runner", "pooling", "--convert", "embed", "--enforce-eager")}
 """Options with which each engine embeds; tests/t2/test_engine_tasks.py."""
+
+# Other doors than a port without TLS, and a way out: each a cold start of its own and a restore
+
+DOORS = (
+    Row(
+        "sglang",
+        "TLS, made-up weights",
+        (*SGLANG, "--load-format", "dummy", "--ssl-certfile", "{certificate}", "--ssl-keyfile", "{key}"),
+    ),
+    Row(
+        "vllm",
+        "a Unix socket, traces to a collector",
+        (*VLLM, "--enforce-eager", "--uds", "{socket}", "--otlp-traces-endpoint", "{collector}"),
+        environment={"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"},
+    ),
+)

@@ -89,23 +89,16 @@ def test_it_is_reached_as_the_engine_alone_would_be_cold_and_restored(row, tmp_p
         "collector": f"http://{collector.server_address[0]}:{collector.server_address[1]}/v1/traces",
     }
     words = [word.format(**values) for word in row.words]
-    answers = []
-    for first in ("starting", "restoring"):
+
+    def answer_of(first):
         admin, received = free_port(), collector.received
         port, command = rig.command("--admin-listen", f"127.0.0.1:{admin}", arguments=words[1:], **row.environment)
         process = command.start()
-
-        def answer():
-            connection = (
-                UnixConnection(str(path))
-                if "--uds" in words
-                else http.client.HTTPSConnection("localhost", port, timeout=COLD_LIMIT_S, context=trusted)
-            )
-            with contextlib.closing(connection):
-                body = {"model": str(rig.preset.model), "prompt": "The sky", "max_tokens": 8, "temperature": 0}
-                connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-                response = connection.getresponse()
-                return response.status, json.loads(response.read())["choices"][0]["text"]
+        connection = (
+            UnixConnection(str(path))
+            if "--uds" in words
+            else http.client.HTTPSConnection("localhost", port, timeout=COLD_LIMIT_S, context=trusted)
+        )
 
         def serving():
             with contextlib.suppress(OSError):
@@ -113,14 +106,19 @@ def test_it_is_reached_as_the_engine_alone_would_be_cold_and_restored(row, tmp_p
 
         try:
             wait_for(serving, COLD_LIMIT_S, process)  # at a cold start: after its snapshot, too
-            answers.append(answer())
+            with contextlib.closing(connection):
+                body = {"model": str(rig.preset.model), "prompt": "The sky", "max_tokens": 8, "temperature": 0}
+                connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+                response = connection.getresponse()
+                text = json.loads(response.read())["choices"][0]["text"]
             assert first in phases(admin)[0] and "failed" not in phases(admin)[0]
             if "{collector}" in row.words:
                 wait_for(lambda: collector.received > received, 60, process)
+            return response.status, text
         finally:
             command.stop()
-            text = command.log.read_text(errors="replace")
-            assert "off:" not in own_lines(text), text[-4000:]
-        assert not path.exists()
-        assert rig.watch.gone() == set()
-    assert answers[0][0] == 200 and answers[0][1] and answers[0] == answers[1]
+            assert "off:" not in own_lines(command.log.read_text(errors="replace"))
+            assert not path.exists() and rig.watch.gone() == set()
+
+    cold, restored = answer_of("starting"), answer_of("restoring")
+    assert cold[0] == 200 and cold[1] and restored == cold

@@ -192,11 +192,22 @@ class Library:
                 continue  # removed meanwhile
             try:
                 self._forget_restores(name)
-                exchange(partial, target)
+                self._replace(partial, target)
                 return
             finally:
                 os.close(old)
         raise Busy("snapshot-in-use", f"other processes keep replacing {name}; the new snapshot is dropped")
+
+    @staticmethod
+    def _replace(partial: Path, target: Path) -> None:
+        try:
+            exchange(partial, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:  # a folder of a container image's layer (overlayfs) cannot be renamed
+                raise
+            (target / "manifest.json").unlink()  # first, so that a half-removed snapshot is none
+            shutil.rmtree(target)
+            partial.rename(target)
 
     @contextlib.contextmanager
     def _exclusive_lock(self, folder: str) -> Iterator[None]:
@@ -312,7 +323,7 @@ class Library:
 def exchange(one: Path, other: Path) -> None:
     """Exchange the names of two folders atomically where the file system supports it, else in steps.
 
-    Raises OSError.
+    Killed between the steps, `other` lies beside `one` as `.removed-OTHER-…`. Raises OSError; then nothing has changed.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
@@ -322,7 +333,12 @@ def exchange(one: Path, other: Path) -> None:
         raise OSError(number, os.strerror(number), str(other))
     between = one.with_name(f".removed-{other.name}-{os.urandom(6).hex()}")
     other.rename(between)
-    one.rename(other)
+    try:
+        one.rename(other)
+    except BaseException:  # a signal's, too
+        if not os.path.lexists(other):
+            between.rename(other)
+        raise
     between.rename(one)
 
 

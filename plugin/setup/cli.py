@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
 from pathlib import Path
-from typing import NoReturn
 
 import click
 
@@ -57,7 +54,6 @@ def criu(given: tuple[Path, ...], mirror: str | None, keyring: Path | None, forc
 
     if given and mirror:
         raise click.UsageError("give --from or --mirror, not both")
-    signal.signal(signal.SIGTERM, _end)
     done = install(state_home(), lambda text: click.echo(text, err=True), given, mirror, keyring, force)
     found = done.criu
     where = f"installed in {found.program.parent}" if done.new else f"at {found.program}"
@@ -66,8 +62,3 @@ def criu(given: tuple[Path, ...], mirror: str | None, keyring: Path | None, forc
         warn(f"QUICKTHAW_CRIU is set, so launches use {named} instead")
     why = kernel_check(found)
     click.echo(f"criu check: {why}; see quickthaw doctor" if why else "criu check: looks good")
-
-
-def _end(number: int, frame: object) -> NoReturn:
-    """Leave through `finally` blocks, which remove the work folder."""
-    sys.exit(128 + number)

@@ -2,11 +2,13 @@
 
 The new folder is made beside the old one, tried out, and takes its name in one step, so a setup that is killed, or whose
 disk is full, leaves what was there. Its work folder is locked while it lives; the next setup removes that of a dead one.
+Where the file system takes more than one step, the next setup brings back what a dead one was replacing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -207,7 +209,12 @@ def _no_wheel(wheel: Path, why: str) -> Integrity:
 def _publish(new: Path, target: Path) -> None:
     """Give the new folder its name; what was there is removed with the work folder. Raises OSError."""
     if os.path.lexists(target):
-        exchange(new, target)
+        try:
+            exchange(new, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            _replace_of_image(new, target)
     else:
         new.rename(target)
     fd = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -215,6 +222,27 @@ def _publish(new: Path, target: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _replace_of_image(new: Path, target: Path) -> None:
+    """Replace a folder of a container image's layer, which overlayfs cannot rename: it is copied, then removed. Raises OSError."""
+    copy = new.with_name("copy")
+    shutil.copytree(target, copy, symlinks=True)
+    old = copy.rename(new.with_name(f".removed-{target.name}-copied"))
+    try:
+        (target / self_contained.WRAPPER).unlink(missing_ok=True)  # first, so that half a CRIU is none
+        shutil.rmtree(target)
+        new.rename(target)
+    except BaseException:  # a signal's, too
+        _bring_back(old, target)
+        raise
+
+
+def _bring_back(old: Path, target: Path) -> None:
+    """Give the folder that was there before its name again, unless a whole one has it. Raises OSError."""
+    if not (target / self_contained.WRAPPER).exists():
+        shutil.rmtree(target, ignore_errors=True)
+        old.rename(target)
 
 
 @contextlib.contextmanager
@@ -271,12 +299,14 @@ def remove_leftovers(home: Path) -> int:
 
 
 def _remove_unlocked(home: Path) -> int:
-    """Remove work folders that no setup holds. The caller holds the lock of setups."""
+    """Remove work folders that no setup holds, and bring back what one was replacing. The caller holds the lock of setups."""
     removed = 0
     for work in home.glob(f"{WORK}*"):
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
             fd = lock_folder(work, fcntl.LOCK_EX)
             if fd >= 0:
+                for old in work.glob(".removed-criu-*"):
+                    _bring_back(old, home / "criu")
                 shutil.rmtree(work, ignore_errors=True)
                 os.close(fd)
             removed += not work.exists()

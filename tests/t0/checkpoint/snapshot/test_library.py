@@ -17,7 +17,7 @@ import pytest
 
 from checkpoint.errors import Busy, Failed, NotFound
 from checkpoint.snapshot import speculative
-from checkpoint.snapshot.library import Library
+from checkpoint.snapshot.library import Library, exchange
 from checkpoint.store.remote_restore import DownloadingLibrary
 from plugin.runtime.steps.snapshot_fetch import Fetching
 
@@ -114,6 +114,43 @@ def test_without_rename_exchange_a_snapshot_is_still_replaced(
     write(library, "old")
     monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(renameat2=lambda *_: -1))
     monkeypatch.setattr(ctypes, "get_errno", lambda: errno.EINVAL)
+    write(library, "new")
+    assert content(library) == "new" and hidden(library) == []
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), SystemExit(143)])
+def test_an_exchange_in_steps_that_is_interrupted_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / "name").write_text(folder.name)
+    rename = Path.rename
+
+    def broken(self: Path, target: Path) -> Path:
+        if self == one:
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(renameat2=lambda *_: -1))
+    monkeypatch.setattr(ctypes, "get_errno", lambda: errno.EINVAL)
+    monkeypatch.setattr(Path, "rename", broken)
+    with pytest.raises(type(error)):
+        exchange(one, other)
+    assert {path.name: (path / "name").read_text() for path in tmp_path.iterdir()} == {"one": "one", "other": "other"}
+
+
+def test_a_snapshot_in_a_layer_of_a_container_image_is_replaced(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """overlayfs renames no folder of a layer below."""
+    write(library, "old")
+
+    def across(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr("checkpoint.snapshot.library.exchange", across)
     write(library, "new")
     assert content(library) == "new" and hidden(library) == []
 

@@ -148,6 +148,44 @@ def test_one_that_is_killed_half_way_leaves_the_old_one_and_the_next_removes_its
     assert host.works() and host.work_folders() == []
 
 
+def test_one_in_a_layer_of_a_container_image_is_replaced(host, debs):
+    """overlayfs renames no folder of a layer below."""
+    assert host.run("setup", "criu", "--from", debs[0].parent).returncode == 0
+    layers = host.home.parent / "layers"
+    layers.mkdir()
+    script = f"""
+        set -e
+        mount -t tmpfs -o mode=700 tmpfs {layers}
+        mkdir {layers}/upper {layers}/work {layers}/lower
+        cp -a {host.home}/. {layers}/lower
+        mount -t overlay -o lowerdir={layers}/lower,upperdir={layers}/upper,workdir={layers}/work overlay {host.home}
+        echo old > {host.home}/criu/old
+        "$@" --force
+        {host.home}/criu/criu --version
+        ls -A {host.home} {host.home}/criu
+    """
+    done = host.run("setup", "criu", "--from", debs[0].parent, before=("unshare", "--mount", "sh", "-c", script, "sh"))
+    assert done.returncode == 0, done.stderr
+    assert "Version: 4." in done.stdout and "criu.bin" in done.stdout
+    assert ".setup-criu-" not in done.stdout.replace(".setup-criu.lock", "") and "old" not in done.stdout.split()
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_one_that_was_killed_between_its_steps_is_brought_back(host, debs, half):
+    """Where two folders cannot change names in one step."""
+    assert host.run("setup", "criu", "--from", debs[0].parent).returncode == 0
+    work = host.home / ".setup-criu-killed"
+    work.mkdir()
+    (host.home / "criu").rename(work / ".removed-criu-abc")
+    if half:
+        (host.home / "criu").mkdir()
+        (host.home / "criu" / "lib").mkdir()
+    done = host.run("setup", "criu", PATH="/nowhere")
+    assert done.returncode == 0, done.stderr
+    assert "it is there already" in done.stdout
+    assert host.works() and host.work_folders() == []
+
+
 @pytest.mark.parametrize(("size", "old"), [("12m", False), ("24m", True)], ids=["nothing-there", "one-there"])
 def test_a_full_disk_is_named_and_leaves_what_was_there(host, debs, size, old):
     """In a mount namespace of its own, so that nothing stays mounted."""

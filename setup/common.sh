@@ -19,7 +19,13 @@ mark_done() { printf '%s' "$2" >"$home/.setup-$1"; }
 step() {
     local log="$home/logs/setup-$1.log" began=$SECONDS
     shift
-    if ! "$@" >"$log" 2>&1 </dev/null; then
+    # In a condition bash would go on after a command that failed in a function, and the step would count as done.
+    local code=0
+    set +e
+    (set -e && "$@") >"$log" 2>&1 </dev/null
+    code=$?
+    set -e
+    if [ $code != 0 ]; then
         tail -n 25 "$log" >&2
         die "failed: $* (whole log: $log)"
     fi

@@ -12,9 +12,13 @@ make_venv() {
     rm -rf "$venv"
     python3 -m venv "$venv"
     "$venv/bin/pip" install -q --no-compile --no-deps -r "$requirements"
-    # A machine that knows a CPU build of torch gets that one (vllm.txt names no build). PyPI's needs the CUDA libraries that its metadata names.
-    "$venv/bin/python" -c 'import torch' 2>/dev/null ||
-        "$venv/bin/pip" install -q --no-compile -c "$requirements" "$(grep '^torch==' "$requirements")"
+    # vllm.txt names no CUDA libraries: a machine that knows a CPU build of torch gets that. PyPI's build links those that its metadata names.
+    if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+        "$venv/bin/python" -c 'import importlib.metadata as m; print(*(r for r in m.requires("torch") if r.startswith(("cuda-toolkit", "nvidia-"))), sep="\n")' \
+            >"$venv/cuda.txt"
+        "$venv/bin/pip" install -q --no-compile -r "$venv/cuda.txt"
+        "$venv/bin/python" -c 'import torch'
+    fi
     if [ "$engine" = sglang ]; then
         # SGLang publishes no CPU wheel of sgl_kernel and imports it at start; nothing of it is called when a Llama is served on CPU.
         local site

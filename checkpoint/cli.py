@@ -362,18 +362,25 @@ def push(name: str, store: str | None, sign_key: Path | None, as_json: bool) -> 
 def pull(name: str, store: str | None, trust_keys: tuple[Path, ...], as_json: bool) -> None:
     """Fetch a snapshot from a store. Every byte is verified before the snapshot gets its name.
 
-    An interrupted pull continues where it stopped.
+    If it has a working set, what a fast first restore needs beside it is made, too. An interrupted pull continues where
+    it stopped.
 
     \b
     quickthaw snapshot pull NAME s3://bucket/quickthaw
     quickthaw snapshot pull NAME s3://bucket/quickthaw --trust-key release.pub
     """
+    from checkpoint.snapshot import rehearsal
     from checkpoint.store import archive
 
     library = _library()
     chunks = archive.open_chunks(store or str(library.home / "store"))
     progress = None if as_json else _meter("pulled")
     done = archive.pull(name, chunks, library.path(name), progress=progress, trust_keys=trust_keys)
+    try:
+        with library.in_use(name) as folder:
+            rehearsal.prepare(folder, library.load(name))
+    except CheckpointError as error:  # the snapshot is here and complete
+        click.echo(f"its first restore will be a slower one: {error}", err=True)
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(done)))
     else:

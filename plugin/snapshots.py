@@ -32,8 +32,8 @@ _as_json = option("--json", "as_json", is_flag=True, help="Print JSON instead of
 def rehearse(name: str, **options: Any) -> None:
     """Restore a snapshot once, ask it what users ask, and mark it: its first restore that somebody waits for is then a fast one.
 
-    A launch does the same with the snapshot that it took, at the lowest priority. After `snapshot pull` it makes what
-    does not travel with a snapshot. A snapshot that cannot be restored or answers otherwise is put into quarantine.
+    A launch does the same with the snapshot that it took, at the lowest priority. A snapshot that cannot be
+    restored or answers otherwise is put into quarantine.
 
     \b
     quickthaw snapshot rehearse NAME

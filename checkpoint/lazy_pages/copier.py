@@ -129,6 +129,18 @@ class Planner:
         error = cache.write_page_maps(self._folder, self._fingerprints, self.images)
         return None if isinstance(error, FileNotFoundError) else error
 
+    def prepare(self, path: str) -> None:
+        """Cache what a restore with the working set at `path` would, without one: of a snapshot that was pulled.
+
+        The list of reads for a cold disk then lacks the used pages of libraries, which only processes show. Raises
+        BadWorkingSet, OSError.
+        """
+        known = self.working_set(path)
+        plans, _ = self.plans(known.before_first_token, zero_source(), 1)
+        if error := self.write_page_maps():
+            raise error
+        self._write(known, plans, ColdReads(self._folder), 0)
+
     def packed(self, plan: Plan, index: int) -> tuple[Source, int, int] | None:
         """Return where an extent lies in the pack, or None if it is copied from the images."""
         if self._pack is None:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import msgspec
 
-from checkpoint.errors import Busy, NotFound
+from checkpoint import disk
+from checkpoint.errors import Busy, Failed, NotFound
 from checkpoint.files import write_private
-from checkpoint.snapshot import manifest
+from checkpoint.snapshot import file_backed, manifest
 from checkpoint.snapshot.manifest import Snapshot
 from lazyfs.content.records import ready
 
@@ -76,6 +77,29 @@ def prepared_here(folder: Path, snapshot: Snapshot) -> bool:
     if snapshot.gpu.processes:
         return True
     return any((folder / images).parent.joinpath(_PLANS).exists() for images in _LOCAL)
+
+
+def prepare(folder: Path, snapshot: Snapshot) -> None:
+    """Make on this host what a rehearsal on another one did not send: file-backed images, and plans of the working set.
+
+    Does nothing where they are there, or no working set is. Takes about a second. Raises Busy, and Failed
+    (disk-full, preparation-failed).
+    """
+    known = folder / "working-set"
+    if snapshot.gpu.processes or not known.exists() or prepared_here(folder, snapshot):
+        return
+    from checkpoint.criu.pagemap import BadImage
+    from checkpoint.lazy_pages.copier import Planner
+    from checkpoint.lazy_pages.working_set import BadWorkingSet
+
+    if not file_backed.exist(folder):
+        file_backed.make(folder, snapshot.weight_areas)
+    images = file_backed.find(folder) or folder / "images"
+    with disk.required(f"{folder.name} is not prepared", "preparation-failed"):
+        try:
+            Planner(str(images.resolve()), None).prepare(str(known))
+        except (BadImage, BadWorkingSet) as error:
+            raise Failed("preparation-failed", f"{folder.name}: {error}; its first restore makes them") from error
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -235,3 +236,23 @@ def test_create_fails_with_a_code_where_no_snapshot_can_be(launch_rig):
     done = rig.cli("snapshot", "create", "vllm", "serve", "--headless")
     assert done.returncode == 1 and "run-as-given" in done.stderr, done.stderr
     assert not rig.library.names() and rig.watch.gone() == set()
+
+
+def test_a_pulled_snapshot_is_prepared_without_a_restore(launch_rig, tmp_path):
+    rig, store = launch_rig, tmp_path / "store"
+    assert rig.cli("snapshot", "create", "--snapshot-store", store, *engine_words(rig)).returncode == 0
+    name, made = rig.name, rig.library.path(rig.name) / ".mapped"
+    plans = {file.name for file in made.parent.rglob(".verified-*")}
+    rig.fresh_home()
+    done = rig.cli("snapshot", "pull", name, store)
+    assert done.returncode == 0 and "slower" not in done.stderr, done.stderr
+    folder = rig.library.path(name)
+    assert {file.name for file in folder.rglob(".verified-*")} == plans
+    assert rehearsal.prepared_here(folder, rig.library.load(name)) and mark_of(rig) is not None
+    (file,) = folder.rglob(".verified-plans")
+    before = file.stat()
+    with rig.running() as started:
+        started.ask()
+        assert "restoring" in started.phases()[0] and FIRST not in started.text()
+    assert os.path.samestat(file.stat(), before)  # they were used: what is not used is made again
+    assert rig.cli("snapshot", "verify", name).returncode == 0

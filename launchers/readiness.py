@@ -11,6 +11,10 @@ from launchers.errors import EngineDied, EngineFailed
 
 POLL_S = 0.05
 """How often a starting engine is asked whether it is ready, in seconds. Asking one that does not listen yet costs 0.1 ms."""
+HEALTH_ANSWER_S = 30.0
+"""How long a health page may take, in seconds: longer than SGLang's own limit (20 s). Its page generates a token, which would
+go on after an earlier end here, and share a step with whatever is asked next.
+"""
 PATIENCE_S = 30.0
 """How long a healthy engine is asked again for what it refuses with an internal error, in seconds."""
 
@@ -48,12 +52,12 @@ def wait_until(ready: Callable[[], bool], probe: Probe) -> None:
 
 def healthy(client: Client) -> bool:
     """Return whether the engine's own health page answers 200."""
-    return status_of(client, "/health") == 200
+    return status_of(client, "/health", HEALTH_ANSWER_S) == 200
 
 
-def status_of(client: Client, path: str) -> int:
-    """Return the HTTP status of a page, or 0 if the engine does not answer within 5 s."""
+def status_of(client: Client, path: str, limit_s: float = 5.0) -> int:
+    """Return the HTTP status of a page, or 0 if the engine does not answer within `limit_s` seconds."""
     try:
-        return client.call("GET", path, timeout_s=5.0)[0]
+        return client.call("GET", path, timeout_s=limit_s)[0]
     except OSError:
         return 0

@@ -188,3 +188,17 @@ def test_a_generation_canary_is_written_in_the_older_format():
     )
     kept = record(EMBED, embed([0.0]))
     assert msgspec.json.decode(msgspec.json.encode(kept), type=Canary) == kept
+
+
+def test_a_health_page_is_waited_for_as_long_as_it_generates():
+    """SGLang's page generates, for 20 s at most: one that is given up goes on, and shares a step with the next question."""
+    limits = []
+
+    class Slow(Answers):
+        def call(self, method, path, body=None, timeout_s=30.0, headers=None):
+            limits.append((path, timeout_s))
+            return 200, b""
+
+    engine("sglang").wait_healthy(Slow(), probe())
+    ((path, limit_s),) = limits
+    assert path == "/health" and limit_s > 20.0

@@ -307,7 +307,7 @@ stores = (
         "--store",
         metavar="URL",
         show_default="none: a local model is read in place",
-        help="Keep the weights as chunks in this store, too; a model that is new there is imported before the engine starts.",
+        help="Keep the weights as chunks in this store, too; a model that is new there is imported while the engine serves.",
     ),
     option(
         "--snapshot-store",

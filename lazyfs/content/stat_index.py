@@ -73,6 +73,13 @@ def known_digest(path: Path, store_url: str | None = None) -> str | None:
     return str(record["manifest"]) if record is not None and record["stats"] == _stats(path) else None
 
 
+def stored_digest(path: Path, store_url: str | None = None) -> str | None:
+    """Return `known_digest`, or None if a local store has lost the manifest. Of another store nothing is asked."""
+    digest = known_digest(path, store_url)
+    stored = digest is not None and _still_stored(normal_url(store_url or default_store_url()), digest, False)
+    return digest if stored else None
+
+
 def read_through(source: Path | str, *, cache_dir: Path | None = None) -> str:
     """Return the digest of a manifest that shows a directory, or an object prefix (URL), without importing it.
 

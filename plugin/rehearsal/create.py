@@ -51,6 +51,8 @@ def create(settings: LaunchSettings) -> Created:
             if replica.snapshot is None:
                 raise Failed("no-snapshot", "the engine started, but no snapshot was taken of it; the log says why")
             name, taken = replica.snapshot.name, True
+        if why := weights.keep_in_store(wait=True):
+            raise Failed(*why.split(": ", 1))
     finally:
         weights.close()
     library = Library(settings.home)

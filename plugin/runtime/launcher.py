@@ -210,6 +210,8 @@ class Launch:
         if self._ending.is_set():
             return False  # the shutdown stops it with the usual grace period
         _remember(self.settings, replica, time.monotonic() - self._began)
+        if self.weights:
+            self.weights.keep_in_store()
         return True
 
     def _start_failed(self, error: Exception, others: int) -> None:

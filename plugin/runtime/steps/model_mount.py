@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ from plugin.model.hub import HubModels, NotDownloaded
 if TYPE_CHECKING:
     from checkpoint.snapshot.manifest import Snapshot
     from lazyfs.api import MountHandle
+    from plugin.model.store_import import StoreImport
     from plugin.runtime.config import LaunchSettings
 
 log = logging.getLogger("quickthaw")
@@ -48,18 +49,18 @@ class Weights:
         home: Path,
         store_url: str | None,
         enabled: bool,
-        progress: Callable[..., None] | None = None,
         *,
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
         """Resolve `model`. `arguments` and `environment` are the engine's: for a hub model they give the revision and the cache folder."""
         self.home, self.store_url, self.enabled = home, store_url, enabled
-        self.progress = progress
         self.hub: HubModels | None = None
         self.path: Path | None = None
         self.content: ModelContent | None = None
         self._lock = threading.Lock()
+        self._import: StoreImport | None = None
+        self._mounted_from: str | None = None
         self._fetching = threading.Lock()
         given = os.environ if environment is None else environment
         self._found = functools.partial(local_model, model, arguments, given)
@@ -156,20 +157,43 @@ class Weights:
     def _manifest(self) -> str:
         """Return the digest of the manifest that the mount shows.
 
-        The directory is read in place. Where the user named a store, it is imported there and read as chunks. Raises
-        LazyfsError.
+        The directory is read in place, or as chunks where the store that the user named has it already. Raises LazyfsError.
         """
         assert self.path is not None
         with self._lock:
             if not self._manifest_digest:
-                from lazyfs.api import import_directory, read_through
+                from lazyfs.api import read_through
 
-                self._manifest_digest = (
-                    import_directory(self.path, self.store_url, progress=self.progress)
-                    if self.store_url
-                    else read_through(self.path.absolute())
-                )
+                stored = self._stored()
+                self._mounted_from = self.store_url if stored else None
+                self._manifest_digest = stored or read_through(self.path.absolute())
             return self._manifest_digest
+
+    def _stored(self) -> str | None:
+        """Return the digest of the manifest in the store that the user named, if it has the model as it is now."""
+        from lazyfs.content.stat_index import stored_digest
+
+        return stored_digest(self.path, self.store_url) if self.store_url and self.path is not None else None
+
+    def keep_in_store(self, wait: bool = False) -> str:
+        """Import the model into the store that the user named, if it is not there: in the background, or `wait` for it.
+
+        Called once an engine serves, since a large model takes minutes. Return why that failed, with `wait`, or "".
+        """
+        if not self.store_url or not self._mountable or self._stored():
+            return ""
+        from plugin.model.store_import import StoreImport
+
+        assert self.path is not None
+        with self._lock:
+            if self._import is None or self._import.path != self.path:
+                if self._import is not None:
+                    self._import.close()
+                self._import = StoreImport(self.path, self.store_url)
+        if wait:
+            return self._import.run()
+        self._import.begin()
+        return ""
 
     @property
     def size(self) -> int:
@@ -211,7 +235,8 @@ class Weights:
         from lazyfs.errors import LazyfsError
 
         try:
-            handle = mount(self._manifest, self._mountpoint(), store_url=self.store_url, idle_exit_s=IDLE_EXIT_S)
+            manifest = self._manifest
+            handle = mount(manifest, self._mountpoint(), store_url=self._mounted_from, idle_exit_s=IDLE_EXIT_S)
         except (LazyfsError, OSError) as error:
             log.warning("lazy weights are off: %s; the engine reads %s itself", error, self.path)
             return None
@@ -249,7 +274,9 @@ class Weights:
         return True
 
     def close(self) -> None:
-        """Release the mount, and unmount it unless another launch uses it."""
+        """Release the mount, and unmount it unless another launch uses it. Ends an import."""
+        if self._import:
+            self._import.close()
         if self.content:
             self.content.close()
         if self.hub:

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -292,6 +294,48 @@ def test_a_store_that_cannot_be_written_costs_the_mount_only(launch_rig):
     with launch_rig.running("--store", store) as started:
         assert started.ask() == answer
         assert started.phases()[0][1] == "restoring"
+        started.wait_for("the model is not in ")
+    assert "off:" not in started.ours()
+
+
+def imported(store):
+    """Whether a store has a manifest."""
+    return (store / "manifests").is_dir() and any((store / "manifests").iterdir())
+
+
+@pytest.mark.slow
+def test_a_model_is_imported_into_a_named_store_while_the_engine_serves(launch_rig):
+    """Not before: a model of 140 GB starts at once."""
+    store = launch_rig.folder / "store"
+    with launch_rig.running("--store", store) as started:
+        answer = started.ask()
+        started.wait_for("quickthaw: the model is in ")
+        assert started.text().index("quickthaw: serving") < started.text().index("importing the model into ")
+    assert imported(store)
+    with launch_rig.running("--store", store) as started:  # as chunks, which exist now
+        assert started.ask() == answer
+        started.wait_serving()
+    assert "importing" not in started.ours() and "off:" not in started.ours()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_import_ends_with_its_launch(launch_rig, number):
+    with (launch_rig.model / "large.bin").open("wb") as file:
+        file.truncate(60 << 30)
+    store = launch_rig.folder / "store"
+    started = launch_rig.start("--no-snapshot", "--store", store)
+    started.ask()
+    started.wait_for("importing the model into ")
+    limit = time.monotonic() + 30
+    while not any("store_import" in line for line in launch_rig.watch.new()):
+        assert time.monotonic() < limit, started.text()
+        time.sleep(0.02)
+    began = time.monotonic()
+    assert started.stop(number) in (0, 143, -9)
+    assert launch_rig.watch.gone() == set()
+    assert time.monotonic() - began < 30
+    assert not imported(store) and "Traceback" not in started.ours()
 
 
 @pytest.mark.slow

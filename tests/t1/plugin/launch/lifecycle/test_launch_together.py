@@ -163,11 +163,12 @@ def test_a_running_timeout_continues_after_the_restore(launch_rig):
 
 def test_a_request_while_a_new_model_is_read_starts_no_second_engine(launch_rig):
     rig = launch_rig
-    with (rig.model / "more.bin").open("wb") as file:
-        file.truncate(
-            1 << 30
-        )  # importing it into a store takes a second or so, before the first phase that starts a process
-    with rig.running("--idle-timeout", "60s", "--no-snapshot", "--store", rig.folder / "store") as started:
+    tokenizer = rig.folder / "tokenizer"
+    tokenizer.mkdir()
+    for index in range(9000):  # reading them takes a while, before the first phase that starts a process
+        (tokenizer / f"{index}.txt").write_text(str(index))
+    more = ["--tokenizer-path", str(tokenizer)]
+    with rig.running("--idle-timeout", "60s", "--no-snapshot", arguments=more) as started:
         started.ask()
         assert [phases[:3] for phases in started.phases()] == [["mounting", "starting", "loading"]]
         (mounting,) = (span["took_s"] for span in started.status()[0]["timeline"] if span["phase"] == "mounting")

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from checkpoint.errors import CheckpointError
 from checkpoint.snapshot import rehearsal
 from checkpoint.snapshot.library import Library
 from lazyfs.content.records import ready
+from plugin.proxy.pool.replica import STARTING
 from plugin.rehearsal.process import END_LIMIT_S, GO_ON, PAUSE, Order, Report
 from plugin.rehearsal.yielding import Course, MeanTime, Yielding
 from plugin.runtime.phases import Phase
@@ -41,8 +43,6 @@ POLL_S, POLL_RUNNING_S = 0.25, 0.02
 TRIES, PAUSE_S = 4, 30.0
 LIMIT_S = 900.0
 """Seconds after which a rehearsal is dropped whatever it does: on a host that is always busy it gets no processor."""
-CALM = frozenset({Phase.SERVING, Phase.SUSPECT, Phase.ASLEEP, Phase.FAILED, Phase.STOPPED})
-"""Phases in which a replica does not start."""
 
 
 class Answering(Protocol):
@@ -112,6 +112,8 @@ class Beside:
         self._settled = ""
         """The digest of the snapshot's manifest for which nothing is left to do."""
         self._process: subprocess.Popen[bytes] | None = None
+        self._starting = threading.Lock()
+        self._closed = False
         self._alone = MeanTime()
 
     async def run(self) -> None:
@@ -129,7 +131,8 @@ class Beside:
                     assert snapshot is not None
                     await self._rehearse(snapshot, Yielding(self._alone, busy=there > 0))
         finally:
-            self._end()
+            # In a thread: the loop has requests to finish.
+            await asyncio.to_thread(self._close)
 
     @property
     def _there(self) -> int:
@@ -141,7 +144,7 @@ class Beside:
 
     def _unrehearsed(self) -> Snapshot | None:
         """Return the snapshot of a replica that serves, unless it is settled or a replica starts."""
-        if any(replica.tracker.phase not in CALM for replica in self.replicas):
+        if any(replica.tracker.phase in STARTING for replica in self.replicas):
             return None
         for replica in self.replicas:
             found = replica.snapshot
@@ -190,13 +193,17 @@ class Beside:
 
     async def _rehearse(self, snapshot: Snapshot, yielding: Yielding) -> None:
         log.info("snapshot %s: rehearsing it beside the engine, at the lowest priority", snapshot.name)
-        process = self._process = await asyncio.to_thread(self._start, self.order(snapshot))
+        try:
+            process = await asyncio.to_thread(self._start, self.order(snapshot))
+        except OSError as error:
+            self._settle(snapshot, [Report("given-up", "host-io", str(error.strerror or error))], "")
+            return
         reading = asyncio.ensure_future(asyncio.to_thread(self._read, process))
         why, course, began = "", Course.RUN, time.monotonic()
         try:
             while not (await asyncio.wait((reading,), timeout=POLL_RUNNING_S))[0]:
                 before, course = course, yielding.course(time.monotonic(), self._there, self._answered)
-                if any(replica.tracker.phase not in CALM for replica in self.replicas):
+                if any(replica.tracker.phase in STARTING for replica in self.replicas):
                     why = "a replica of this launch starts"
                 elif course is Course.DROP:
                     why = yielding.why
@@ -210,7 +217,10 @@ class Beside:
             reports = await reading
         finally:
             reading.cancel()
+        await asyncio.to_thread(self._end)
         self._alone.interrupt()
+        if any(report.event == "rehearsed" for report in reports):
+            await asyncio.to_thread(self._save_plan, snapshot)
         self._settle(snapshot, reports, why)
 
     def _settle(self, snapshot: Snapshot, reports: Sequence[Report], why: str) -> None:
@@ -218,7 +228,6 @@ class Beside:
         for report in reports:
             if report.event == "rehearsed":
                 log.info("snapshot %s: rehearsed; its next restore is a fast one", snapshot.name)
-                self._save_plan(snapshot)
             elif report.event == "pushed":
                 what = f"{report.bytes / 1e9:.2f} GB written" if report.bytes else "the store has it"
                 log.info("snapshot %s: pushed (%s)", snapshot.name, what)
@@ -250,17 +259,18 @@ class Beside:
     # The process
 
     def _start(self, order: Order) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "plugin.rehearsal.process"],
-            cwd=Path(__file__).parents[2],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        )
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(msgspec.json.encode(order) + b"\n")
-            process.stdin.flush()
+        """Start the process. Raises OSError, also when the launch is ending."""
+        with self._starting:
+            if self._closed:
+                raise OSError("the launch ends")
+            process = self._process = subprocess.Popen(
+                [sys.executable, "-m", "plugin.rehearsal.process"],
+                cwd=Path(__file__).parents[2],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+            )
+        self._tell(msgspec.json.encode(order) + b"\n")
         return process
 
     def _tell(self, word: bytes) -> None:
@@ -274,13 +284,21 @@ class Beside:
     def _read(process: subprocess.Popen[bytes]) -> list[Report]:
         """Return the process's reports, once it has ended."""
         assert process.stdout is not None
-        with process.stdout:
-            found = [msgspec.json.decode(line, type=ready(Report)) for line in process.stdout if line.startswith(b"{")]
+        found = []
+        with process.stdout, contextlib.suppress(msgspec.DecodeError):  # a last line that was cut off
+            for line in process.stdout:
+                found.append(msgspec.json.decode(line, type=ready(Report)))
         process.wait()
         return found
 
+    def _close(self) -> None:
+        """End the process, and start no other."""
+        with self._starting:
+            self._closed = True
+        self._end()
+
     def _end(self) -> None:
-        """End the process, and with it its sandbox: in order within its own limit, else by force."""
+        """End the process, and with it its sandbox: in order within its own limit, else by force. Also where it has ended."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -292,3 +310,6 @@ class Beside:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        if process.returncode not in (0, 1):
+            with contextlib.suppress(OSError):
+                Library(self.settings.home).sweep()  # what it did not get to remove

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from plugin.rehearsal.rehearse import Rehearsal
 
 PAUSE, GO_ON = b"p", b"c"
+CUT_SHORT = 3
+"""The exit code of a process that could not end its sandbox in order: its files are left."""
 END_LIMIT_S = 3.0
 """Seconds after the end of standard input in which the sandbox is ended in order; afterwards the process's end ends it."""
 
@@ -105,7 +107,7 @@ def _obey(one: Rehearsal) -> None:
     if not one.over:
         one.end("launch-ended", "the launch that asked for it does not wait any more")
         threading.Event().wait(END_LIMIT_S)
-    os._exit(1)
+    os._exit(CUT_SHORT)
 
 
 if __name__ == "__main__":

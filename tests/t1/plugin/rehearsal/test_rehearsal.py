@@ -3,10 +3,10 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -14,9 +14,15 @@ import pytest
 
 from checkpoint.snapshot import manifest, rehearsal
 from checkpoint.snapshot.library import QUARANTINE_AFTER
+from plugin.rehearsal.rehearse import Pausing
+from plugin.runtime.steps.engine_process import process_stopped
 from tests.kits.launch_rig import REPO, fill
 
-pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]
+pytestmark = [
+    *(pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow),
+    pytest.mark.timeout(700),  # beside other tests, the lowest priority gets little of the processors
+]
+LIMIT_S = 300.0
 FIRST = "this first restore records"
 DONE = "rehearsed; its next restore is a fast one"
 
@@ -25,7 +31,7 @@ def mark_of(rig):
     return rehearsal.read(rig.library.path(rig.name), rig.library.load(rig.name))
 
 
-def wait_until(what, limit_s=60.0):
+def wait_until(what, limit_s=LIMIT_S):
     limit = time.monotonic() + limit_s
     while not (found := what()):
         assert time.monotonic() < limit
@@ -83,8 +89,8 @@ def test_a_launch_rehearses_its_snapshot_and_pushes_it(launch_rig, tmp_path):
     words = ("--rehearse", "--snapshot-store", store)
     with rig.running(*words) as started:
         answer = started.ask()
-        started.wait_for(DONE)
-        started.wait_for("pushed (")
+        started.wait_for(DONE, LIMIT_S)
+        started.wait_for("pushed (", LIMIT_S)
         assert started.ask() == answer
     with rig.running(*words) as started:
         assert started.ask() == answer
@@ -93,7 +99,7 @@ def test_a_launch_rehearses_its_snapshot_and_pushes_it(launch_rig, tmp_path):
     with rig.running(*words) as started:  # the mark and the working set travel
         assert started.ask() == answer
         assert "restoring" in started.phases()[0] and FIRST not in started.text()
-        started.wait_for(DONE)  # this host gets its plans
+        started.wait_for(DONE, LIMIT_S)  # this host gets its plans
         assert mark_of(rig) is not None
 
 
@@ -123,28 +129,45 @@ def test_a_killed_launch_leaves_no_rehearsal(launch_rig):
     assert rig.watch.gone(5) == set()
 
 
-def stopped(rig):
-    """The processes of the rig that are stopped."""
-    pids = [line.split()[1].rstrip(":") for line in rig.watch.new() if line.startswith("process ")]
-    found = []
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
-                found.append(pid)
-    return found
-
-
 def test_it_pauses_while_a_request_is_there(launch_rig):
     rig = launch_rig
-    with rig.running("--rehearse") as started, ThreadPoolExecutor(1) as pool:
+    with rig.running("--rehearse") as started:
         started.ask()
         started.wait_for("rehearsing it beside the engine")
-        slow = pool.submit(started.complete, slow=8)
-        wait_until(lambda: stopped(rig))
-        assert not slow.done() and DONE not in started.text()
-        slow.result()
-        started.wait_for(DONE)
-        assert not stopped(rig)
+        started.complete(slow=6)
+        assert DONE not in started.text()
+        started.wait_for(DONE, LIMIT_S)
+
+
+@pytest.fixture
+def tree():
+    """A process with two children, of which one is stopped; the numbers of all three."""
+    code = "import subprocess, time; [print(subprocess.Popen(['sleep', '60']).pid, flush=True) for _ in '12']; time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        children = [int(process.stdout.readline()) for _ in range(2)]
+        os.kill(children[1], signal.SIGSTOP)
+        wait_until(lambda: process_stopped(children[1]))
+        yield process.pid, *children
+        for pid in (*children, process.pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_pause_stops_an_engine_and_continues_what_it_stopped(tree):
+    init, running, stopped = tree
+    pausing = Pausing()
+    pausing.begin(init)
+    for _ in range(2):
+        pausing.set(True)
+        pausing.set(True)
+        wait_until(lambda: process_stopped(running) and process_stopped(stopped))
+        pausing.set(False)
+        wait_until(lambda: not process_stopped(running))
+        assert process_stopped(stopped) and not process_stopped(init)
+    pausing.begin(0)
+    pausing.set(True)
+    pausing.begin(init)  # an engine that comes up meanwhile
+    wait_until(lambda: process_stopped(running))
+    pausing.set(False)
 
 
 def test_a_full_disk_costs_the_rehearsal_only(outside, small_disk):
@@ -157,6 +180,33 @@ def test_a_full_disk_costs_the_rehearsal_only(outside, small_disk):
     assert mark_of(rig) is None and not rig.library.health(rig.name).failures and not restoring(rig)
     (rig.home / "ballast").unlink()
     assert rig.cli("snapshot", "rehearse", rig.name).returncode == 0
+
+
+@pytest.fixture
+def small_group():
+    """A control group with 400 MB of memory, which leaves no room for a second engine; its file of processes."""
+    base = next(Path("/sys/fs/cgroup") / name for name in ("memory", ".") if Path("/sys/fs/cgroup", name).is_dir())
+    group = base / f"quickthaw-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        limit = "memory.max" if base.name == "cgroup" else "memory.limit_in_bytes"
+        (group / limit).write_text(str(400 << 20))
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            group.rmdir()
+        pytest.skip(f"no control groups can be made here: {error}")
+    yield group / "cgroup.procs"
+    wait_until(lambda: not (group / "cgroup.procs").read_text())
+    group.rmdir()
+
+
+def test_it_is_given_up_where_memory_is_short(launch_rig, small_group):
+    rig = launch_rig
+    rig.take()
+    within = ("sh", "-c", f'echo $$ > {small_group} && exec "$@"', "sh")
+    done = rig.cli("snapshot", "rehearse", rig.name, prefix=within)
+    assert done.returncode == 1 and "memory-short" in done.stderr, done.stderr
+    assert not rig.library.health(rig.name).failures and mark_of(rig) is None and rig.watch.gone() == set()
 
 
 def test_what_answers_otherwise_is_not_offered_and_taken_again(launch_rig):
@@ -191,7 +241,7 @@ def test_a_snapshot_that_is_removed_meanwhile_stays_removed(launch_rig):
     process = ordered(rig)
     wait_until(lambda: restoring(rig))
     wait_until(lambda: rig.cli("snapshot", "rm", name).returncode == 0)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=LIMIT_S)
     assert json.loads(said.splitlines()[-1])["event"] == "given-up"
     assert not rig.library.names() and not rig.library.health(name).failures
     assert rig.watch.gone() == set()
@@ -202,7 +252,7 @@ def test_its_owner_s_end_ends_it(launch_rig):
     rig.take()
     process = ordered(rig)
     wait_until(lambda: restoring(rig))
-    process.communicate(timeout=10)  # closes its standard input
+    process.communicate(timeout=60)  # closes its standard input
     assert process.returncode == 1
     assert rig.watch.gone(5) == set()
 

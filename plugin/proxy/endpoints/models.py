@@ -87,6 +87,8 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Maximum time that the engine may send nothing while it answers; None uses the option --upstream-timeout."""
     priority: int = 0
     """Models with a lower priority are put to sleep first."""
+    rehearse: bool | None = None
+    """--rehearse of the launch or restore that it starts; None leaves that to QUICKTHAW_REHEARSE."""
 
 
 SETTINGS = frozenset(
@@ -195,6 +197,8 @@ def spec_of(model: ModelConfig, idle_timeout: float) -> EndpointSpec:
     """Return the endpoint for a model's configuration, choosing the port of a command. `idle_timeout`: the command's, in seconds."""
     idle = model.idle_timeout if model.idle_timeout is not None else idle_timeout
     wake, upstream, environment = model.wake, model.upstream, dict[str, str]()
+    if model.rehearse is not None:
+        environment["QUICKTHAW_REHEARSE"] = str(int(model.rehearse))
     if upstream is None:
         port = free_port()
         upstream = f"http://127.0.0.1:{port}"

@@ -2,6 +2,7 @@
 
 import pytest
 
+from plugin.proxy.endpoints.models import ModelConfig, spec_of
 from plugin.rehearsal import memory
 from plugin.rehearsal.beside import LATEST_S, PAUSE_S, QUIET_S, TRIES, Timing
 from plugin.rehearsal.yielding import CALM_S, GIVE_UP_S, YIELD_S, Course, MeanTime, Yielding
@@ -184,3 +185,9 @@ def test_it_is_dropped_where_requests_are_always_there_and_nothing_is_known_of_t
     yielding = Yielding(MeanTime())
     courses = closed_loop(yielding, 0.0, GIVE_UP_S + 10, 1e9, yielding.course)
     assert Course.RUN not in courses and courses[-1] is Course.DROP
+
+
+@pytest.mark.parametrize(("given", "variable"), [(None, None), (True, "1"), (False, "0")])
+def test_a_model_of_the_proxy_s_file_may_say_whether_it_is_rehearsed(given, variable):
+    spec = spec_of(ModelConfig(command="quickthaw launch vllm --port ${PORT}", rehearse=given), 0.0)
+    assert dict(spec.environment).get("QUICKTHAW_REHEARSE") == variable

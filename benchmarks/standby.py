@@ -1,8 +1,11 @@
 """Measure what it costs to have an engine back.
 
     python benchmarks/standby.py rehearsal [--engine sglang|vllm] [--runs 3] [--json]
+    python benchmarks/standby.py wake [--engine sglang|vllm] [--runs 10]
+    python benchmarks/standby.py switch [--engine sglang|vllm] [--switches 50] [--starts 2]
 
 `rehearsal` (benchmarks/rehearsal.py): the first restore after a rehearsal, and the requests beside one.
+`wake`, `switch` (benchmarks/switching.py): from standby to the first token; two models behind one port.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]]
 
 from benchmarks.rehearsal import rehearsal  # noqa: E402
+from benchmarks.switching import switch, wake  # noqa: E402
 
 
 @click.group(help=__doc__)
@@ -24,6 +28,8 @@ def main() -> None:
 
 
 main.add_command(rehearsal)
+main.add_command(wake)
+main.add_command(switch)
 
 if __name__ == "__main__":
     sys.exit(main(standalone_mode=False))

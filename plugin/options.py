@@ -215,6 +215,12 @@ serving = (
         help="Stop the engine after this time without a request; the next request wakes it. 0: never.",
     ),
     option(
+        "--standby-after",
+        type=Duration(),
+        default="0",
+        help="Freeze the engine with its memory after this time without a request; the next one continues it at once. 0: never.",
+    ),
+    option(
         "--wake-on",
         multiple=True,
         metavar="PATH",
@@ -400,6 +406,7 @@ def replica_settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
         "verify": options["verify"],
         "trust_keys": options["trust_key"],
         "idle_timeout_s": options["idle_timeout"],
+        "standby_after_s": options["standby_after"],
         "grace_s": options["grace"],
         "silence_limit_s": options["silence_timeout"],
         "proxy": settings_of(options),

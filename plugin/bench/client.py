@@ -54,10 +54,12 @@ class FirstToken:
     text: str
 
 
-def stream_completion(port: int, model: str, began: float, tokens: int, timeout_s: float) -> FirstToken:
+def stream_completion(
+    port: int, model: str, began: float, tokens: int, timeout_s: float, prompt: str = PROMPT
+) -> FirstToken:
     """Run one streamed greedy completion. Raises OSError or MeasureError if there is no answer (yet)."""
     body = json.dumps(
-        {"model": model, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "stream": True}
+        {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
     ).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=2.0) as sock:

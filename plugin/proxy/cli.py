@@ -108,6 +108,8 @@ def proxy(**options: Any) -> None:
     consume_variables(click.get_current_context().command, os.environ)
     if (options["upstream"] is None) == (options["config"] is None):
         raise click.UsageError("give either --upstream or --config")
+    if options["standby_after"] and options["config"] is None:
+        raise click.UsageError("--standby-after is for snapshots: give --config, or the option to launch or restore")
     settings = _settings(options)
 
     import asyncio
@@ -166,7 +168,7 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
             from plugin.proxy.endpoints.models import ModelRouter, Models, load
 
             config = load(options["config"])
-            owner = Models(config, options["idle_timeout"])
+            owner = Models(config, options["idle_timeout"], options["standby_after"])
             pools = owner.pools
             target = ModelRouter(config, pools)
         else:

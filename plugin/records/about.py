@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plugin.proxy.pool.facts import Facts
+from plugin.proxy.pool.start_times import Kind
+from plugin.runtime.phases import Phase
 
 if TYPE_CHECKING:
     from checkpoint.snapshot.manifest import Snapshot
@@ -43,6 +46,13 @@ def facts(replica: Replica) -> Facts:
     engine = here.engine.version if here is not None else settings.engine
     gpus = tuple(gpu.name for gpu in here.host.gpus) if here is not None else ()
     return Facts(_short(settings.command.model), engine, settings.name or "", 0, gpus)
+
+
+def next_kind(replicas: Sequence[Replica]) -> Kind | None:
+    """Return the kind of a launch's next start, as far as it is known before it runs."""
+    if any(replica.tracker.phase is Phase.STANDBY for replica in replicas):
+        return Kind.WOKEN
+    return Kind.RESTORED if replicas[0].snapshot is not None else None
 
 
 def engine_pid(replica: Replica) -> int | None:

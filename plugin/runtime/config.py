@@ -23,6 +23,7 @@ class LaunchSettings:
     - name: the snapshot's name, if the user gave one.
     - named: serve exactly the snapshot `name`, or fail (`quickthaw restore`).
     - idle_timeout_s: 0 never sleeps.
+    - standby_after_s: 0 never goes to standby.
     - shrink: False leaves the KV cache in the snapshot (to measure what excluding it gains).
     - snapshot_store: URL of the store for snapshots that this host lacks, and for compile caches.
     - rehearse: restore a snapshot once beside the serving engine (plugin/rehearsal); push: then push it to `snapshot_store`.
@@ -56,6 +57,7 @@ class LaunchSettings:
     shrink: bool = True
     verify: str = "auto"
     idle_timeout_s: float = 0.0
+    standby_after_s: float = 0.0
     start_timeout_s: float = 1800.0
     grace_s: float = 30.0
     silence_limit_s: float = 60.0
@@ -75,7 +77,10 @@ class LaunchSettings:
             raise ValueError(f"--replicas must be at least 1, not {self.replicas}")
         if self.restore_concurrency < 0:
             raise ValueError(f"--restore-concurrency must not be negative, not {self.restore_concurrency}")
-        if min(self.idle_timeout_s, self.grace_s, self.silence_limit_s) < 0 or self.start_timeout_s <= 0:
+        if (
+            min(self.idle_timeout_s, self.standby_after_s, self.grace_s, self.silence_limit_s) < 0
+            or self.start_timeout_s <= 0
+        ):
             raise ValueError("times must not be negative, and --start-timeout must be above 0")
 
     @property

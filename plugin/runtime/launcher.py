@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from checkpoint.errors import CheckpointError
-from checkpoint.sandbox import prestart
+from checkpoint.sandbox import freezer, prestart
 from checkpoint.snapshot import speculative
 from launchers.errors import EngineDied, LauncherError
 from plugin.runtime.batch_rounding import may_share_a_step
@@ -181,6 +181,7 @@ class Launch:
         self._ending.wait(SWEEP_AFTER_S)
         with contextlib.suppress(OSError):
             self.replicas[0].library.sweep()
+            freezer.sweep()
 
     def _start_one(self, replica: Replica) -> bool:
         self._count(1)
@@ -309,26 +310,31 @@ class Launch:
         from plugin.proxy.descriptor_limit import raise_files
         from plugin.proxy.http.address import Upstream
         from plugin.proxy.pool.pool import ReplicaPool
+        from plugin.proxy.pool.pressure import relieve
         from plugin.proxy.pool.silence import Silence
-        from plugin.proxy.pool.start_times import Kind
         from plugin.proxy.server import ProxyServer
         from plugin.proxy.settings import Settings
-        from plugin.records.about import address, engine_pid, facts
+        from plugin.records.about import address, engine_pid, facts, next_kind
         from plugin.records.lead_times import history_for
+        from plugin.runtime.standby.moves import Moves
 
         self._stop = stop = asyncio.Event()
         self._loop = loop = asyncio.get_running_loop()
         for number in stopping():
             loop.add_signal_handler(number, self._signalled)
-        self._pool = pool = ReplicaPool(
+        moves = Moves(self.replicas, self._start_one, self._restart_clock)
+        self._pool = moves.pool = pool = ReplicaPool(
             history=history_for(self.settings),
-            wake=self._wake if self.settings.idle_timeout_s else None,
-            sleep=self._sleep,
+            wake=moves.wake if self.settings.idle_timeout_s or self.settings.standby_after_s else None,
+            sleep=moves.sleep,
+            standby=moves.standby,
             idle_timeout_s=self.settings.idle_timeout_s or None,
+            standby_after_s=self.settings.standby_after_s or None,
             speculative=self._shares_steps,
         )
         pool.facts = partial(facts, self.replicas[0])
-        pool.next_kind = lambda: Kind.RESTORED if self.replicas[0].snapshot is not None else None
+        pool.next_kind = partial(next_kind, self.replicas)
+        pool.background.append(partial(relieve, lambda: [pool]))
         for index, replica in enumerate(self.replicas):
             recording = partial(getattr, replica, "recording")
             upstream = Upstream(self._connector(replica), f"r{index}")
@@ -406,26 +412,9 @@ class Launch:
 
         return connect
 
-    async def _wake(self) -> None:
-        import asyncio
-
+    def _restart_clock(self) -> None:
+        """Count the seconds of the log's phases from here."""
         self._began = time.monotonic()
-        asleep = [replica for replica in self.replicas if replica.running is None]
-        if asleep:
-            await asyncio.to_thread(asleep[0].start)
-            for replica in asleep[1:]:
-                threading.Thread(target=self._start_one, args=(replica,), daemon=True).start()
-
-    async def _sleep(self) -> None:
-        import asyncio
-
-        able = [r for r in self.replicas if r.snapshot is not None and r.tracker.phase in SERVES]
-        if not able:
-            raise LauncherError("no-snapshot", "there is no snapshot to wake the engine from; see the log for why")
-        assert self._pool is not None
-        self._pool.waker.hook = self._wake
-        for replica in able:
-            await asyncio.to_thread(replica.sleep)
 
     def end(self) -> None:
         """Start the shutdown. Callable from any thread."""
@@ -490,6 +479,8 @@ def _shell_code(code: int) -> int:
 
 def _remember(settings: LaunchSettings, replica: Replica, seconds: float) -> None:
     """Add this start to the measured lead times, which the proxy's deadlines and the capacity plan use."""
+    if replica.resting.continued:
+        return  # it was no start
     from plugin.records.lead_times import remember
 
     remember(

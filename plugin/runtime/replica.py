@@ -27,10 +27,12 @@ from checkpoint.snapshot.library import Library
 from checkpoint.snapshot.manifest import Canary, Snapshot
 from launchers.base import Engine
 from launchers.errors import EngineFailed, LauncherError
+from plugin.model import first_fetch
 from plugin.runtime.capabilities import Capabilities
 from plugin.runtime.config import LaunchSettings
 from plugin.runtime.home import unusable
 from plugin.runtime.phases import Phase, PhaseTracker, Span
+from plugin.runtime.standby.replica import Standby
 from plugin.runtime.steps import compatibility, restore_snapshot, take_snapshot
 from plugin.runtime.steps.engine_process import Running
 from plugin.runtime.steps.model_mount import Weights
@@ -104,6 +106,7 @@ class Replica:
         """What the engine of this cold start answers, without the answer; None if nothing that we can compare."""
         self.refused: Incompatible | None = None
         """Why the last restore was refused, if it was."""
+        self.resting = Standby(self, self._starting)
         self.recording = False
         """True if the last restore recorded the snapshot's working set."""
 
@@ -112,13 +115,16 @@ class Replica:
     def start(self, before_cold: Callable[[], object] | None = None) -> None:
         """Start the engine and return once it serves, or wait for the start in another thread.
 
-        There are three ways, each tried after the one before failed: restore with the working set first, restore all
-        pages first, start cold. `before_cold`, if given, is called before a cold start (it may wait for another
-        replica's snapshot); then restoring is tried once more. A start that `stop` interrupts tries no other way.
+        An engine in standby continues. Else there are three ways, each tried after the one before failed: restore with
+        the working set first, restore all pages first, start cold. `before_cold`, if given, is called before a cold
+        start (it may wait for another replica's snapshot); then restoring is tried once more. A start that `stop`
+        interrupts tries no other way.
         Raises LauncherError or CheckpointError when the start fails.
         """
         with self._starting:
             if self.running is not None and self.tracker.phase in SERVES:
+                return
+            if self.resting.leave():
                 return
             # Change the phase first: reading a model for the first time takes a while, and the start must be visible.
             self.mounting()
@@ -147,7 +153,7 @@ class Replica:
             if self._try_or_turn_off(self._start_from_snapshot):
                 return
         if not self.settings.named and self._try_or_turn_off(
-            lambda: self._fetch_model() and self._start_from_snapshot()
+            lambda: first_fetch.fetch(self) and self._start_from_snapshot()
         ):
             return
         if self.settings.named:
@@ -172,31 +178,6 @@ class Replica:
             self.clear()
             self.turn_off(unusable(self.settings.home) or f"host-io: {error.strerror or error}", error)
             return False
-
-    def _fetch_model(self) -> bool:
-        """Download hub models into the cache; return whether that changed the identity of this launch.
-
-        If the download fails, the engine starts as it would alone and reports the failure itself. Raises OSError if the
-        model cannot be read.
-        """
-        from plugin.model.hub import NotDownloaded
-
-        if self.capabilities.sandbox:
-            return False
-        before = self._identity.key if self._identity else ""
-        if self.weights.repositories:
-            try:
-                self.weights.fetch(self.stderr)
-            except NotDownloaded as error:
-                if not self._stopped:
-                    self.turn_off(f"{error}; the engine loads its model itself", error)
-                    return False
-            if self._stopped:
-                raise EngineFailed("stopped", "stopped while the model was downloaded")
-            self._identity = None
-        if self.capabilities.snapshots or not (self.settings.use_snapshot or self.settings.take_snapshot):
-            return False
-        return self.identity.key != before and self.settings.use_snapshot
 
     def mounting(self) -> None:
         """Change the phase to mounting, unless it is that already."""
@@ -246,6 +227,15 @@ class Replica:
         if self._identity is None:
             self._identity = compatibility.gather(self.settings, self.weights, self.criu)
         return self._identity
+
+    def forget_identity(self) -> None:
+        """Compute the identity again when it is needed: the model has been downloaded."""
+        self._identity = None
+
+    @property
+    def stop_requested(self) -> bool:
+        """Return True once `stop` was called."""
+        return self._stopped
 
     @property
     def known_identity(self) -> CurrentIdentity | None:
@@ -443,6 +433,8 @@ class Replica:
             ours = start == self._starts and self.tracker.phase in SERVES and not self._expected_end
             if ours and self.on_death:
                 threading.Thread(target=self.on_death, args=(code,), name="engine-died", daemon=True).start()
+            elif start == self._starts and self.tracker.phase is Phase.STANDBY and not self._expected_end:
+                threading.Thread(target=self.resting.lost, args=(code,), name="engine-died", daemon=True).start()
 
         return ended
 
@@ -469,15 +461,19 @@ class Replica:
         cut_short = self.cancellation.cancel(Failed("stopped", "stopped while the engine started"))
         if cut_short and self._starting.acquire(timeout=UNWIND_LIMIT_S):  # until the cancelled restore has cleaned up
             self._starting.release()
+        settled = self.resting.moving.acquire(timeout=UNWIND_LIMIT_S)  # what is half frozen cannot stop in order
         running, code = self.running, -int(signal.SIGTERM)
         if running:
             if (ended := running.place.exit_code(running.pid)) is not None:
                 code = ended
             # A restored engine whose canary runs would wait for that request, in vain since vLLM aborts it: `clear` ends it.
-            elif self.tracker.phase not in (Phase.WAKING, Phase.VERIFYING):
+            # A frozen engine is ended as it is.
+            elif self.tracker.phase not in (Phase.WAKING, Phase.VERIFYING, Phase.STANDBY):
                 self.page_follower.save_working_set()
                 code = running.end(self.settings.grace_s if grace_s is None else grace_s)
             self.clear()
+        if settled:
+            self.resting.moving.release()
         self.fetching.close()
         if self._cuda:
             self._cuda.close()
@@ -487,9 +483,14 @@ class Replica:
         return code
 
     def sleep(self) -> None:
-        """End the idle engine; its snapshot restores it."""
-        self._expected_end = True
-        # The pool sends no requests here by now. Change the phase last, when nothing of the engine is left.
-        self.page_follower.save_working_set()
-        self.clear()
-        self.tracker.to(Phase.ASLEEP)
+        """End the idle engine, or the one in standby; its snapshot restores it."""
+        with self.resting.moving:
+            self._expected_end = True
+            # The pool sends no requests here by now. Change the phase last, when nothing of the engine is left.
+            self.page_follower.save_working_set()
+            self.clear()
+            self.tracker.to(Phase.ASLEEP)
+
+    def standby(self) -> None:
+        """Freeze the idle engine with its memory (Standby.enter); the next `start` continues it."""
+        self.resting.enter()

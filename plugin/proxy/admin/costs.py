@@ -19,17 +19,18 @@ if TYPE_CHECKING:
     from plugin.proxy.pool.replica import Replica
 
 EVERY_S = 5.0
+_MEASURED = frozenset({Phase.SERVING, Phase.SUSPECT, Phase.STANDBY})
 _NVIDIA = Path("/dev/nvidiactl")
 _HELD = ("RssAnon:", "RssShmem:", "VmSwap:")
 
 
 async def measure(pools: Iterable[ReplicaPool]) -> None:
-    """Set `memory_bytes` and `gpu_bytes` of each serving replica whose processes are known; clear them of all others."""
+    """Set `memory_bytes` and `gpu_bytes` of each replica that serves or is in standby, if its processes are known; clear all others."""
     now = time.monotonic()
     due: list[tuple[Replica, int]] = []
     for pool in pools:
         for replica in pool.replicas.values():
-            pid = replica.engine_pid() if replica.tracker.phase in (Phase.SERVING, Phase.SUSPECT) else None
+            pid = replica.engine_pid() if replica.tracker.phase in _MEASURED else None
             if pid is None:
                 replica.memory_bytes = replica.gpu_bytes = None
                 replica.measured_at = 0.0

@@ -54,6 +54,7 @@ class _Document:
         )
         wakes = CounterMetricFamily(_P + "wakes", "Wakes begun.", labels=["pool"])
         sleeps = CounterMetricFamily(_P + "sleeps", "Times put to sleep.", labels=["pool"])
+        standbys = CounterMetricFamily(_P + "standbys", "Times put in standby.", labels=["pool"])
         failed = CounterMetricFamily(_P + "failed_starts", "Starts that failed for good.", labels=["pool"])
         last = GaugeMetricFamily(
             _P + "last_start_phase_seconds", "Phases of the last start.", labels=["pool", "kind", "phase"]
@@ -63,6 +64,7 @@ class _Document:
             held.add_metric([name], pool["held"])
             wakes.add_metric([name], pool["wakes"])
             sleeps.add_metric([name], pool["sleeps"])
+            standbys.add_metric([name], pool["standbys"])
             failed.add_metric([name], pool["failed_starts"])
             for replica in pool["replicas"]:
                 outstanding.add_metric([name, replica["name"]], replica["outstanding"])
@@ -74,7 +76,7 @@ class _Document:
                     took[span["phase"]] = took.get(span["phase"], 0.0) + span["took_s"]
                 for of, seconds in took.items():
                     last.add_metric([name, kind, str(of)], seconds)
-        yield from (held, outstanding, phase, wakes, sleeps, failed, last)
+        yield from (held, outstanding, phase, wakes, sleeps, standbys, failed, last)
         yield from self._pages([(pool["name"], replica) for pool in pools for replica in pool["replicas"]])
 
     @staticmethod

@@ -12,6 +12,7 @@ const PHASES = {
   checkpointing: "The snapshot is written", resuming: "The engine resumes after its snapshot", restoring: "The processes come back from the snapshot",
   waking: "The engine reloads its environment and its weights", verifying: "It repeats a recorded answer, token by token",
   serving: "It answers requests", suspect: "It has been silent for too long and gets no new requests", asleep: "No engine runs",
+  standby: "It is frozen with its memory; the next request continues it",
   failed: "The last start, or the engine, has failed", stopped: "It has been stopped for good", draining: "Requests in flight are finished, new ones are refused",
 };
 const OUTCOMES = {
@@ -95,6 +96,7 @@ function sentence(pool, phase, replica) {
     return `: ${p.elapsed_s.toFixed(1)} s so far, ${late}`;
   }
   if (phase === "serving") return ` for ${span(replica.seconds_in_phase)}`;
+  if (phase === "standby") return ` for ${span(replica.seconds_in_phase)}: the next request continues it${typical ? `, usually ${typical}` : ""}`;
   if (phase === "asleep" || phase === "idle") {
     if (!starts) return ": nothing here starts it; requests wait until it answers";
     return `: the next request ${p.kind === "cold" ? "starts" : "wakes"} it${typical ? `, usually ${typical}` : ""}`;

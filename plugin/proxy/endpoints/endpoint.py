@@ -27,9 +27,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
 from plugin.proxy.endpoints.hooks import call_hook, run_command, signal_group, spawn
-from plugin.proxy.endpoints.readiness import PATH_LIMIT_S, generation_fault, path_fault
+from plugin.proxy.endpoints.readiness import PATH_LIMIT_S, generation_fault, path_fault, pause_s
 from plugin.proxy.endpoints.request import fetch, hook_place
-from plugin.proxy.endpoints.restored import move
+from plugin.proxy.endpoints.restored import STANDBY_LIMIT_S, move
 from plugin.proxy.endpoints.started_processes import Orphan, Started, end
 from plugin.proxy.endpoints.watch import Watch, WatchIntervals
 from plugin.proxy.errors import ProxyError, StartFailed, UpstreamFault
@@ -52,14 +52,6 @@ _COLD = (Phase.MOUNTING, Phase.STARTING, Phase.LOADING, Phase.WARMING)
 _RESTORED = (Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING)
 
 
-def _pause_s(waited_s: float) -> float:
-    """Return the pause between two checks of an endpoint that is not ready: a twentieth of the time waited (0.02 to 0.5 s).
-
-    The delay of noticing readiness is then small compared with the start.
-    """
-    return min(0.5, max(0.02, waited_s / 20))
-
-
 @dataclass(frozen=True)
 class EndpointSpec:
     """The configuration of an endpoint. `wake` and `sleep` are shell commands; `wake_url` and `sleep_url` are POSTed to.
@@ -79,6 +71,8 @@ class EndpointSpec:
     wake_limit_s: float = 600.0
     sleep_limit_s: float = 60.0
     idle_timeout_s: float | None = None
+    standby_after_s: float | None = None
+    """Of one that `restores`: it goes to standby when it was idle for so long, and to make room."""
     environment: tuple[tuple[str, str], ...] = ()
     restores: bool = False
     """True for a `quickthaw restore`, which reports its phases at `/-/status`."""
@@ -131,14 +125,17 @@ class Endpoint:
             name=name,
             wake=self._wake if room is None else room(name, self._wake),
             sleep=self._sleep if spec.can_sleep else None,
+            standby=self._standby if spec.restores else None,
             idle_timeout_s=spec.idle_timeout_s,
+            standby_after_s=spec.standby_after_s,
             wake_limit_s=(spec.wake_limit_s + 5.0) if room is None else 86400.0,
             sleep_limit_s=spec.sleep_limit_s + _STOP_GRACE_S + 5.0,
             history=history,
         )
+        self.pool.sleeper.evicts_to_standby = spec.standby_after_s is not None
         self.pool.started_here = spec.can_start
         self.pool.facts = lambda: spec.facts
-        self.pool.next_kind = lambda: Kind.RESTORED if spec.restores else None
+        self.pool.next_kind = self._next_kind
         replica = self.pool.add(name, self.tracker, spec.upstream)
         replica.engine_pid = self._pid
 
@@ -150,9 +147,41 @@ class Endpoint:
             self._watch()
         self._watching = asyncio.get_running_loop().create_task(Watch(self, self.spec.intervals).run())
 
+    def _next_kind(self) -> Kind | None:
+        if self.tracker.phase is Phase.STANDBY:
+            return Kind.WOKEN
+        return Kind.RESTORED if self.spec.restores else None
+
     async def _wake(self) -> None:
         with self._acting():
-            await self.wake()
+            if not await self._continue():
+                await self.wake()
+
+    async def _continue(self) -> bool:
+        """Continue an engine in standby and return True; return False, with nothing left of it, if there is none or it was lost."""
+        spec, tracker = self.spec, self.tracker
+        if tracker.phase is not Phase.STANDBY:
+            return False
+        tracker.to(Phase.WAKING, "woken")
+        try:
+            await move(spec.upstream, spec.admin_token, "wake", spec.wake_limit_s)
+        except BaseException as error:
+            tracker.to(Phase.FAILED, getattr(error, "code", type(error).__name__))
+            self._unwatch()
+            await self._stop_process()
+            if not isinstance(error, StartFailed):
+                raise
+            fields = {"pool": self.name, "code": error.code, "reason": error.message}
+            text = "%s: standby-lost: %s; it is restored"
+            log.warning(text, self.name, error.message, extra={"event": "standby-lost", "fields": fields})
+            return False
+        tracker.to(Phase.SERVING)
+        return True
+
+    async def _standby(self) -> None:
+        with self._acting():
+            await move(self.spec.upstream, self.spec.admin_token, "standby", STANDBY_LIMIT_S)
+            self.tracker.to(Phase.STANDBY)
 
     async def _sleep(self) -> None:
         with self._acting():
@@ -317,7 +346,8 @@ class Endpoint:
         if self._process is process:
             self._started.forget()
         # A wake command may start an engine elsewhere and return; that is not a death.
-        if await self.ready() is not None and self._process is process and self.tracker.phase is Phase.SERVING:
+        watched = (Phase.SERVING, Phase.STANDBY)
+        if await self.ready() is not None and self._process is process and self.tracker.phase in watched:
             self.tracker.to(Phase.FAILED, f"engine-died: the wake command ended with code {code}")
 
     async def _start_or_wake(self, asleep: bool) -> None:
@@ -354,7 +384,7 @@ class Endpoint:
             if waited > self.spec.wake_limit_s:
                 why = why or "the wake command still runs"
                 raise StartFailed("wake-timeout", f"not ready after {self.spec.wake_limit_s:g} s: {why}")
-            await asyncio.sleep(_pause_s(waited))
+            await asyncio.sleep(pause_s(waited))
 
     async def _note_unready(self, why: str) -> None:
         """Update the phase of an endpoint that answers but is not ready."""
@@ -424,7 +454,7 @@ class Endpoint:
             if waited > self.spec.wake_limit_s:
                 public = f"no token after {self.spec.wake_limit_s:g} s"
                 raise StartFailed("wake-no-generation", f"{public}; see the proxy's log", detail=f"{public}: {why}")
-            await asyncio.sleep(_pause_s(waited))
+            await asyncio.sleep(pause_s(waited))
 
     async def _generation(self, limit_s: float) -> str | None:
         """Return None if one token was generated or no model is named, else the reason. Raises StartFailed (api-key-refused)."""

@@ -1,10 +1,10 @@
-"""Several models behind one port: choose a request's endpoint, limit how many are awake, put some to sleep for others.
+"""Several models behind one port: choose a request's endpoint, limit how many are awake (`awake_limit`).
 
 The configuration is a YAML file (`Config`); unknown keys are refused. A request's model comes from the JSON body's
 `model`, a multipart form's field, `?model=` in the query (WebSockets), or the file's `default`. To find it, bodies are
 buffered (up to `max_body`).
 
-Guarantees: at most `max_awake` models are awake or waking. A model goes to sleep only when it answers no request, and
+Guarantees: at most `max_awake` models are awake or waking. A model goes to standby or to sleep only when it answers no request, and
 new requests for it wait for its next wake. While it has requests, it stays awake for at least `min_awake_s`, so that
 two models in demand alternate instead of thrashing. A model that still answers after `evict_grace`, or fails to sleep,
 continues to serve, and the requests that need its place get an error.
@@ -16,9 +16,8 @@ import asyncio
 import secrets
 import shlex
 import sys
-import time
 import zlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs, unquote
@@ -27,16 +26,16 @@ import msgspec
 
 from plugin.bench.client import free_port
 from plugin.options import invalid, limit, seconds
+from plugin.proxy.endpoints.awake_limit import AwakeLimit
 from plugin.proxy.endpoints.endpoint import Endpoint, EndpointSpec
 from plugin.proxy.endpoints.forms import form_field
-from plugin.proxy.errors import ClientFault, ProxyError, StartFailed, Unavailable, Unneeded
+from plugin.proxy.errors import ClientFault, Unavailable
 from plugin.proxy.http.address import from_url
 from plugin.proxy.http.client import Client
 from plugin.proxy.http.path_rules import HEALTH
 from plugin.proxy.http.request import Request
 from plugin.proxy.pool.pool import ReplicaPool
-from plugin.proxy.pool.replica import STARTING
-from plugin.runtime.phases import Phase
+from plugin.proxy.pool.pressure import relieve
 
 
 class Seconds(float):
@@ -82,6 +81,8 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     api_key: str | None = None
     """The key that the engine wants, for the readiness check; a snapshot's restore gets it for its canary."""
     idle_timeout: Seconds | None = None
+    standby_after: Seconds | None = None
+    """Of a snapshot: time without a request after which its engine is frozen with its memory; it also makes room that way."""
     wake_timeout: Seconds = Seconds(600.0)
     upstream_timeout: Limit | None = None
     """Maximum time that the engine may send nothing while it answers; None uses the option --upstream-timeout."""
@@ -97,6 +98,7 @@ SETTINGS = frozenset(
         "root_path",
         "workers",
         "idle_timeout",
+        "standby_after",
         "grace",
         "hold_timeout",
         "early_stream",
@@ -179,6 +181,8 @@ def load(path: Path) -> Config:
     for name, model in config.models.items():
         if sum(x is not None for x in (model.snapshot, model.command, model.upstream)) != 1:
             raise ValueError(f"{path}: model {name!r} needs exactly one of snapshot, command and upstream")
+        if model.standby_after and model.snapshot is None:
+            raise ValueError(f"{path}: model {name!r} is no snapshot, and only those have standby_after")
         if model.upstream is not None:
             from_url(model.upstream)
         for alias in (name, *model.aliases):
@@ -193,8 +197,9 @@ def load(path: Path) -> Config:
     return config
 
 
-def spec_of(model: ModelConfig, idle_timeout: float) -> EndpointSpec:
-    """Return the endpoint for a model's configuration, choosing the port of a command. `idle_timeout`: the command's, in seconds."""
+def spec_of(model: ModelConfig, idle_timeout: float, standby_after: float = 0.0) -> EndpointSpec:
+    """Return the endpoint for a model's configuration, choosing the port of a command. The times are the command's, in seconds."""
+    standby = model.standby_after if model.standby_after is not None else standby_after
     idle = model.idle_timeout if model.idle_timeout is not None else idle_timeout
     wake, upstream, environment = model.wake, model.upstream, dict[str, str]()
     if model.rehearse is not None:
@@ -229,6 +234,7 @@ def spec_of(model: ModelConfig, idle_timeout: float) -> EndpointSpec:
         api_key=model.api_key,
         wake_limit_s=model.wake_timeout,
         idle_timeout_s=idle or None,
+        standby_after_s=(standby or None) if model.snapshot is not None else None,
         environment=tuple(environment.items()),
         # The port differs on each run; the model is the same.
         key=f"{model.command}\n{model.snapshot}" if model.upstream is None else "",
@@ -239,102 +245,25 @@ def spec_of(model: ModelConfig, idle_timeout: float) -> EndpointSpec:
     )
 
 
-class AwakeLimit:
-    """Limit the number of endpoints awake: make room for one by putting others to sleep, one wake at a time."""
-
-    def __init__(self, limit: int, order: str, min_awake_s: float, drain_s: float) -> None:
-        self.limit, self.order, self.min_awake_s, self.drain_s = limit, order, min_awake_s, drain_s
-        self.endpoints: list[tuple[Endpoint, int]] = []
-        self.up_since: dict[str, float] = {}
-        self._one_wake = asyncio.Lock()
-        self._reserved: set[str] = set()
-
-    def guard(self, name: str, wake: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
-        """Return `wake`, wrapped to run only once there is room for `name`."""
-
-        async def within_limit() -> None:
-            async with self._one_wake:
-                await self._make_room(name)
-                self._reserved.add(name)
-            try:
-                await wake()
-                self.up_since[name] = time.monotonic()
-            finally:
-                self._reserved.discard(name)
-
-        return within_limit
-
-    def _awake(self, but: str) -> list[tuple[Endpoint, int]]:
-        down = (Phase.ASLEEP, Phase.FAILED, Phase.IDLE, Phase.STOPPED)
-        return [
-            (endpoint, priority)
-            for endpoint, priority in self.endpoints
-            if endpoint.name != but and (endpoint.tracker.phase not in down or endpoint.name in self._reserved)
-        ]
-
-    async def _make_room(self, name: str) -> None:
-        """Put others to sleep until there is room for `name`. Raises Unavailable (no-room) when none of them sleeps."""
-        pool = next(endpoint.pool for endpoint, _ in self.endpoints if endpoint.name == name)
-        until = time.monotonic() + self.drain_s
-        refused: dict[str, ProxyError] = {}
-        while self.limit:
-            awake = self._awake(name)
-            if len(awake) < self.limit:
-                return
-            settled = [
-                pair
-                for pair in awake
-                if pair[0].tracker.phase not in STARTING and pair[0].name not in self._reserved | refused.keys()
-            ]
-            if not settled:
-                if len(refused) >= len(awake):
-                    raise self._no_room(refused)
-                await asyncio.sleep(0.05)
-                continue
-            settled = [pair for pair in settled if not pair[0].pool.kept_awake]
-            if not settled:
-                raise StartFailed(
-                    "adapters-loaded", "each model that is awake has LoRA adapters, which no start restores"
-                )
-            victim, _ = min(settled, key=self._rank)
-            young = self.min_awake_s - (time.monotonic() - self.up_since.get(victim.name, 0.0))
-            if young > 0 and (victim.pool.outstanding or victim.pool.held):
-                await asyncio.sleep(min(young, 0.25))
-                continue
-            try:
-                await victim.pool.sleeper.evict(max(0.0, until - time.monotonic()), lambda: pool.wanted)
-            except Unneeded:
-                raise
-            except ProxyError as error:
-                refused[victim.name] = error
-
-    def _no_room(self, refused: dict[str, ProxyError]) -> Unavailable:
-        why = "; ".join(f"{name} did not go to sleep: {error.message}" for name, error in refused.items())
-        again = min(error.retry_after_s or 1.0 for error in refused.values())
-        return Unavailable("no-room", f"{self.limit} may be awake at once, and {why}", retry_after_s=again)
-
-    def _rank(self, pair: tuple[Endpoint, int]) -> tuple[float, ...]:
-        endpoint, priority = pair
-        busy = float(endpoint.pool.outstanding > 0)
-        idle_since = endpoint.pool.last_active
-        return (busy, priority, idle_since) if self.order == "priority" else (busy, idle_since)
-
-
 class Models:
     """Own the endpoints of all models, and the limit that they share."""
 
-    def __init__(self, config: Config, idle_timeout: float = 0.0) -> None:
-        """`idle_timeout` (seconds; 0 never) applies to models that set none."""
+    def __init__(self, config: Config, idle_timeout: float = 0.0, standby_after: float = 0.0) -> None:
+        """`idle_timeout` and `standby_after` (seconds; 0 never) apply to models that set none."""
         from plugin.records.lead_times import history_of_snapshot  # only this mode needs what it imports
 
         room = AwakeLimit(config.max_awake, config.evict, config.min_awake, config.evict_grace)
         self.endpoints: dict[str, Endpoint] = {}
         for name, model in config.models.items():
             endpoint = Endpoint(
-                name, spec_of(model, idle_timeout), room=room.guard, history=history_of_snapshot(model.snapshot)
+                name,
+                spec_of(model, idle_timeout, standby_after),
+                room=room.guard,
+                history=history_of_snapshot(model.snapshot),
             )
             self.endpoints[name] = endpoint
             room.endpoints.append((endpoint, model.priority))
+        self._relieving: asyncio.Task[None] | None = None
 
     @property
     def pools(self) -> dict[str, ReplicaPool]:
@@ -344,6 +273,7 @@ class Models:
     async def start(self) -> None:
         """Start every endpoint, which checks if it is up already."""
         await asyncio.gather(*(endpoint.start() for endpoint in self.endpoints.values()))
+        self._relieving = asyncio.get_running_loop().create_task(relieve(lambda: self.pools.values()))
 
     def kill(self) -> None:
         """Kill all processes started here, at once."""
@@ -352,6 +282,9 @@ class Models:
 
     async def close(self) -> None:
         """End all processes started here."""
+        if self._relieving is not None:
+            self._relieving.cancel()
+            await asyncio.gather(self._relieving, return_exceptions=True)
         await asyncio.gather(*(endpoint.close() for endpoint in self.endpoints.values()))
 
 

@@ -11,6 +11,9 @@ from plugin.proxy.errors import StartFailed, UpstreamFault
 if TYPE_CHECKING:
     from plugin.proxy.http.address import Upstream
 
+STANDBY_LIMIT_S = 60.0
+"""Seconds that an engine may take to standby; on a GPU its state moves to host memory."""
+
 
 async def move(upstream: Upstream, token: str | None, action: str, limit_s: float) -> None:
     """Have its engine wake, go to standby, or end (`sleep`), and return when that is done.

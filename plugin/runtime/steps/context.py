@@ -52,6 +52,17 @@ class StartContext(Protocol):
         """Return the identity of this launch, used to select and check a snapshot."""
 
     @property
+    def known_identity(self) -> CurrentIdentity | None:
+        """Return the identity if it has been computed by now."""
+
+    def forget_identity(self) -> None:
+        """Compute the identity again when it is needed."""
+
+    @property
+    def stop_requested(self) -> bool:
+        """Return True once the launch is stopping."""
+
+    @property
     def snapshot_name(self) -> str:
         """Return the name of the snapshot that this launch selects."""
 

@@ -13,6 +13,7 @@ from checkpoint.sandbox.sandbox import Sandbox
 from launchers.client import Client
 
 if TYPE_CHECKING:
+    from checkpoint.sandbox.freezer import Freezer
     from checkpoint.snapshot.restore import Restored
     from launchers.bare import BareProcess
     from launchers.base import EngineCommand
@@ -35,6 +36,8 @@ class Running:
     client: Client
     outputs: dict[str, Output]
     restored: Restored | None = None
+    freezer: Freezer | None = None
+    """Made at the first standby."""
     _closing: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def close(self) -> None:
@@ -44,6 +47,8 @@ class Running:
                 self.restored.close()
             else:
                 self.place.close()
+            if self.freezer:
+                self.freezer.close()
 
     def end(self, grace_s: float) -> int:
         """Send SIGTERM and return the exit code: that of SIGKILL if the engine outlives `grace_s` seconds and `close` must kill it."""

@@ -248,7 +248,7 @@ def test_every_serving_option_reaches_the_proxy():
 
     _, options = run(command_named("proxy"))
     Settings(**settings_of(Seen(options)))
-    assert EVERY - seen == {"idle_timeout", "log_level", "log_format", "quiet"}
+    assert EVERY - seen == {"idle_timeout", "standby_after", "log_level", "log_format", "quiet"}
 
 
 def test_all_options_of_the_three_commands_support_old_names():

@@ -80,6 +80,7 @@ def replica(place):
     return SimpleNamespace(
         cancellation=SimpleNamespace(cancel=lambda reason: False),
         _starting=threading.Lock(),
+        resting=SimpleNamespace(moving=threading.Lock()),
         running=Running(place, 7, 8000, None, {}),
         page_follower=SimpleNamespace(save_working_set=lambda: None),
         settings=SimpleNamespace(grace_s=1.0),

@@ -1,10 +1,16 @@
 """Two snapshot models of which one may be awake: each request is answered by its model, whatever it takes to make room."""
 
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
+from checkpoint.sandbox.process_tree import processes
 from tests.kits.launch_rig import PROMPT, call
 from tests.kits.switch_rig import NAMES, switching, take_both
 
+OURS = os.readlink("/proc/self/ns/pid")
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]
 
 
@@ -40,3 +46,57 @@ def test_models_are_moved_by_hand_with_the_token_only(rig_of):
         assert (status, body["error"]["code"]) == (403, "admin-foreign-page")
         asked = {"model": "red", "prompt": PROMPT, "max_tokens": 4, "temperature": 0}
         assert call(started.port, "POST", "/v1/completions", asked)[1]["choices"][0]["token_ids"] == answers["red"]
+
+
+def test_fifty_switches_from_standby_are_each_answered_by_the_right_model(rig_of):
+    rig = rig_of("sglang")
+    answers = take_both(rig)
+    with switching(rig, more=", standby_after: 1h") as started:
+        for number in range(50):
+            name = NAMES[number % 2]
+            assert started.ask_of(name) == answers[name], number
+        pools = started.pools()
+        assert (pools["red"]["standbys"], pools["blue"]["standbys"]) == (25, 24)
+        assert (pools["red"]["sleeps"], pools["blue"]["sleeps"]) == (0, 0)
+        assert (started.phase("red"), started.phase("blue")) == ("standby", "serving")
+        listed = {model["id"]: model["phase"] for model in call(started.port, "GET", "/v1/models")[1]["data"]}
+        assert listed == {"red": "standby", "blue": "serving"}
+        assert started.act("red", "sleep") == (200, {"name": "red", "phase": "asleep"})
+        assert started.ask_of("red") == answers["red"]
+
+
+def test_requests_for_both_models_at_once_are_each_answered_by_the_right_one(rig_of):
+    rig = rig_of("vllm")
+    answers = take_both(rig)
+    with switching(rig, more=", standby_after: 1h") as started, ThreadPoolExecutor(8) as pool:
+        names = [NAMES[number * 7 % 3 % 2] for number in range(60)]
+        assert list(pool.map(started.ask_of, names)) == [answers[name] for name in names]
+        assert "standby-lost" not in started.text()
+
+
+@pytest.mark.parametrize("victim", ["engine", "restore"])
+def test_a_model_that_was_killed_in_standby_is_restored(rig_of, victim):
+    rig = rig_of("sglang")
+    answers = take_both(rig)
+    with switching(rig, more=", standby_after: 1h") as started:
+        for name in NAMES:
+            assert started.ask_of(name) == answers[name]
+        started.wait_phase("red", "standby")
+        command = started.pools()["red"]["replicas"][0]["pid"]
+        inside = [pid for pid in processes(command) if os.readlink(f"/proc/{pid}/ns/pid") != OURS]
+        os.kill(command if victim == "restore" else inside[-1], signal.SIGKILL)
+        if victim == "restore":
+            started.wait_phase("red", "failed")
+        assert started.ask_of("red") == answers["red"]
+        assert started.ask_of("blue") == answers["blue"]
+
+
+def test_with_workers_a_model_stands_by_once_all_of_them_are_quiet(rig_of):
+    rig = rig_of("sglang")
+    answers = take_both(rig)
+    with switching(rig, "--workers", "2", more=", standby_after: 1h") as started, ThreadPoolExecutor(4) as pool:
+        names = [NAMES[number % 2] for number in range(20)]
+        assert list(pool.map(started.ask_of, names)) == [answers[name] for name in names]
+        (serving,) = (name for name in NAMES if started.phase(name) == "serving")
+        assert started.act(serving, "standby") == (200, {"name": serving, "phase": "standby"})
+        assert started.ask_of(serving) == answers[serving]

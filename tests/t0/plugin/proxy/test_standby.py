@@ -1,0 +1,200 @@
+"""The ladder of sleep in one pool: serving, standby, asleep, and what moves a pool along it."""
+
+import asyncio
+import contextlib
+
+import pytest
+
+from plugin.proxy.admin.actions import act, pool_named
+from plugin.proxy.errors import ClientFault, ProxyError, StartFailed
+from plugin.proxy.http.address import from_url
+from plugin.proxy.pool.pool import ReplicaPool
+from plugin.proxy.pool.pressure import longest_in_standby, relieve, shortage
+from plugin.proxy.pool.start_times import Kind
+from plugin.runtime.phases import IllegalTransition, Phase, PhaseTracker
+
+pytestmark = pytest.mark.t0
+
+
+class Engine:
+    """A pool whose replica moves as its hooks say. `refuses`: the hooks that fail."""
+
+    def __init__(self, name="m", refuses=(), **settings):
+        self.tracker, self.moves, self.refuses = PhaseTracker(), [], set(refuses)
+        self.gate = asyncio.Event()
+        self.gate.set()
+        for phase in (Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING, Phase.SERVING):
+            self.tracker.to(phase)
+        hooks = {
+            "wake": self._hook("wake", Phase.WAKING, Phase.SERVING),
+            "standby": self._hook("standby", Phase.STANDBY),
+            "sleep": self._hook("sleep", Phase.ASLEEP),
+        }
+        self.pool = ReplicaPool(name=name, **hooks, **settings)
+        self.replica = self.pool.add("r0", self.tracker, from_url("http://127.0.0.1:1"))
+        self.pool.bind(asyncio.get_running_loop())
+
+    def _hook(self, what, *phases):
+        async def move():
+            self.moves.append(what)
+            await self.gate.wait()
+            if what in self.refuses:
+                raise StartFailed(f"no-{what}", f"{what} is refused")
+            for phase in phases:
+                self.tracker.to(phase)
+            await asyncio.sleep(0)
+
+        return move
+
+
+@contextlib.asynccontextmanager
+async def watched(engine):
+    task = asyncio.get_running_loop().create_task(engine.pool.sleeper.watch_idle())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def until(condition):
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - phases move in any thread
+            await asyncio.sleep(0.005)
+
+
+def test_only_a_serving_replica_stands_by_and_it_wakes_or_sleeps():
+    tracker = PhaseTracker()
+    with pytest.raises(IllegalTransition):
+        tracker.to(Phase.STANDBY)
+    for phase in (Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING, Phase.SERVING, Phase.STANDBY):
+        tracker.to(phase)
+    with pytest.raises(IllegalTransition):
+        tracker.to(Phase.SERVING)
+    tracker.to(Phase.WAKING)
+    tracker.to(Phase.SERVING)
+    assert [span.phase for span in tracker.timeline] == [Phase.WAKING], "a start of its own"
+    tracker.to(Phase.STANDBY)
+    tracker.to(Phase.ASLEEP)
+
+
+def test_an_idle_pool_goes_down_the_ladder_and_a_request_brings_it_up():
+    async def check():
+        engine = Engine(standby_after_s=0.05, idle_timeout_s=0.2)
+        async with watched(engine):
+            await until(lambda: engine.tracker.phase is Phase.ASLEEP)
+            assert engine.moves == ["standby", "sleep"]
+            engine.tracker.to(Phase.MOUNTING)
+            for phase in (Phase.RESTORING, Phase.WAKING, Phase.VERIFYING, Phase.SERVING):
+                engine.tracker.to(phase)
+            await until(lambda: engine.tracker.phase is Phase.STANDBY)
+            replica = await engine.pool.acquire()
+            assert engine.moves[-1] == "wake" and replica.start_kind is Kind.WOKEN
+            await asyncio.sleep(0.3)
+            assert engine.tracker.phase is Phase.SERVING, "it answers a request"
+            engine.pool.release(replica)
+
+    asyncio.run(check())
+
+
+def test_a_request_that_arrives_on_the_way_waits_and_is_answered_afterwards():
+    async def check():
+        engine = Engine()
+        engine.gate.clear()
+        moving = asyncio.ensure_future(engine.pool.sleeper.standby())
+        await until(lambda: engine.moves == ["standby"])
+        waiting = asyncio.ensure_future(engine.pool.acquire())
+        await asyncio.sleep(0.02)
+        assert not waiting.done()
+        engine.gate.set()
+        assert await moving and (await waiting).name == "r0"
+        assert engine.moves == ["standby", "wake"]
+
+    asyncio.run(check())
+
+
+def test_adapters_are_kept_in_standby_and_keep_the_engine_from_sleep():
+    async def check():
+        engine = Engine()
+        engine.replica.adapters_loaded = True
+        assert not await engine.pool.sleeper.sleep()
+        assert await engine.pool.sleeper.standby()
+        with pytest.raises(ProxyError) as refused:
+            await engine.pool.sleeper.evict(standby=False)
+        assert refused.value.code == "adapters-loaded" and engine.tracker.phase is Phase.STANDBY
+        engine.pool.release(await engine.pool.acquire())
+        assert engine.replica.adapters_loaded
+        engine.tracker.to(Phase.FAILED)
+        await asyncio.sleep(0.01)
+        assert not engine.replica.adapters_loaded
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_pool_that_cannot_stand_by_makes_room_by_sleep_unless_that_would_lose_adapters(adapters):
+    async def check():
+        engine = Engine(refuses={"standby"})
+        engine.pool.sleeper.evicts_to_standby = True
+        engine.replica.adapters_loaded = adapters
+        if adapters:
+            with pytest.raises(StartFailed, match="standby is refused"):
+                await engine.pool.sleeper.evict()
+            assert engine.tracker.phase is Phase.SERVING and engine.pool.ready() is engine.replica
+        else:
+            await engine.pool.sleeper.evict()
+            assert engine.tracker.phase is Phase.ASLEEP
+
+    asyncio.run(check())
+
+
+def test_moves_by_hand_have_nothing_to_do_where_less_is_held_already():
+    async def check():
+        engine = Engine()
+        assert [await act(engine.pool, action) for action in ("standby", "standby", "sleep", "standby")] == [
+            "standby",
+            "standby",
+            "asleep",
+            "asleep",
+        ]
+        assert engine.moves == ["standby", "sleep"]
+        with pytest.raises(ClientFault) as unknown:
+            pool_named([engine.pool], "other")
+        assert unknown.value.code == "model-not-found" and pool_named([engine.pool], "m") is engine.pool
+
+    asyncio.run(check())
+
+
+def test_short_memory_puts_the_longest_idle_in_standby_to_sleep_and_spares_what_no_snapshot_restores():
+    async def check():
+        first, second, lone = Engine("first"), Engine("second"), Engine("lone", refuses={"sleep"})
+        engines = (second, lone, first)
+        for engine in engines:
+            assert await engine.pool.sleeper.standby()
+        first.pool.last_active -= 100
+        lone.pool.last_active -= 200
+        pools = [engine.pool for engine in engines]
+        assert [pool.name for pool in longest_in_standby(pools)] == ["lone", "first", "second"]
+        short = ["memory is short"]
+        task = asyncio.get_running_loop().create_task(relieve(lambda: pools, lambda: short[0], every_s=0.02))
+        await until(lambda: first.tracker.phase is Phase.ASLEEP)
+        assert second.tracker.phase is Phase.STANDBY, "one at a time"
+        await until(lambda: second.tracker.phase is Phase.ASLEEP)
+        assert lone.tracker.phase is Phase.STANDBY
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    ("stalled", "available", "found"),
+    [("0.00", 500, ""), ("35.50", 500, "36 %"), ("0.00", 10, "10 of 1000 MiB"), (None, 500, ""), (None, None, "")],
+)
+def test_memory_is_short_by_pressure_or_by_what_is_available(tmp_path, stalled, available, found):
+    if stalled:
+        (tmp_path / "pressure").write_text(f"some avg10={stalled} avg60=0.00 avg300=0.00 total=1\nfull avg10=0.00\n")
+    if available:
+        (tmp_path / "meminfo").write_text(f"MemTotal: {1000 << 10} kB\nMemAvailable: {available << 10} kB\n")
+    why = shortage([tmp_path / "missing", tmp_path / "pressure"], tmp_path / "meminfo")
+    assert (found in why) if found else why == ""

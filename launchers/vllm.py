@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from checkpoint.compatibility import hub
 from checkpoint.snapshot.manifest import GENERATE, Prompt
 from launchers import control
 from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, expandable_segments, has_flag, tolerate_refusal
@@ -108,13 +109,7 @@ class Vllm(Engine):
 
     def hub_arguments(self, command: EngineCommand, user: Mapping[str, str]) -> tuple[str, ...]:
         """Keep the name that clients use: offline, vLLM puts the cache's folder in the place of a hub name (EngineArgs)."""
-        offline = (user.get("HF_HUB_OFFLINE") or user.get("TRANSFORMERS_OFFLINE") or "").upper() in (
-            "1",
-            "ON",
-            "YES",
-            "TRUE",
-        )
-        if offline or "served-model-name" in given_options(command.arguments):
+        if hub.is_offline(user) or "served-model-name" in given_options(command.arguments):
             return ()
         return ("--served-model-name", command.model)
 

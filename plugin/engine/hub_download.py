@@ -6,8 +6,8 @@ writes one JSON answer to standard output; progress goes to standard error.
 
 Request: {"parent": PID, "cache": FOLDER or null, "engine": NAME, "load_format": FORMAT, "remote_code": BOOL,
 "code_revision": REVISION or null, "repositories": [{"name", "revision", "part"}]}, where part is `model` (one format of its
-weights), `text` (no weights) or `all`. Answer: {"folders": [FOLDER, …]} in the same order, or {"code", "message"} of the
-first failure.
+weights), `text` (no weights) or `all`. Answer, in the same order: {"folders": [FOLDER, …], "files": [NAMES, …]}, with the files
+that the hub says are needed of each (null where only the cache was read); or {"code", "message"} of the first failure.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ class Download:
         self.hub, self.cache = hub, request["cache"]
         self.engine, self.load_format = request["engine"], request["load_format"]
         self.remote_code, self.code_revision = request["remote_code"], request["code_revision"]
+        self.needed: dict[tuple[str, str | None, str], list[str]] = {}
+        """The files of each repository that the hub was asked about."""
 
     def repository(self, name: str, revision: str | None, part: str) -> str:
         """Download one repository as far as its part goes; return its snapshot folder. Raises Refused."""
@@ -88,12 +90,12 @@ class Download:
                 raise self._refusal(name, revision, error) from error
             folder = cached
         if part == "model":
-            self._named_by(name, revision, _configurations(folder))
+            self._named_by(name, revision, configurations(folder))
         return folder
 
-    def _named_by(self, name: str, revision: str | None, configurations: str) -> None:
+    def _named_by(self, name: str, revision: str | None, text: str) -> None:
         """Download the code that a model's configuration names, if it may run. Raises Refused if it names another model."""
-        if '"speculators_config"' in configurations:
+        if names_speculators(text):
             raise Refused(
                 "hub-speculators", f"the configuration of {name} names another model, which the engine loads too"
             )
@@ -101,7 +103,7 @@ class Download:
             return
         if self.code_revision and self.code_revision != revision:
             self.repository(name, self.code_revision, "text")
-        for other in sorted(set(CODE_ELSEWHERE.findall(configurations))):
+        for other in sorted(set(CODE_ELSEWHERE.findall(text))):
             self.repository(other, self.code_revision, "text")
 
     def _newest(self, name: str, revision: str | None, part: str) -> str:
@@ -116,7 +118,9 @@ class Download:
         if part == "model":
             wanted += self._weights(name, revision, listed)
         patterns = [file.replace("[", "[[]") for file in wanted]
-        return str(self.hub.snapshot_download(name, revision=revision, cache_dir=self.cache, allow_patterns=patterns))
+        folder = self.hub.snapshot_download(name, revision=revision, cache_dir=self.cache, allow_patterns=patterns)
+        self.needed[name, revision, part] = wanted
+        return str(folder)
 
     def _weights(self, name: str, revision: str | None, listed: list[str]) -> list[str]:
         """Return the weight files that the engine would download by itself."""
@@ -207,12 +211,18 @@ def _any_of(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _configurations(folder: str) -> str:
+def configurations(folder: str) -> str:
+    """Return the text of the configurations in a model's folder."""
     text = ""
     for name in CONFIGURATIONS:
         with contextlib.suppress(OSError):
             text += (Path(folder) / name).read_text(errors="replace")
     return text
+
+
+def names_speculators(text: str) -> bool:
+    """Return whether a model's configurations name another model that it speculates for."""
+    return '"speculators_config"' in text
 
 
 def _errno(error: BaseException | None) -> int | None:
@@ -229,7 +239,12 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         hub = importlib.import_module("huggingface_hub")
         download = Download(hub, request)
-        return {"folders": [download.repository(**repository) for repository in request["repositories"]]}
+        repositories = request["repositories"]
+        folders = [download.repository(**repository) for repository in repositories]
+        return {
+            "folders": folders,
+            "files": [download.needed.get((one["name"], one["revision"], one["part"])) for one in repositories],
+        }
     except Refused as error:
         return {"code": error.code, "message": error.message}
     except ImportError as error:

@@ -36,6 +36,8 @@ def model_folder(model):
     cache = os.environ.get("HF_HUB_CACHE") or f"{os.environ.get('HF_HOME')}/hub"
     repo = Path(cache) / f"models--{model.replace('/', '--')}"
     revision = options_of(sys.argv[1:]).get("revision", "main")
+    if (repo / "snapshots" / revision).is_dir():
+        return str(repo / "snapshots" / revision)  # a commit
     try:
         return str(repo / "snapshots" / (repo / "refs" / revision).read_text())
     except OSError:

@@ -141,6 +141,23 @@ def test_a_cold_start_uses_the_newest_commit(one):
 
 
 @pytest.mark.slow
+def test_a_commit_that_is_in_the_cache_is_not_asked_for(one):
+    commit = one.hub.repositories[NAME].refs["main"]
+    arguments = ("--revision", commit)
+    with one.running("--no-snapshot", model=NAME, arguments=arguments) as started:
+        answer = started.ask()
+    assert one.hub.downloads()
+    one.hub.requests.clear()
+    with one.running("--no-snapshot", model=NAME, arguments=arguments) as started:
+        assert started.ask() == answer
+    assert one.hub.requests == []
+    (snapshots(one) / commit / "tokenizer.json").unlink()
+    with one.running("--no-snapshot", model=NAME, arguments=arguments) as started:
+        assert started.ask() == answer
+    assert one.hub.requests and (snapshots(one) / commit / "tokenizer.json").exists()
+
+
+@pytest.mark.slow
 def test_a_commit_during_a_start_makes_no_snapshot(one):
     """Another launch may have downloaded it, and it is unknown which of the two the engine has read."""
     with one.running(model=NAME, env={"ENGINE_DOUBLE_COMPILE_S": "3"}) as started:

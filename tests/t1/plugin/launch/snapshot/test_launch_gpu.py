@@ -16,6 +16,7 @@ import launchers
 from checkpoint.compatibility import host
 from checkpoint.compatibility.gpu import Gpu
 from checkpoint.criu.binary import Criu
+from checkpoint.errors import Failed
 from plugin.runtime.capabilities import Capabilities
 from plugin.runtime.config import LaunchSettings, state_home
 from plugin.runtime.phases import Phase, PhaseTracker
@@ -278,3 +279,55 @@ def test_a_snapshot_with_gpu_state_has_no_lazy_restore(gpu_rig, caplog):
         replica.start()
     assert replica.tracker.phase is Phase.SERVING and not replica.restored
     assert replica._cuda.changes()[before:].count("restore") == 1
+
+
+@pytest.mark.parametrize("weights", ["full", "thin"])
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_in_standby_no_gpu_memory_is_held(gpu_rig, launch_rig, engine, weights):
+    replica = gpu_rig(engine, weights=weights)
+    replica.start()
+    expected = answer(replica)
+    before = len(worker(replica)["calls"])
+    for _ in range(2):
+        replica.standby()
+        assert replica.tracker.phase is Phase.STANDBY
+        assert replica._cuda._used() == {GPU0: 0}
+        replica.start()
+        assert replica.resting.continued and replica.tracker.phase is Phase.SERVING
+        assert replica._cuda._used() == {GPU0: USED}
+        assert [span.phase for span in replica.tracker.timeline] == [Phase.WAKING, Phase.VERIFYING]
+        assert answer(replica) == expected
+    assert replica._cuda.changes()[-4:] == ["lock", "checkpoint", "restore", "unlock"]
+    calls = json.dumps([*ASLEEP[engine, weights], *AWAKE[engine, weights]]).replace(MODEL, str(launch_rig.model))
+    assert worker(replica)["calls"][before:] == json.loads(calls) * 2 and worker(replica)["away"] == []
+
+
+@pytest.mark.parametrize(
+    ("operation", "code"), [("lock", "cuda-lock-failed"), ("checkpoint", "cuda-checkpoint-failed")]
+)
+def test_a_driver_that_refuses_leaves_the_engine_serving(gpu_rig, operation, code):
+    replica = gpu_rig("sglang")
+    replica.start()
+    expected = answer(replica)
+    write(gpu_rig.gpu / "faults.json", [{"op": operation, "pid": None, "result": "CUDA_ERROR_UNKNOWN"}])
+    with pytest.raises(Failed) as refused:
+        replica.standby()
+    assert refused.value.code == code and replica.tracker.phase is Phase.SERVING
+    assert worker(replica)["away"] == [] and answer(replica) == expected
+    replica.standby()
+    replica.start()
+    assert answer(replica) == expected
+
+
+def test_an_engine_whose_gpu_state_does_not_come_back_is_restored(gpu_rig, caplog):
+    replica = gpu_rig("vllm")
+    replica.start()
+    expected = answer(replica)
+    replica.standby()
+    write(
+        gpu_rig.gpu / "faults.json", [{"op": "restore", "pid": None, "result": "CUDA_ERROR_UNKNOWN", "state": "FAILED"}]
+    )
+    with caplog.at_level(logging.WARNING, "quickthaw"):
+        replica.start()
+    assert "standby-lost" in caplog.text and "cuda" in caplog.text
+    assert replica.restored and not replica.resting.continued and answer(replica) == expected

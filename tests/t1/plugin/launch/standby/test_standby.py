@@ -172,3 +172,23 @@ def test_replicas_stand_by_and_come_back_together(rig_of):
             assert time.monotonic() < limit, started.text()[-3000:]
             time.sleep(0.02)
         assert started.ask() == answer
+
+
+def test_the_commands_show_and_move_a_model(rig_of):
+    rig = rig_of("sglang")
+    with rig.running("--admin-token", "secret") as started:
+        started.complete()
+        here = {"QUICKTHAW_URL": f"http://127.0.0.1:{started.port}", "QUICKTHAW_ADMIN_TOKEN": "secret"}
+        limit = time.monotonic() + 30
+        while "serving" not in (listed := rig.cli("ps", **here).stdout):
+            assert time.monotonic() < limit, listed
+        for action, phase in (("standby", "standby"), ("wake", "serving"), ("sleep", "asleep")):
+            done = rig.cli(action, "default", **here)
+            assert (done.returncode, done.stdout) == (0, f"default is {phase}\n"), done.stderr
+            assert phase in rig.cli("ps", **here).stdout
+        refused = rig.cli("wake", "default", **here | {"QUICKTHAW_ADMIN_TOKEN": "wrong"})
+        assert refused.returncode == 1 and refused.stderr.startswith("quickthaw: admin-token: ")
+        unknown = rig.cli("wake", "pink", **here)
+        assert unknown.returncode == 1 and unknown.stderr.startswith("quickthaw: model-not-found: ")
+    gone = rig.cli("ps", **here)
+    assert gone.returncode == 1 and gone.stderr.startswith("quickthaw: not-reached: "), gone.stderr

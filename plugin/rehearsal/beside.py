@@ -114,6 +114,8 @@ class Beside:
         self._process: subprocess.Popen[bytes] | None = None
         self._starting = threading.Lock()
         self._closed = False
+        self._said = ""
+        """Why it was given up last: said once, and at the last try."""
         self._alone = MeanTime()
 
     async def run(self) -> None:
@@ -240,7 +242,9 @@ class Beside:
         if last.event == "given-up":
             self.timing.dropped(time.monotonic())
             again = self.timing.tries < TRIES
-            log.info(
+            known, self._said = self._said, why or last.code
+            log.log(
+                logging.DEBUG if known == self._said and again else logging.INFO,
                 "snapshot %s: not rehearsed (%s); %s",
                 snapshot.name,
                 why or f"{last.code}: {last.message}",

@@ -39,6 +39,11 @@ def lower_own() -> None:
     lower([os.getpid()])
 
 
+def is_lowest() -> bool:
+    """Return whether this process has the idle scheduling class."""
+    return os.sched_getscheduler(0) == os.SCHED_IDLE
+
+
 def _idle_io(task: int) -> None:
     """Set the idle class of ioprio_set(2), which the standard library does not have."""
     number = _SYS_IOPRIO_SET.get(platform.machine())

@@ -1,7 +1,7 @@
 """Restore a snapshot in a sandbox of its own, ask it what users ask, and mark it as rehearsed.
 
-The first restore records the working set, and ends once it is written. A second one, with that working set, leaves the
-plans, the pack and the list of reads beside the images. Both are the restore that a launch does
+The first restore records the working set (or adds to the one that is there), and ends once it is written. A second one,
+with that working set, leaves the plans, the pack and the list of reads beside the images. Both are the restore that a launch does
 (plugin/runtime/steps/restore_snapshot.py).
 
 Guarantees: whatever happens, and at whichever moment `end` is called, no process, mount, namespace or file of the
@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +63,8 @@ NO_FAULT = (
     "pages-lost",
 )
 """Codes of errors that say nothing about the snapshot."""
-ROUNDS = 3
-"""Most restores with a known working set: one that misses pages adds them to it, and its plans are made again."""
+ROUNDS = 4
+"""Most restores. One that adds pages to the working set is followed by another, which makes its plans."""
 PLACED_LIMIT_S = 600.0
 
 
@@ -80,14 +81,15 @@ class RehearsalFailed(CheckpointError):
 
 
 class _Rehearsed(Replica):
-    """A replica whose engine runs at the lowest priority from its first instruction on (CRIU restores the recorded one)."""
+    """A replica whose engine can be paused, and runs at the lowest priority if this process does: CRIU restores that of the dump."""
 
     pausing: Pausing
 
     def set_running(self, running: Running) -> None:
         """See Replica."""
         if isinstance(running.place, Sandbox):
-            priority.lower([running.place.init_pid, *processes(running.place.init_pid)])
+            if priority.is_lowest():
+                priority.lower([running.place.init_pid, *processes(running.place.init_pid)])
             self.pausing.begin(running.place.init_pid)
         super().set_running(running)
 
@@ -196,17 +198,17 @@ class Rehearsal:
         began = time.monotonic()
         found = self.library.load(self.name)
         folder = self.library.path(self.name)
-        if (before := rehearsal.read(folder, found)) and rehearsal.prepared_here(folder, found):
+        if (before := self._done(found)) and rehearsal.prepared_here(folder, found):
             return before
         with rehearsal.lock(folder), self._watching_memory(found):
+            before = self._done(found)
             asked = list(before.requests) if before else []
             lazy = self.settings.lazy_restore and not found.gpu.processes
-            if not lazy or not self.library.working_set(self.name).exists():
-                asked = self._attempt(found, lambda: self._once(found, lazy, full=True))
-            for _ in range(ROUNDS if lazy else 0):
-                known = self.library.working_set(self.name).read_bytes()
-                self._attempt(found, lambda: self._once(found, lazy, full=False))
-                if self.library.working_set(self.name).read_bytes() == known:
+            for number in range(ROUNDS):
+                full, known = number == 0 and before is None, self._known()
+                got = self._attempt(found, partial(self._once, found, lazy, full=full))
+                asked = got if full else asked
+                if not lazy or self._known() == known:
                     break
             now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
             mark = rehearsal.Mark(found.digest, now, asked, round(time.monotonic() - began, 2))
@@ -216,6 +218,16 @@ class Rehearsal:
                     raise GivenUp("snapshot-replaced", f"{self.name} was replaced meanwhile")
                 rehearsal.write(folder, mark)
             return mark
+
+    def _done(self, found: Snapshot) -> rehearsal.Mark | None:
+        return rehearsal.read(self.library.path(self.name), found)
+
+    def _known(self) -> bytes:
+        """Return the working set as it is now, empty if there is none."""
+        try:
+            return self.library.working_set(self.name).read_bytes()
+        except OSError:
+            return b""
 
     def _attempt(self, found: Snapshot, once: Callable[[], list[str]]) -> list[str]:
         """Return what `once` returns, in one of ATTEMPTS. Raises GivenUp, or RehearsalFailed with the snapshot in quarantine."""
@@ -304,9 +316,9 @@ class Rehearsal:
             answered[0] = ALL
             if lazy and not replica.page_follower.wait_saved(PLACED_LIMIT_S):
                 raise GivenUp("working-set-late", "the working set was not written in time")
-            if lazy and full and not self.library.working_set(self.name).exists():
+            if lazy and not self._known():
                 raise Failed("disk-full", "the working set could not be written; make room")
-            if lazy and not full and running.restored and running.restored.pages:
+            if lazy and not replica.recording and running.restored and running.restored.pages:
                 running.restored.pages.wait_complete(PLACED_LIMIT_S)
             return asked
         finally:

@@ -91,8 +91,12 @@ def _batch(engine: Engine, client: Client, canary: Canary) -> None:
         _ask(engine, client, canary, _prompt(canary, 12, number + 1), BATCH_TOKENS)
 
     with ThreadPoolExecutor(BATCH, thread_name_prefix="batch") as pool:
-        asked = [pool.submit(one, number) for number in range(BATCH)]
-        refused = [error for future in as_completed(asked) if (error := future.exception())]
+        try:
+            asked = [pool.submit(one, number) for number in range(BATCH)]
+            refused = [error for future in as_completed(asked) if (error := future.exception())]
+        except BaseException:  # a signal's, or no thread more: those that wait for the others would wait in vain
+            together.abort()
+            raise
     for error in refused:
         if not isinstance(error, EngineFailed) or not error.status:
             raise error

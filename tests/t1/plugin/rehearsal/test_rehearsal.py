@@ -266,7 +266,9 @@ def test_create_takes_rehearses_and_pushes_without_a_port(launch_rig, tmp_path):
     words = engine_words(rig)
     name = rig.cli("snapshot", "key", *words).stdout.strip()
     assert not rig.library.names()
-    done = rig.cli("snapshot", "create", "--json", "--snapshot-store", store, *words)
+    weights = tmp_path / "weights"
+    done = rig.cli("snapshot", "create", "--json", "--snapshot-store", store, "--store", weights, *words)
+    assert list((weights / "manifests").iterdir())  # the model is in its store, too
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
     assert made["name"] == name == rig.name and made["taken"] and made["pushed_bytes"] > 0
@@ -277,6 +279,31 @@ def test_create_takes_rehearses_and_pushes_without_a_port(launch_rig, tmp_path):
     with rig.running() as started:  # the launch with these arguments restores it
         started.ask()
         assert "restoring" in started.phases()[0] and FIRST not in started.text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["quickthaw: loading", FIRST])
+def test_a_signal_ends_create_with_its_engine(launch_rig, number, moment):
+    rig = launch_rig
+    env = {"ENGINE_DOUBLE_COMPILE_S": "60"} if moment != FIRST else {}
+    words = ["snapshot", "create", *map(str, engine_words(rig))]
+    log = rig.folder / "log"
+    with log.open("wb") as out:
+        creating = subprocess.Popen(
+            [sys.executable, "-m", "plugin", *words], env=rig.env(**env), cwd=REPO, stdout=out, stderr=out
+        )
+    try:
+        limit = time.monotonic() + 60
+        while moment not in log.read_text():
+            assert creating.poll() is None and time.monotonic() < limit, log.read_text()
+            time.sleep(0.02)
+        creating.send_signal(number)
+        assert creating.wait(30) == 128 + number, log.read_text()
+    finally:
+        creating.kill()
+        creating.wait(10)
+    assert "Traceback" not in log.read_text(), log.read_text()
+    assert rig.watch.gone() == set()
 
 
 def test_create_fails_with_a_code_where_no_snapshot_can_be(launch_rig):

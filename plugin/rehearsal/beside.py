@@ -27,6 +27,7 @@ from checkpoint.snapshot import rehearsal
 from checkpoint.snapshot.library import Library
 from lazyfs.content.records import ready
 from plugin.proxy.pool.replica import STARTING
+from plugin.rehearsal import priority
 from plugin.rehearsal.process import END_LIMIT_S, GO_ON, PAUSE, Order, Report
 from plugin.rehearsal.yielding import Course, MeanTime, Yielding
 from plugin.runtime.phases import Phase
@@ -314,6 +315,7 @@ class Beside:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        priority.remove_groups()
         if process.returncode not in (0, 1):
             with contextlib.suppress(OSError):
                 Library(self.settings.home).sweep()  # what it did not get to remove

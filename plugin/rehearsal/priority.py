@@ -1,8 +1,10 @@
 """Give work the lowest priority that this host has, so that it runs only where nothing else would.
 
-Four things are needed: the idle scheduling class; the least weight of the session's autogroup, among which the kernel
-shares the processors before it looks at classes; the idle class of the disk's scheduler; and the first place among
-those that the kernel ends when memory runs out. Each is tried by itself; what a host refuses stays as it is.
+A control group of its own with `cpu.idle`, where one can be made: processes inherit it, whatever sessions they make and
+whatever priorities CRIU restores. Beside that, for hosts where none can be made: the idle scheduling class, and the
+least weight of the session's autogroup, among which the kernel shares the processors before it looks at classes. Then
+the idle class of the disk's scheduler, and the first place among those that the kernel ends when memory runs out. Each
+is tried by itself; what a host refuses stays as it is.
 """
 
 from __future__ import annotations
@@ -11,12 +13,16 @@ import contextlib
 import ctypes
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _SYS_IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
 _WHO_PROCESS, _IO_IDLE = 1, 3 << 13
 _LEAST_NICE, _ENDED_FIRST = 19, 1000
+_GROUP = "quickthaw-rehearsal-"
+_GROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_LEAST = (("cpu.idle", 1), ("cpu.shares", 2), ("cpu.weight", 1))
+"""Files of a control group for processors, and the least that they take; the first that is there counts."""
 
 
 def lower(pids: Iterable[int]) -> None:
@@ -36,12 +42,64 @@ def lower_own() -> None:
     """Give this process and its later children the lowest priority, in a session of its own, which has an autogroup of its own."""
     with contextlib.suppress(OSError):  # it leads a session already
         os.setsid()
+    _enter_group()
     lower([os.getpid()])
 
 
 def is_lowest() -> bool:
     """Return whether this process has the idle scheduling class."""
     return os.sched_getscheduler(0) == os.SCHED_IDLE
+
+
+def remove_groups() -> None:
+    """Remove the control groups of rehearsals whose processes have all ended."""
+    for parent in _parents():
+        with contextlib.suppress(OSError):
+            for group in parent.glob(f"{_GROUP}*"):
+                with contextlib.suppress(OSError):  # it still has processes
+                    group.rmdir()
+
+
+def leave_group() -> None:
+    """Move this process back, and remove its control group once it is empty."""
+    for parent in _parents():
+        if parent.name.startswith(_GROUP):
+            with contextlib.suppress(OSError):
+                (parent.parent / "cgroup.procs").write_text(str(os.getpid()))
+    remove_groups()
+
+
+def _enter_group() -> None:
+    remove_groups()
+    for parent in _parents():
+        group = parent / f"{_GROUP}{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        try:
+            name, least = next((name, least) for name, least in _LEAST if (group / name).exists())
+            (group / name).write_text(str(least))
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+        except (OSError, StopIteration):  # no controller of processors, or not for us
+            with contextlib.suppress(OSError):
+                group.rmdir()
+            continue
+        return
+
+
+def _parents() -> Iterator[Path]:
+    """Yield this process's control group for processors, as version 1 or 2 has it."""
+    with contextlib.suppress(OSError):
+        for line in _OWN.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            for base in (_GROUPS / controllers, _GROUPS / "cpu") if controllers else (_GROUPS,):
+                # In a container the path may be the host's, while only the container's own group is mounted.
+                if (found := next((one for one in (base / path.lstrip("/"), base) if one.is_dir()), None)) is not None:
+                    yield found
+                    break
 
 
 def _idle_io(task: int) -> None:

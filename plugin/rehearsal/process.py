@@ -62,6 +62,13 @@ def _say(report: Report) -> None:
 def main() -> int:
     """Rehearse as ordered. Returns 0 when the snapshot is rehearsed, and pushed if that was ordered, else 1."""
     priority.lower_own()
+    try:
+        return _rehearse()
+    finally:
+        priority.leave_group()
+
+
+def _rehearse() -> int:
     order = msgspec.json.decode(sys.stdin.buffer.readline(), type=ready(Order))
 
     from checkpoint.errors import CheckpointError

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import launchers
+from checkpoint.compatibility.check import Identity
 from checkpoint.cuda import checkpoint as cuda
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Incompatible, NotFound
 from checkpoint.sandbox.process_tree import processes
@@ -301,7 +302,8 @@ class Rehearsal:
         try:
             self._check()
             if found.gpu.processes and (driver := replica.driver()) is not None:
-                cuda.check_memory(driver, found.gpu)
+                then = Identity.decode(found.identity).host.gpus
+                cuda.check_memory(driver, found.gpu, cuda.gpu_pairs(then, replica.identity.host.gpus))
             with replica.fetching.held(self.library, self.name):
                 restore_snapshot.run(replica, self.name, lazy)
             self._check()

@@ -333,3 +333,22 @@ def test_a_pulled_snapshot_is_prepared_without_a_restore(launch_rig, tmp_path):
         assert "restoring" in started.phases()[0] and FIRST not in started.text()
     assert os.path.samestat(file.stat(), before)  # they were used: what is not used is made again
     assert rig.cli("snapshot", "verify", name).returncode == 0
+
+
+def test_what_it_starts_inherits_the_lowest_priority_and_leaves_no_group():
+    code = """
+import os, subprocess, sys
+from plugin.rehearsal import priority
+priority.lower_own()
+child = "import os; os.setsid(); print(open('/proc/self/cgroup').read(), os.sched_getscheduler(0) == os.SCHED_IDLE)"
+print(subprocess.run([sys.executable, "-c", child], capture_output=True, text=True).stdout)
+priority.leave_group()
+print(open("/proc/self/cgroup").read())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60, check=True
+    )
+    child, _, after = done.stdout.partition("True")
+    assert after and "quickthaw-rehearsal-" not in after
+    groups = [line.split(":", 2)[2].lstrip("/") for line in child.splitlines() if "quickthaw-rehearsal-" in line]
+    assert not [group for group in groups for base in ("cpu", ".") if Path("/sys/fs/cgroup", base, group).exists()]

@@ -17,6 +17,8 @@ from checkpoint.compatibility import host
 from checkpoint.compatibility.gpu import Gpu
 from checkpoint.criu.binary import Criu
 from checkpoint.errors import Failed
+from checkpoint.snapshot import rehearsal
+from plugin.rehearsal.rehearse import GivenUp, Rehearsal, _Rehearsed, named_settings
 from plugin.runtime.capabilities import Capabilities
 from plugin.runtime.config import LaunchSettings, state_home
 from plugin.runtime.phases import Phase, PhaseTracker
@@ -180,6 +182,23 @@ def test_without_a_sleep_mode_the_driver_moves_all_memory(gpu_rig, engine, monke
     replica = gpu_rig(engine)
     replica.start()
     assert replica.restored and answer(replica) == expected
+
+
+def test_a_rehearsal_runs_only_where_the_gpu_has_room(gpu_rig, launch_rig, monkeypatch):
+    cold = gpu_rig("vllm")
+    cold.start()
+    found = cold.library.load(cold.snapshot.name)
+    cold.stop(5.0)
+    monkeypatch.setattr(_Rehearsed, "driver", lambda self: Driver(str(gpu_rig.gpu)))
+    settings = named_settings(found, launch_rig.home)
+    write(gpu_rig.gpu / "gpus.json", {GPU0: USED})
+    with pytest.raises(GivenUp, match="gpu-memory-short"):
+        Rehearsal(settings).run()
+    assert not cold.library.health(found.name).failures
+    write(gpu_rig.gpu / "gpus.json", {GPU0: TOTAL})
+    mark = Rehearsal(settings).run()
+    assert mark.requests[0] == "short" and mark.requests[-1].startswith("batch")
+    assert rehearsal.read(cold.library.path(found.name), found) == mark
 
 
 def test_the_users_sleep_mode_option_is_kept(gpu_rig):

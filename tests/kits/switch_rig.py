@@ -1,4 +1,4 @@
-"""Two models of one host behind `quickthaw proxy --config`, each a snapshot of the engine double."""
+"""Several models of one host behind `quickthaw proxy --config`, each a snapshot of the engine double."""
 
 import contextlib
 import subprocess
@@ -11,21 +11,21 @@ from tests.kits.launch_rig import PROMPT, REPO, Started, call, model
 NAMES = ("red", "blue")
 
 
-def take_both(rig, **env):
-    """Take the snapshots `red` and `blue`, of different weights; return each one's answer."""
+def take_all(rig, names=NAMES, **env):
+    """Take a snapshot of each name, all of different weights; return each one's answer."""
     answers = {}
-    for seed, name in enumerate(NAMES, 1):
+    for seed, name in enumerate(names, 1):
         folder = model(rig.folder / f"model-{name}", seed)
         started = rig.start("--snapshot-name", name, "--grace", "0.1", model=folder, env=env)
         answers[name] = started.ask()
         started.wait_serving()
         assert started.stop() in (0, 137, 143), started.text()[-3000:]
-    assert answers["red"] != answers["blue"]
+    assert len({tuple(answer) for answer in answers.values()}) == len(names)
     return answers
 
 
 class Switch(Started):
-    """A running proxy of both models."""
+    """A running proxy of these models."""
 
     def ask_of(self, name, prompt=PROMPT):
         """Return the token ids of a completion by one model."""
@@ -48,10 +48,10 @@ class Switch(Started):
 
 
 @contextlib.contextmanager
-def switching(rig, *options, settings="max_awake: 1\nmin_awake: 0", more="", **env):
-    """Run the proxy of both models; `settings` of the file, `more` for each model. Nothing of it may be left at the end."""
+def switching(rig, *options, names=NAMES, settings="max_awake: 1\nmin_awake: 0", more="", **env):
+    """Run the proxy of all models; `settings` of the file, `more` for each model. Nothing of it may be left at the end."""
     config = rig.folder / "models.yaml"
-    models = "".join(f"  {name}: {{snapshot: {name}{more}}}\n" for name in NAMES)
+    models = "".join(f"  {name}: {{snapshot: {name}{more}}}\n" for name in names)
     config.write_text(f"{settings}\nmodels:\n{models}")
     port, log = free_port(), rig.folder / "proxy.log"
     argv = [sys.executable, "-m", "plugin", "proxy", "--config", str(config), "--listen", f"127.0.0.1:{port}"]
@@ -68,5 +68,6 @@ def switching(rig, *options, settings="max_awake: 1\nmin_awake: 0", more="", **e
         raise
     finally:
         started.stop()
-    assert "Traceback" not in started.text(), started.text()[-6000:]
+    ours = [block for block in started.text().split("Traceback")[1:] if "engine_double" not in block[:3000]]
+    assert ours == [] and "defect" not in started.text(), started.text()[-6000:]
     assert rig.watch.gone() == set()

@@ -26,7 +26,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
-from plugin.proxy.endpoints.hooks import call_hook, run_command, signal_group, spawn
+from plugin.proxy.endpoints.hooks import KILLED, call_hook, command_ended, run_command, signal_group, spawn
 from plugin.proxy.endpoints.readiness import PATH_LIMIT_S, generation_fault, path_fault, pause_s
 from plugin.proxy.endpoints.request import fetch, hook_place
 from plugin.proxy.endpoints.restored import STANDBY_LIMIT_S, move
@@ -154,7 +154,14 @@ class Endpoint:
 
     async def _wake(self) -> None:
         with self._acting():
-            if not await self._continue():
+            if await self._continue():
+                return
+            try:
+                await self.wake()
+            except StartFailed as error:
+                if not self.spec.restores or error.code != KILLED:
+                    raise
+                log.warning("%s: %s; it is restored once more", self.name, error.message)
                 await self.wake()
 
     async def _continue(self) -> bool:
@@ -171,8 +178,7 @@ class Endpoint:
             await self._stop_process()
             if not isinstance(error, StartFailed):
                 raise
-            fields = {"pool": self.name, "code": error.code, "reason": error.message}
-            text = "%s: standby-lost: %s; it is restored"
+            fields, text = {"pool": self.name, "code": error.code}, "%s: standby-lost: %s; it is restored"
             log.warning(text, self.name, error.message, extra={"event": "standby-lost", "fields": fields})
             return False
         tracker.to(Phase.SERVING)
@@ -379,7 +385,7 @@ class Endpoint:
             if why is not None and not why.startswith("refused"):
                 await self._note_unready(why)
             if code not in (None, 0):
-                raise StartFailed("wake-command-failed", f"the wake command ended with code {code}")
+                raise command_ended(code)
             waited = time.monotonic() - began
             if waited > self.spec.wake_limit_s:
                 why = why or "the wake command still runs"

@@ -12,6 +12,15 @@ from plugin.proxy.endpoints.request import post_url
 from plugin.proxy.endpoints.started_processes import Orphan
 from plugin.proxy.errors import ProxyError, StartFailed
 
+KILLED = "wake-command-killed"
+"""Code of a wake whose command was ended by a signal, as by the kernel when memory is short."""
+
+
+def command_ended(code: int | None) -> StartFailed:
+    """Return the error of a wake command that ended before its engine was ready."""
+    killed = code is not None and code < 0
+    return StartFailed(KILLED if killed else "wake-command-failed", f"the wake command ended with code {code}")
+
 
 async def spawn(command: str, environment: Iterable[tuple[str, str]]) -> asyncio.subprocess.Process:
     """Start a shell command in a session of its own, with `environment` added to this process's."""

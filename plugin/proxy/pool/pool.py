@@ -414,7 +414,7 @@ class ReplicaPool:
             self.waker.pause.succeeded()
             if old in STARTING:
                 replica.clear_refusals()
-                self.sleeper.pause.succeeded()
+                self.sleeper.forget_failures()
             kind = replica.start_kind
             if kind is not None and old in STARTING and reason != FOUND_UP:
                 spans = replica.spans

@@ -14,6 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from plugin.proxy.errors import ProxyError, StartFailed, Unavailable, Unneeded, start_failed
@@ -61,8 +62,22 @@ class SleepingPool(Protocol):
         """Retry the waiting requests."""
 
 
+@dataclass(eq=False)
+class Rung:
+    """One way down: standby, which keeps the engine, or sleep, which ends it."""
+
+    name: str
+    hook: Hook | None
+    """None if there is no way."""
+    ends_engine: bool
+    pause: Backoff = field(default_factory=lambda: Backoff(1.0, 300.0))
+    failure: ProxyError | None = None
+    """Why the last attempt failed; None after one that succeeded."""
+    moves: int = 0
+
+
 class Sleeper:
-    """Put one pool to sleep; at most one attempt runs at a time."""
+    """Put one pool in standby or to sleep; at most one attempt runs at a time."""
 
     def __init__(
         self, pool: SleepingPool, hook: Hook | None, limit_s: float, drain_limit_s: float, standby: Hook | None = None
@@ -71,21 +86,31 @@ class Sleeper:
 
         Limits in seconds: `limit_s` for a hook; `drain_limit_s` for requests in flight when another pool needs the room.
         """
-        self.pool, self.hook, self.limit_s, self.drain_limit_s = pool, hook, limit_s, drain_limit_s
-        self.standby_hook = standby
+        self.pool, self.limit_s, self.drain_limit_s = pool, limit_s, drain_limit_s
+        self.down, self.frozen = Rung("sleep", hook, True), Rung("standby", standby, False)
         self.evicts_to_standby = False
         """True if `evict` moves the pool to standby."""
         self.task: asyncio.Task[ProxyError | None] | None = None
-        self.sleeps = 0
-        self.standbys = 0
         self.evicting = False
-        self.pause = Backoff(1.0, 300.0)
-        self.failure: ProxyError | None = None
-        """Why the last sleep failed; None after one that succeeded."""
         self._until = math.inf
         self._wanted: Callable[[], bool] = lambda: True
-        self._ends_engine = True
-        """False while the last move begun is one to standby."""
+        self._rung = self.down
+        """Where the last move went."""
+
+    @property
+    def pause(self) -> Backoff:
+        """Return the pause after sleeps that failed."""
+        return self.down.pause
+
+    @property
+    def sleeps(self) -> int:
+        """Return how often it went to sleep."""
+        return self.down.moves
+
+    @property
+    def standbys(self) -> int:
+        """Return how often it went to standby."""
+        return self.frozen.moves
 
     @property
     def watches(self) -> bool:
@@ -100,20 +125,20 @@ class Sleeper:
 
     async def sleep(self) -> bool:
         """Put the pool to sleep if no request is in flight or held. Return True if it went to sleep."""
-        if self._busy() or self.pool.kept_awake or not (self.pool.ready() is not None or self.in_standby):
+        if self._busy(self.down) or self.pool.kept_awake or not (self.pool.ready() is not None or self.in_standby):
             return False
-        return self.hook is not None and await self._begin(self._run(self.hook)) is None
+        return await self._begin(self._run(self.down)) is None
 
     async def standby(self) -> bool:
         """Put the pool in standby if it serves and no request is in flight or held. Return True if it is in standby now."""
-        if self._busy() or self.pool.ready() is None:
+        if self._busy(self.frozen) or self.pool.ready() is None:
             return False
-        return self.standby_hook is not None and await self._begin(self._run(self.standby_hook)) is None
+        return await self._begin(self._run(self.frozen)) is None
 
-    def _busy(self) -> bool:
-        """Return True if requests use the pool, or a move or a pause is under way."""
+    def _busy(self, rung: Rung) -> bool:
+        """Return True if requests use the pool, a move or a pause is under way, or there is no such way down."""
         pool = self.pool
-        moving = self.task is not None or pool.waking or self.pause.left_s > 0
+        moving = self.task is not None or pool.waking or rung.hook is None or rung.pause.left_s > 0
         return moving or bool(pool.held or pool.outstanding or pool.busy_elsewhere())
 
     async def _begin(self, move: Coroutine[Any, Any, ProxyError | None]) -> ProxyError | None:
@@ -139,25 +164,24 @@ class Sleeper:
             ProxyError: the pool did not go to sleep and continues to serve; or it failed moments ago and is in its backoff.
         """
         until = time.monotonic() + (self.drain_limit_s if limit_s is None else limit_s)
-        if standby or (standby is None and self.evicts_to_standby and self.standby_hook is not None):
+        if standby or (standby is None and self.evicts_to_standby and self.frozen.hook is not None):
             try:
-                return await self._evict(self.standby_hook, until, wanted, "standby")
+                return await self._evict(self.frozen, until, wanted)
             except (Unneeded, Unavailable):
                 raise
             except ProxyError:
                 if standby or self.pool.kept_awake:
                     raise
-                self.pause.succeeded()  # it is tried at once in the other way
-        return await self._evict(self.hook, until, wanted, "sleep")
+        return await self._evict(self.down, until, wanted)
 
-    async def _evict(self, hook: Hook | None, until: float, wanted: Callable[[], bool], where: str) -> None:
-        if hook is None:
-            raise StartFailed(f"no-way-to-{where}", f"{self.pool.name} cannot be put to {where}")
+    async def _evict(self, rung: Rung, until: float, wanted: Callable[[], bool]) -> None:
+        if rung.hook is None:
+            raise StartFailed(f"no-way-to-{rung.name}", f"{self.pool.name} cannot be put to {rung.name}")
         if self.task is None:
-            if self.pause.left_s and self.failure is not None:
-                raise self.failure.fresh()
+            if rung.pause.left_s and rung.failure is not None:
+                raise rung.failure.fresh()
             left_s = max(0.0, until - time.monotonic())
-            self.task = asyncio.get_running_loop().create_task(self._run(hook, left_s, wanted))
+            self.task = asyncio.get_running_loop().create_task(self._run(rung, left_s, wanted))
         self.evicting = True
         try:
             failure = await asyncio.shield(self.task)
@@ -166,9 +190,14 @@ class Sleeper:
         if failure is not None:
             raise failure
 
+    def forget_failures(self) -> None:
+        """End all pauses: another engine serves."""
+        self.down.pause.succeeded()
+        self.frozen.pause.succeeded()
+
     def refuse_loaded(self) -> None:
         """Raise StartFailed if the requests that were drained loaded adapters, which only standby keeps."""
-        if self._ends_engine and self.pool.kept_awake:
+        if self._rung.ends_engine and self.pool.kept_awake:
             raise StartFailed("adapters-loaded", f"{self.pool.name} has LoRA adapters, which no start restores")
 
     async def wait_drained(self, quiet: Awaitable[Any]) -> Any:
@@ -193,13 +222,15 @@ class Sleeper:
         def wrapped(inner: Hook | None) -> Hook | None:
             return None if inner is None else lambda: wrap(inner)
 
-        self.hook, self.standby_hook = wrapped(self.hook), wrapped(self.standby_hook)
+        for rung in (self.down, self.frozen):
+            rung.hook = wrapped(rung.hook)
 
     async def _run(
-        self, hook: Hook, drain_s: float = math.inf, wanted: Callable[[], bool] = lambda: True
+        self, rung: Rung, drain_s: float = math.inf, wanted: Callable[[], bool] = lambda: True
     ) -> ProxyError | None:
         """Drain, then call the hook. Return the failure, if any; the pool then continues as it was."""
-        self._ends_engine = hook is self.hook
+        assert rung.hook is not None
+        self._rung = rung
         for replica in self.pool.replicas.values():
             replica.draining = True
         self._until, self._wanted = time.monotonic() + drain_s, wanted
@@ -213,40 +244,38 @@ class Sleeper:
             # An owner with other processes drains them in its hook, so the hook gets that time too.
             limit_s = self.limit_s + (0.0 if drain_s == math.inf else drain_s)
             async with asyncio.timeout(limit_s):
-                await hook()
-            if self._ends_engine:
-                self.sleeps += 1
-            else:
-                self.standbys += 1
-            self.failure = None
-            self.pause.succeeded()
+                await rung.hook()
+            rung.moves += 1
+            rung.failure = None
+            rung.pause.succeeded()
         except TimeoutError:
-            failure = StartFailed("sleep-timeout", f"the sleep was not done after {self.limit_s:.0f} s")
+            failure = StartFailed(f"{rung.name}-timeout", f"the {rung.name} was not done after {self.limit_s:.0f} s")
         except Exception as exc:  # noqa: BLE001 - an owner's hook may raise anything; its code is logged
             failure = start_failed(exc)
         finally:
             for replica in self.pool.replicas.values():
                 replica.draining = False
             self.task = None
-            if failure is not None or self._ends_engine:
+            if rung.ends_engine:
                 self.pool.last_active = time.monotonic()  # standby counts on towards the sleep
             self.pool.dispatch()
         # Otherwise a new request has won over the sleep.
         if failure is not None and failure.code not in ("busy", Unneeded.CODE):
-            self._failed(failure, drain_s)
+            self._failed(rung, failure, drain_s)
         return failure
 
-    def _failed(self, failure: ProxyError, drain_s: float) -> None:
+    def _failed(self, rung: Rung, failure: ProxyError, drain_s: float) -> None:
         """Increase the pause before the next attempt; log each reason once."""
-        known, self.failure = self.failure, failure
+        known, rung.failure = rung.failure, failure
         still = failure.code == "still-answering"
-        pause = self.pause.failed(drain_s if still else 0.0)
+        pause = rung.pause.failed(drain_s if still else 0.0)
         failure.retry_after_s = pause
         fields = {"pool": self.pool.name, "code": failure.code, "reason": failure.message}
         level = logging.DEBUG if known is not None and known.code == failure.code else logging.WARNING
         text = "%s did not go to %s: %s; it continues as it was, and is tried again after growing pauses"
-        where = "sleep" if self._ends_engine else "standby"
-        log.log(level, text, self.pool.name, where, failure.message, extra={"event": "sleep-failed", "fields": fields})
+        log.log(
+            level, text, self.pool.name, rung.name, failure.message, extra={"event": "sleep-failed", "fields": fields}
+        )
 
     async def watch_idle(self) -> None:
         """Put the pool in standby, then to sleep, whenever it was idle for as long. Runs until the server's shutdown cancels it.

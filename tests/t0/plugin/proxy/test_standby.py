@@ -2,12 +2,15 @@
 
 import asyncio
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 
 from plugin.proxy.admin.actions import act, pool_named
+from plugin.proxy.endpoints import awake_limit
 from plugin.proxy.errors import ClientFault, ProxyError, StartFailed
 from plugin.proxy.http.address import from_url
+from plugin.proxy.pool.facts import Facts
 from plugin.proxy.pool.pool import ReplicaPool
 from plugin.proxy.pool.pressure import longest_in_standby, relieve, shortage
 from plugin.proxy.pool.start_times import Kind
@@ -113,6 +116,16 @@ def test_a_request_that_arrives_on_the_way_waits_and_is_answered_afterwards():
     asyncio.run(check())
 
 
+def test_a_pool_that_cannot_stand_by_still_goes_to_sleep():
+    async def check():
+        engine = Engine(refuses={"standby"}, standby_after_s=0.02, idle_timeout_s=0.3)
+        async with watched(engine):
+            await until(lambda: engine.tracker.phase is Phase.ASLEEP)
+        assert engine.moves == ["standby", "sleep"], "a failed standby is tried again after a pause of its own"
+
+    asyncio.run(check())
+
+
 def test_adapters_are_kept_in_standby_and_keep_the_engine_from_sleep():
     async def check():
         engine = Engine()
@@ -198,3 +211,24 @@ def test_memory_is_short_by_pressure_or_by_what_is_available(tmp_path, stalled, 
         (tmp_path / "meminfo").write_text(f"MemTotal: {1000 << 10} kB\nMemAvailable: {available << 10} kB\n")
     why = shortage([tmp_path / "missing", tmp_path / "pressure"], tmp_path / "meminfo")
     assert (found in why) if found else why == ""
+
+
+def test_a_restore_that_needs_the_memory_of_others_puts_them_to_sleep(monkeypatch):
+    async def check():
+        engines = {name: Engine(name) for name in ("wanted", "old", "new")}
+        for engine in engines.values():
+            assert await engine.pool.sleeper.standby()
+        engines["old"].pool.last_active -= 100
+        free = iter([10, 10, 30])
+        monkeypatch.setattr(awake_limit, "memory_of", lambda: (100, next(free)))
+        limit = awake_limit.AwakeLimit(0, "lru", 0.0, 1.0)
+        limit.endpoints = [(SimpleNamespace(name=n, pool=e.pool, tracker=e.tracker), 0) for n, e in engines.items()]
+        await limit._free_memory("wanted")
+        assert engines["old"].tracker.phase is Phase.STANDBY, "it is in standby itself and needs no more than it has"
+        engines["wanted"].pool.facts = lambda: Facts(snapshot_bytes=20)
+        engines["wanted"].tracker.to(Phase.ASLEEP)
+        await limit._free_memory("wanted")
+        phases = {name: str(engine.tracker.phase) for name, engine in engines.items()}
+        assert phases == {"wanted": "asleep", "old": "asleep", "new": "standby"}
+
+    asyncio.run(check())

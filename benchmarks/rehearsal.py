@@ -2,7 +2,7 @@
 
 Each run starts the engine cold with an empty state folder, has it take its snapshot and rehearse it beside a client that asks one request
 after the other (4 tokens, as a stream, a pause of --think seconds between them), stops it, and restores it with the same command line: once
-for the first time, then a few times more. With short pauses the rehearsal runs beside the requests, with long ones it pauses for them.
+for the first time, then a few times more. The rehearsal pauses for requests, and after 30 s of pauses it runs beside them.
 
 Targets: the first restore within 1.15 times of the later ones (from the command to the first token of a waiting request, medians); the 99th
 percentile of the requests beside the rehearsal, to the first token and to the last, within 1.2 times of that without.

@@ -132,7 +132,7 @@ class Beside:
                     self._alone.add(now, there, self._answered)
                 if self.timing.may_begin(now, snapshot is not None, there > 0):
                     assert snapshot is not None
-                    await self._rehearse(snapshot, Yielding(self._alone, busy=there > 0))
+                    await self._rehearse(snapshot, Yielding(self._alone))
         finally:
             # In a thread: the loop has requests to finish.
             await asyncio.to_thread(self._close)

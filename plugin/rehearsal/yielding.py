@@ -59,8 +59,6 @@ class Yielding:
     """Decides the course of one rehearsal. `alone`: the requests' time without one, known or not yet."""
 
     alone: MeanTime
-    busy: bool = False
-    """Whether requests were there all the time before it began."""
     beside: MeanTime = field(default_factory=MeanTime)
     why: str = ""
     """Why it is dropped."""
@@ -72,7 +70,7 @@ class Yielding:
     @property
     def runs_beside(self) -> bool:
         """Return whether it runs although requests are there: they always are, and how long they take without it is known."""
-        return self.alone.seconds is not None and (self.busy or self._paused_s >= YIELD_S)
+        return self.alone.seconds is not None and self._paused_s >= YIELD_S
 
     def course(self, now: float, there: int, answered: int) -> Course:
         """Return what to do, from a sample as in `MeanTime.add`."""

@@ -129,9 +129,9 @@ def test_memory_is_short_where_processes_wait_for_it_and_little_is_left(host):
 # Yielding to requests
 
 
-def closed_loop(meant, begin, seconds, takes, course=None, every=0.02):
-    """Sample a client that asks one request after the other, each taking `takes` seconds; return the time of the end."""
-    now, answered, since = begin, getattr(meant, "answered", 0), begin
+def closed_loop(meant, begin, seconds, takes, course=None, answered=0):
+    """Sample a client that asks one request after the other, each taking `takes` seconds; return the courses."""
+    now, since, every = begin, begin, 0.02
     courses = []
     while now < begin + seconds:
         if now - since >= takes:
@@ -173,10 +173,9 @@ def test_it_runs_beside_requests_that_are_always_there():
 
 @pytest.mark.parametrize(("takes", "last"), [(0.53, Course.RUN), (0.7, Course.DROP)])
 def test_it_is_dropped_once_requests_take_longer_beside_it(takes, last):
-    alone = MeanTime()
-    closed_loop(alone, 0.0, 30.0, 0.5)
-    yielding = Yielding(alone, busy=True)
-    courses = closed_loop(yielding, 30.0, 30.0, takes, yielding.course)
+    yielding = Yielding(MeanTime())
+    closed_loop(yielding, 0.0, YIELD_S + 0.5, 0.5, yielding.course)
+    courses = closed_loop(yielding, YIELD_S + 0.5, 30.0, takes, yielding.course, answered=61)
     assert courses[0] is Course.RUN and courses[-1] is last
     assert bool(yielding.why) == (last is Course.DROP)
 

@@ -53,6 +53,17 @@ def _refuse_own_address(upstream: Upstream | None, host: str, port: int) -> None
         raise click.UsageError(f"the upstream {spec['host']}:{port} is where this proxy itself listens")
 
 
+def _read_import(path: Path) -> None:
+    """Raise UsageError unless it is a configuration of llama-swap; warn of what has no counterpart."""
+    from plugin.proxy.endpoints.models import settings_in
+
+    try:
+        if settings_in(path, warn):
+            raise click.UsageError(f"{path} is no configuration of llama-swap; give it as --config")
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
 def _read_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
     """Take the file's settings as defaults of the other options: a variable or an option takes precedence."""
     if value is not None and not ctx.resilient_parsing:
@@ -74,6 +85,12 @@ def _read_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
         is_eager=True,
         callback=_read_file,
         help="A YAML file of several models; it may set the options below too, as idle_timeout: 10m.",
+    ),
+    option(
+        "--import",
+        "import_",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="A configuration of llama-swap, in place of --config.",
     ),
     option(
         "--listen",
@@ -106,6 +123,11 @@ def proxy(**options: Any) -> None:
     idle; or of several models behind one port (--config). /-/ is the admin page, /-/metrics is for Prometheus.
     """
     consume_variables(click.get_current_context().command, os.environ)
+    if (imported := options.pop("import_")) is not None:
+        if options["config"] is not None:
+            raise click.UsageError("give either --config or --import")
+        _read_import(imported)
+        options["config"] = imported
     if (options["upstream"] is None) == (options["config"] is None):
         raise click.UsageError("give either --upstream or --config")
     if options["standby_after"] and options["config"] is None:

@@ -26,6 +26,7 @@ import msgspec
 
 from plugin.bench.client import free_port
 from plugin.options import invalid, limit, seconds
+from plugin.proxy.endpoints import llama_swap
 from plugin.proxy.endpoints.awake_limit import AwakeLimit
 from plugin.proxy.endpoints.endpoint import Endpoint, EndpointSpec
 from plugin.proxy.endpoints.forms import form_field
@@ -141,7 +142,10 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 def _read(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
-    """Return the file's keys and values, by their current names. Raises ValueError if it is not a YAML mapping, OSError."""
+    """Return the file's keys and values, by their current names; a file of llama-swap as ours.
+
+    Raises ValueError if it is not a YAML mapping, OSError.
+    """
     import yaml
 
     try:
@@ -150,6 +154,11 @@ def _read(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
         raise ValueError(f"{path}: not YAML: {' '.join(str(exc).split())}") from exc
     if not isinstance(document, dict):
         raise ValueError(f"{path}: expected keys and values, such as `models:`; see examples/proxy_models.yaml")
+    if llama_swap.recognises(document):
+        try:
+            return llama_swap.convert(document, lambda text: warn(f"{path}: {text}"))
+        except ValueError as exc:
+            raise ValueError(f"{path}: {exc}") from exc
     for old, new in _OLD_KEYS.items():
         if old in document:
             warn(f"{path}: {old} is now {new}; the next version drops the old name")

@@ -1,5 +1,7 @@
 """A launch in standby: frozen with its memory, continued by the next request, and never worse off for it."""
 
+import contextlib
+import http.client
 import os
 import signal
 import threading
@@ -136,6 +138,28 @@ def test_a_launch_that_ends_in_standby_leaves_nothing(rig_of, number):
         assert time.monotonic() < limit
         time.sleep(0.02)
     assert rig.watch.gone() == set()
+
+
+def test_a_stop_on_the_way_to_standby_leaves_nothing(rig_of):
+    rig = rig_of("vllm")
+    rig.take()
+    for delay in (0.0, 0.01, 0.03, 0.06):
+        started = rig.start()
+        started.ask()
+        started.wait_serving()
+        answers = []
+
+        def move(port=started.port, answers=answers):
+            with contextlib.suppress(OSError, http.client.HTTPException):  # the launch ends under it
+                answers.append(call(port, "POST", "/-/models/default/standby"))
+
+        mover = threading.Thread(target=move)
+        mover.start()
+        time.sleep(delay)
+        assert started.stop() in (0, 143), started.text()[-3000:]
+        mover.join()
+        assert "Traceback" not in started.ours() and "defect" not in started.text()
+        assert rig.watch.gone() == set()
 
 
 def test_a_request_during_the_way_to_standby_is_answered(rig_of):

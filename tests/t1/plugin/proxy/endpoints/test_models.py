@@ -249,3 +249,25 @@ def test_a_foreign_listener_on_a_models_port_gets_no_request(tmp_path):
             thief.communicate()
         assert "clients-key" not in (tmp_path / "stolen").read_text()
         assert status == 503 and "engine-port-taken" in answer["error"]["message"], answer
+
+
+@pytest.mark.slow
+def test_a_file_of_llama_swap_is_served_as_it_is(tmp_path):
+    file = models_file(
+        tmp_path,
+        f"""
+models:
+  red:  {{cmd: '{engine("${PORT}", "${MODEL_ID}")}', aliases: [crimson], concurrencyLimit: 3}}
+  blue: {{cmd: '{engine("${PORT}", "${MODEL_ID}")}'}}
+""",
+    )
+    with command("--import", file) as (_, url):
+        for name, answered in (("red", "red"), ("blue", "blue"), ("crimson", "red")):
+            assert call(f"{url}/v1/x", {"model": name})[1]["name"] == answered
+        phases = [model["phase"] for model in call(f"{url}/v1/models")[1]["data"]]
+        assert sorted(phases) == ["asleep", "serving"]
+    ours = models_file(tmp_path, "models: {red: {command: x}}\nidle_timeout: 5")
+    done = subprocess.run(
+        [sys.executable, "-m", "plugin", "proxy", "--import", ours], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "is no configuration of llama-swap" in done.stderr

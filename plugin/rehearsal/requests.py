@@ -6,10 +6,9 @@ requests that wait for a restore come as one.
 
 from __future__ import annotations
 
-import logging
-import threading
+import contextlib
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +20,8 @@ if TYPE_CHECKING:
     from launchers.base import Engine
     from launchers.client import Client
 
-log = logging.getLogger("quickthaw")
 BATCH = 64
-"""Requests at the same time: what the issue of waiting requests was measured with; engines queue what exceeds their own limit."""
+"""Requests at the same time; engines queue those beyond their own limit."""
 TOKENS, BATCH_TOKENS, LONG_WORDS = 8, 8, 200
 ADAPTERS = 4
 """How many LoRA adapters are tried."""
@@ -84,23 +82,25 @@ def _ask(engine: Engine, client: Client, canary: Canary, prompt: Prompt, tokens:
 
 
 def _batch(engine: Engine, client: Client, canary: Canary) -> None:
-    together = threading.Barrier(BATCH, timeout=PATIENCE_S)
+    """Send BATCH requests at the same time. Raises EngineFailed if one gets no answer, or all are refused."""
 
     def one(number: int) -> None:
-        together.wait()
         _ask(engine, client, canary, _prompt(canary, 12, number + 1), BATCH_TOKENS)
 
-    with ThreadPoolExecutor(BATCH, thread_name_prefix="batch") as pool:
-        try:
-            asked = [pool.submit(one, number) for number in range(BATCH)]
-            refused = [error for future in as_completed(asked) if (error := future.exception())]
-        except BaseException:  # a signal's, or no thread more: those that wait for the others would wait in vain
-            together.abort()
-            raise
+    pool = ThreadPoolExecutor(BATCH, thread_name_prefix="batch")
+    asked: list[Future[None]] = []
+    try:
+        with contextlib.suppress(RuntimeError):  # this host has no more threads: a smaller batch
+            for number in range(BATCH):
+                asked.append(pool.submit(one, number))
+        refused = [error for future in asked if (error := future.exception())]
+    finally:
+        # After a signal nobody waits for the answers: they end with the engine.
+        pool.shutdown(wait=False, cancel_futures=True)
     for error in refused:
         if not isinstance(error, EngineFailed) or not error.status:
             raise error
-    if len(refused) == BATCH:
+    if refused and len(refused) == len(asked):
         raise refused[0]
 
 

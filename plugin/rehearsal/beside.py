@@ -1,6 +1,6 @@
 """Rehearse a launch's snapshot beside the engine that serves: when to begin, when to drop it, and what comes of it.
 
-It begins once a replica serves that has a snapshot and no request has been there for QUIET_S seconds, or after LATEST_S
+It begins once a replica serves or rests that has a snapshot and no request has been there for QUIET_S seconds, or after LATEST_S
 seconds at most. It pauses for requests, and is dropped when they suffer (plugin.rehearsal.yielding), when a replica of
 this launch starts or wakes, and by its own process when memory gets short. A dropped one is tried again after a pause
 that doubles, TRIES times; then the next launch tries. The process ends with this one, however that ends.
@@ -44,6 +44,7 @@ POLL_S, POLL_RUNNING_S = 0.25, 0.02
 TRIES, PAUSE_S = 4, 30.0
 LIMIT_S = 900.0
 """Seconds after which a rehearsal is dropped whatever it does: on a host that is always busy it gets no processor."""
+REHEARSES = (Phase.SERVING, Phase.STANDBY, Phase.ASLEEP)
 
 
 class Answering(Protocol):
@@ -146,12 +147,12 @@ class Beside:
         return sum(replica.served for replica in self.requests.replicas.values())
 
     def _unrehearsed(self) -> Snapshot | None:
-        """Return the snapshot of a replica that serves, unless it is settled or a replica starts."""
+        """Return the snapshot of a replica that serves or rests, unless it is settled or a replica starts."""
         if any(replica.tracker.phase in STARTING for replica in self.replicas):
             return None
         for replica in self.replicas:
             found = replica.snapshot
-            if found is not None and replica.tracker.phase is Phase.SERVING and not replica.pages_pending():
+            if found is not None and replica.tracker.phase in REHEARSES and not replica.pages_pending():
                 return found if found.digest != self._settled and not self._nothing_to_do(found) else None
         return None
 

@@ -103,6 +103,16 @@ def test_a_launch_rehearses_its_snapshot_and_pushes_it(launch_rig, tmp_path):
         assert mark_of(rig) is not None
 
 
+@pytest.mark.parametrize("option", ["--standby-after", "--idle-timeout"])
+def test_an_engine_that_rests_at_once_is_rehearsed_too(launch_rig, option):
+    rig = launch_rig
+    with rig.running("--rehearse", option, "0.3s") as started:
+        answer = started.ask()
+        started.wait_for(DONE, LIMIT_S)
+        assert mark_of(rig) is not None
+        assert started.ask() == answer
+
+
 def test_the_end_of_the_launch_ends_it_at_once(launch_rig):
     rig = launch_rig
     with rig.running("--rehearse") as started:

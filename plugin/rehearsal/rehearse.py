@@ -13,7 +13,6 @@ needs the snapshot, a full disk and an `end` are no failures of the snapshot.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import signal
@@ -92,6 +91,7 @@ class _Rehearsed(Replica):
             if priority.is_lowest():
                 priority.lower([running.place.init_pid, *processes(running.place.init_pid)])
             self.pausing.begin(running.place.init_pid)
+        running.client = requests.PatientClient(**vars(running.client))
         super().set_running(running)
 
 
@@ -309,12 +309,11 @@ class Rehearsal:
             self._check()
             running = replica.running
             assert running is not None
-            client = dataclasses.replace(running.client)
-            requests.first(engine, client, found.canary)
+            requests.first(engine, running.client, found.canary)
             answered[0] = 1
             asked = ["short"]
             if full:
-                asked += requests.typical(engine, client, found.canary, found.identity.get("arguments", {}))
+                asked += requests.typical(engine, running.client, found.canary, found.identity.get("arguments", {}))
             answered[0] = ALL
             if lazy and not replica.page_follower.wait_saved(PLACED_LIMIT_S):
                 raise GivenUp("working-set-late", "the working set was not written in time")

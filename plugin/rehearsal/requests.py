@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from checkpoint.snapshot.manifest import GENERATE, Canary, Prompt
 from launchers.base import tolerate_refusal
+from launchers.client import Client
 from launchers.errors import EngineFailed
 
 if TYPE_CHECKING:
     from launchers.base import Engine
-    from launchers.client import Client
 
 BATCH = 64
 """Requests at the same time; engines queue those beyond their own limit."""
@@ -35,6 +35,21 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
     },
 }
+
+
+class PatientClient(Client):
+    """A client of an engine that has the lowest priority, and may be paused within a request."""
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        timeout_s: float = 30.0,
+        headers: Mapping[str, str] | None = None,
+    ) -> tuple[int, bytes]:
+        """See Client; the limit is PATIENCE_S at least."""
+        return super().call(method, path, body, max(timeout_s, PATIENCE_S), headers)
 
 
 def first(engine: Engine, client: Client, canary: Canary) -> None:

@@ -101,8 +101,13 @@ class Vllm(Engine):
     def environment(
         self, user: Mapping[str, str], command: EngineCommand, *, sandboxed: bool, site: str, cache: str
     ) -> dict[str, str]:
-        """As for every engine; adds our plugin to VLLM_PLUGINS if the user restricts plugins."""
+        """As for every engine; adds our plugin to VLLM_PLUGINS if the user restricts plugins.
+
+        In a cache folder of ours, our plugin takes over what vLLM alone has compiled (plugin/engine/own_compile_cache.py).
+        """
         env = super().environment(user, command, sandboxed=sandboxed, site=site, cache=cache)
+        if cache and "VLLM_CACHE_ROOT" not in user:
+            env["QUICKTHAW_TAKE_OVER_CACHE"] = "1"
         if env.get("VLLM_PLUGINS"):
             env["VLLM_PLUGINS"] += ",quickthaw"
         return env

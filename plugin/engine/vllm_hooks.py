@@ -10,7 +10,7 @@ import functools
 import json
 import sys
 
-from . import control, joining, memory, packed_weights
+from . import control, joining, memory, own_compile_cache, packed_weights
 
 
 def _trim(self):
@@ -81,17 +81,17 @@ def _with_processor(factors_of):
     """Wrap vLLM's list of factors in an AOT artefact's hash: on a CPU, add the CPU's features and the number of threads.
 
     Inductor compiles for the present CPU (-march=native) and thread count. vLLM's list has neither, and code for
-    another CPU would end the engine by SIGILL.
+    another CPU would end the engine by SIGILL. The list takes over what vLLM alone has compiled (own_compile_cache.py).
     """
 
     @functools.wraps(factors_of)
     def factors(vllm_config):
         found = factors_of(vllm_config)
         if vllm_config.device_config.device_type != "cpu":
-            return found
+            return own_compile_cache.Factors(found)
         import torch
 
-        return [*found, _processor_flags(), torch.get_num_threads()]
+        return own_compile_cache.Factors(found, (_processor_flags(), torch.get_num_threads()))
 
     return factors
 
@@ -107,6 +107,7 @@ def register():
     from vllm.v1.worker.worker_base import WorkerBase
 
     control.install()
+    own_compile_cache.take_over_model_infos()
     WorkerBase.quickthaw_trim = _trim
     WorkerBase.quickthaw_name_weights = _name_weights
     with contextlib.suppress(ImportError, AttributeError):

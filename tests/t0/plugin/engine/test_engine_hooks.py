@@ -117,8 +117,8 @@ def test_a_cpu_artefacts_hash_has_its_processor_and_threads(monkeypatch):
     named = vllm_hooks._with_processor(lambda config: ["vLLM's own"])
     on_cpu, on_gpu = (SimpleNamespace(device_config=SimpleNamespace(device_type=kind)) for kind in ("cpu", "cuda"))
     here = named(on_cpu)
-    assert here[0] == "vLLM's own" and here == named(on_cpu)
-    assert named(on_gpu) == ["vLLM's own"]
+    assert here[0] == "vLLM's own" and here == named(on_cpu) and here.own == ["vLLM's own"]
+    assert named(on_gpu) == named(on_gpu).own == ["vLLM's own"]
     monkeypatch.setattr(vllm_hooks, "_processor_flags", lambda: "sse2 amx_tile")
     assert named(on_cpu) not in (here, ["vLLM's own"])
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(get_num_threads=lambda: 64))

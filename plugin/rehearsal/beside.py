@@ -162,7 +162,8 @@ class Beside:
         folder = library.path(snapshot.name)
         if not library.has(snapshot.name):
             return True  # still on its way from a store, or removed
-        if rehearsal.read(folder, snapshot) is None or not rehearsal.prepared_here(folder, snapshot):
+        prepared = not self.settings.lazy_restore or rehearsal.prepared_here(folder, snapshot)
+        if rehearsal.read(folder, snapshot) is None or not prepared:
             return False
         store = self._push_to()
         if store and not rehearsal.pushed(folder, store):

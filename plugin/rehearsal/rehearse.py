@@ -199,12 +199,12 @@ class Rehearsal:
         began = time.monotonic()
         found = self.library.load(self.name)
         folder = self.library.path(self.name)
-        if (before := self._done(found)) and rehearsal.prepared_here(folder, found):
+        lazy = self.settings.lazy_restore and not found.gpu.processes
+        if (before := self._done(found)) and (not lazy or rehearsal.prepared_here(folder, found)):
             return before
         with rehearsal.lock(folder), self._watching_memory(found):
             before = self._done(found)
             asked = list(before.requests) if before else []
-            lazy = self.settings.lazy_restore and not found.gpu.processes
             for number in range(ROUNDS):
                 full, known = number == 0 and before is None, self._known()
                 got = self._attempt(found, partial(self._once, found, lazy, full=full))

@@ -1,11 +1,15 @@
 """When a rehearsal begins and when memory is too short for one."""
 
+import types
+
 import pytest
 
+from checkpoint.snapshot import manifest, rehearsal
 from plugin.proxy.endpoints.models import ModelConfig, spec_of
 from plugin.rehearsal import memory
-from plugin.rehearsal.beside import LATEST_S, PAUSE_S, QUIET_S, TRIES, Timing
+from plugin.rehearsal.beside import LATEST_S, PAUSE_S, QUIET_S, TRIES, Beside, Timing
 from plugin.rehearsal.yielding import CALM_S, GIVE_UP_S, YIELD_S, Course, MeanTime, Yielding
+from tests.kits.checkpoint.snapshots import draft
 
 pytestmark = pytest.mark.t0
 GB = 1 << 30
@@ -124,6 +128,31 @@ def test_memory_is_short_where_processes_wait_for_it_and_little_is_left(host):
     assert "30 %" in host.short(3 * GB)
     host.stalled(1)
     assert host.short(3 * GB) == ""
+
+
+@pytest.mark.parametrize(
+    ("lazy", "store", "pushed_to", "left"),
+    [
+        (True, None, None, True),  # this host has no plans
+        (False, None, None, False),
+        (False, "s3://a", None, True),
+        (False, "s3://a", "s3://a", False),
+        (False, "s3://a", "s3://b", True),
+    ],
+)
+def test_what_is_left_to_do_with_a_rehearsed_snapshot(tmp_path, lazy, store, pushed_to, left):
+    folder = tmp_path / "snapshots" / "one"
+    folder.mkdir(parents=True)
+    (folder / manifest.FILE_NAME).write_bytes(manifest.dump(draft("one", 1)))
+    found = manifest.load(folder)
+    settings = types.SimpleNamespace(
+        home=tmp_path, lazy_restore=lazy, push=True, snapshot_store=store, trust_keys=(), sign_key=None
+    )
+    assert not Beside(settings, [], None)._nothing_to_do(found)
+    rehearsal.write(folder, rehearsal.Mark(found.digest, "2026-01-01T00:00:00Z", ["short"], 1.0))
+    if pushed_to:
+        rehearsal.note_pushed(folder, pushed_to)
+    assert Beside(settings, [], None)._nothing_to_do(found) is not left
 
 
 # Yielding to requests

@@ -113,6 +113,14 @@ def test_an_engine_that_rests_at_once_is_rehearsed_too(launch_rig, option):
         assert started.ask() == answer
 
 
+def test_without_lazy_restores_it_records_nothing(launch_rig):
+    rig = launch_rig
+    with rig.running("--rehearse", "--no-lazy") as started:
+        started.ask()
+        started.wait_for(DONE, LIMIT_S)
+    assert mark_of(rig) is not None and not rig.library.working_set(rig.name).exists()
+
+
 def test_the_end_of_the_launch_ends_it_at_once(launch_rig):
     rig = launch_rig
     with rig.running("--rehearse") as started:

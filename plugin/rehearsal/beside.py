@@ -248,8 +248,9 @@ class Beside:
             known, self._said = self._said, why or last.code
             log.log(
                 logging.DEBUG if known == self._said and again else logging.INFO,
-                "snapshot %s: not rehearsed (%s); %s",
+                "snapshot %s: not %s (%s); %s",
                 snapshot.name,
+                "pushed" if any(report.event == "rehearsed" for report in reports) else "rehearsed",
                 why or f"{last.code}: {last.message}",
                 "it is tried again" if again else "the next launch tries again",
             )

@@ -1,6 +1,7 @@
 """Several models of one host behind `quickthaw proxy --config`, each a snapshot of the engine double."""
 
 import contextlib
+import re
 import subprocess
 import sys
 import time
@@ -68,6 +69,7 @@ def switching(rig, *options, names=NAMES, settings="max_awake: 1\nmin_awake: 0",
         raise
     finally:
         started.stop()
-    ours = [block for block in started.text().split("Traceback")[1:] if "engine_double" not in block[:3000]]
+    # The double's server, whose worker was killed, says so; its lines and ours may alternate.
+    ours = [b for b in started.text().split("Traceback")[1:] if not re.search("engine_double|socketserver", b[:3000])]
     assert ours == [] and "defect" not in started.text(), started.text()[-6000:]
     assert rig.watch.gone() == set()

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 import sys
 from pathlib import Path
 
@@ -114,11 +115,28 @@ def post(port, path, body, timeout_s=60.0):
         return response.status, response.read()
 
 
-def get(port, path):
+def answer_at_rest(rig, port):
+    """What a cold start answers once the engine calls itself healthy.
+
+    SGLang answers before its own warm-up, which may share a step with a request and so round it to other tokens (docs/limits.md).
+    """
+    limit = time.monotonic() + 120
+    while fetch(port, "/health")[0] != 200:
+        assert time.monotonic() < limit
+        time.sleep(0.2)
+    return measure.stream_completion(port, str(rig.preset.model), time.monotonic(), 16, 300.0).text
+
+
+def fetch(port, path):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     with contextlib.closing(connection):
         connection.request("GET", path)
-        return connection.getresponse().read()
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+def get(port, path):
+    return fetch(port, path)[1]
 
 
 def phases(port):

@@ -22,7 +22,7 @@ from launchers.bare import free_port
 from plugin.bench import client as measure
 from tests.kits import dropin_page, dropin_rows, small_models
 from tests.kits.dropin_rows import ADAPTER, AS_GIVEN, PLAIN, RESTORED, SERVED
-from tests.kits.engine_kit import COLD_LIMIT_S, NAME, REPO, Rig, get, own_lines, phases, share_state
+from tests.kits.engine_kit import COLD_LIMIT_S, NAME, REPO, Rig, answer_at_rest, get, own_lines, phases, share_state
 from tests.kits.hub_kit import Hub
 
 pytestmark = [pytest.mark.t2, pytest.mark.timeout(1200)]
@@ -128,7 +128,7 @@ def test_what_means_something_else_is_refused_with_a_code(rig, row, tmp_path):
 @rows(dropin_rows.PLAINLY)
 def test_it_starts_plainly_and_says_why(rig, row, tmp_path):
     with started(rig, row, tmp_path) as (port, answer, command):
-        assert answer.text == rig.cold_text
+        assert answer.text and answer_at_rest(rig, port) == rig.cold_text
         if row.outcome == PLAIN:
             assert phases(port)[0][-3:] == ["starting", "loading", "warming"]
         lines = [line for line in command.log.read_text().splitlines() if line.startswith("quickthaw:")]

@@ -13,7 +13,7 @@ from checkpoint.snapshot.manifest import dump
 from checkpoint.store.archive import open_chunks
 from checkpoint.store.cache_archive import pull_cache
 from plugin.runtime.config import state_home
-from tests.kits.engine_kit import NAME, REPO, Rig, phases
+from tests.kits.engine_kit import NAME, REPO, Rig, answer_at_rest, phases
 
 pytestmark = [pytest.mark.t2, pytest.mark.timeout(1200)]
 
@@ -101,7 +101,7 @@ def test_a_wrong_canary_goes_the_cold_way_under_the_same_held_request(rig):
     )
     try:
         with rig.running("--no-snapshot") as (port, answer, _, command):
-            assert answer.text == rig.cold_text
+            assert answer.text and answer_at_rest(rig, port) == rig.cold_text
             assert phases(port)[0] == [
                 "mounting",
                 "restoring",

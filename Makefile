@@ -10,7 +10,7 @@ PYTEST := $(PYTHON) -m pytest -q
 # CI asks for reports, to count that the engine tests ran.
 REPORT = $(if $(QUICKTHAW_TEST_REPORT),--junitxml=$(QUICKTHAW_TEST_REPORT)/$(1).xml)
 
-.PHONY: demo test test-fast lint check setup setup-fast bench wheels clean
+.PHONY: demo test test-fast lint check setup setup-fast bench wheels image image-test clean
 
 demo:
 	@setup/setup.sh $(ENGINE)
@@ -45,6 +45,20 @@ bench: setup
 # dist/quickthaw-*.whl and dist/quickthaw_criu-*.whl, which brings CRIU to hosts that have none.
 wheels: setup-fast
 	@$(PYTHON) setup/wheels.py dist
+
+# An image of the engine's image BASE with quickthaw in it (docs/deploy.md).
+CONTAINER ?= $(firstword $(notdir $(shell command -v podman docker)) docker)
+IMAGE ?= quickthaw-$(ENGINE)
+IMAGE_ARGS = BASE=$(BASE) ENGINE=$(ENGINE) $(foreach name,PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_NO_INDEX,$(if $($(name)),$(name)=$($(name))))
+image:
+	@[ -n "$(BASE)" ] || { echo "image: give the engine's image: make image BASE=vllm/vllm-openai:v0.32.0 ENGINE=vllm" >&2; exit 2; }
+	@$(MAKE) --no-print-directory wheels
+	$(CONTAINER) build -f deploy/container/Containerfile $(addprefix --build-arg ,$(IMAGE_ARGS)) --build-arg PYTHONS="$(PYTHONS)" -t $(IMAGE) .
+
+# Builds an image and runs it in real containers, with the engine's double.
+image-test: setup-fast
+	@setup/system.sh test-packages.txt
+	$(PYTEST) tests/t1/deploy
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -91,7 +91,7 @@ def _criu(host: Host) -> Finding:
 def _roundtrip(host: Host, home: Path) -> Finding:
     """Dump and restore a small process for real, as a host's first cold start does (plugin.runtime.steps.criu_trial)."""
     what = "dump and restore"
-    if host.privileges.snapshots or host.sandbox:
+    if host.privileges.new_snapshots or host.sandbox:
         return Finding(what, "off", "not tried", f"see {'sandbox' if host.sandbox else 'privileges'} above")
     if host.criu is None:
         return Finding(what, "off", f"not tried ({(host.criu_missing or '').partition(':')[0]})", "see criu above")

@@ -83,7 +83,7 @@ class Helper:
         environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
         environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
         with theirs:
-            argv = [sys.executable, "-m", "checkpoint.cuda.helper", str(theirs.fileno()), self.factory]
+            argv = [sys.executable, "-P", "-m", "checkpoint.cuda.helper", str(theirs.fileno()), self.factory]
             self._process = subprocess.Popen(
                 [*argv, *([self.argument] if self.argument is not None else [])],
                 env=environment,

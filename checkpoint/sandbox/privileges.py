@@ -30,9 +30,10 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "mount": ("CAP_SYS_ADMIN", FUSE),
     # unshare(2), mount(2); setns(2) back into the own network after connecting into a sandbox.
     "sandbox": ("CAP_SYS_ADMIN", OWN_NETWORK),
-    # CRIU: SO_SNDBUFFORCE (CAP_NET_ADMIN, valid only in the host's user namespace), PR_CAPBSET_DROP, chroot(2),
-    # PTRACE_O_SUSPEND_SECCOMP (impossible under a seccomp filter).
-    "snapshots": ("CAP_SYS_ADMIN", "CAP_NET_ADMIN", "CAP_SETPCAP", "CAP_SYS_CHROOT", SECCOMP, HOST_USERS),
+    # CRIU: SO_SNDBUFFORCE (CAP_NET_ADMIN, valid only in the host's user namespace), PR_CAPBSET_DROP, chroot(2).
+    "snapshots": ("CAP_SYS_ADMIN", "CAP_NET_ADMIN", "CAP_SETPCAP", "CAP_SYS_CHROOT", HOST_USERS),
+    # PTRACE_O_SUSPEND_SECCOMP and PTRACE_SECCOMP_GET_FILTER, which the kernel refuses to a filtered process. A restore needs neither.
+    "dumps": (SECCOMP,),
     # userfaultfd(2) that also handles faults in system calls.
     "pages": ("CAP_SYS_PTRACE",),
 }
@@ -94,6 +95,8 @@ class Privileges(NamedTuple):
         wanted = dict.fromkeys(name for feature in features for name in FEATURES[feature])
         if "pages" in features and self.page_faults:
             del wanted["CAP_SYS_PTRACE"]
+        elif "pages" in features and self.has("CAP_SYS_PTRACE"):
+            wanted[SECCOMP] = None  # the filter forbids userfaultfd(2), as runtimes' default profiles do
         if "snapshots" in features:
             wanted |= {"CAP_SYS_PTRACE": None} if self.traces_children_only else {}
             # The clock of a restored engine: our own user namespace suffices, too (checkpoint.sandbox.namespaces).

@@ -35,19 +35,25 @@ class Capabilities:
     """The capabilities of this host: None for one that works, else why it is off and the remedy, in one line.
 
     `pages`: on-demand paging, which lets a restore resume while pages are still to come (working set first). Without it
-    every page is loaded before the engine resumes.
+    every page is loaded before the engine resumes. `dumps`: taking snapshots; `snapshots` off implies it.
     """
 
     mount: str | None = None
     sandbox: str | None = None
     snapshots: str | None = None
     pages: str | None = None
+    dumps: str | None = None
+
+    @property
+    def new_snapshots(self) -> str | None:
+        """Return why no snapshot can be taken here, or None."""
+        return self.snapshots or self.dumps
 
     def off(self) -> dict[str, str]:
         """Return the reasons by capability name; names that share a reason are joined into one key."""
         named = {"lazy weights": self.mount, "sandbox": self.sandbox, "snapshots": self.snapshots}
         if self.snapshots is None:
-            named["pages on demand"] = self.pages
+            named |= {"new snapshots": self.dumps, "pages on demand": self.pages}
         together: dict[str, list[str]] = {}
         for name, why in named.items():
             if why:
@@ -64,7 +70,7 @@ class Capabilities:
     @classmethod
     def none(cls, why: str) -> Capabilities:
         """Return capabilities that are all off for one reason."""
-        return cls(why, why, why, why)
+        return cls(why, why, why, why, why)
 
 
 @dataclass(frozen=True)
@@ -101,8 +107,8 @@ def from_privileges(found: Privileges) -> Capabilities:
     Without the privileges for a sandbox all are off, and the reason names everything that all of them need.
     """
     if found.missing("sandbox"):
-        return Capabilities.none(remedy(found.missing("mount", "sandbox", "snapshots", "pages")))
-    reasons = {name: found.missing(name) for name in ("mount", "snapshots", "pages")}
+        return Capabilities.none(remedy(found.missing("mount", "sandbox", "snapshots", "dumps", "pages")))
+    reasons = {name: found.missing(name) for name in ("mount", "snapshots", "dumps", "pages")}
     return Capabilities(**{name: remedy(names) if names else None for name, names in reasons.items()})
 
 

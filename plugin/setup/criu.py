@@ -318,7 +318,7 @@ def kernel_check(criu: Criu) -> str | None:
     from checkpoint.sandbox.sandbox import Sandbox
     from plugin.runtime.capabilities import from_privileges, sandbox_reason
 
-    if why := from_privileges(Privileges.current()).snapshots:
+    if why := from_privileges(Privileges.current()).new_snapshots:
         return f"not tried: {why}"
     try:
         with Sandbox() as sandbox:

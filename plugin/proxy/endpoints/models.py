@@ -226,7 +226,7 @@ def spec_of(model: ModelConfig, idle_timeout: float, standby_after: float = 0.0)
             environment["QUICKTHAW_ADMIN_TOKEN"] = secrets.token_hex(16)
             if model.api_key is not None:
                 environment["QUICKTHAW_API_KEY"] = model.api_key
-            wake = "exec " + shlex.join([sys.executable, "-m", "plugin.restore", *options, model.snapshot or ""])
+            wake = "exec " + shlex.join([sys.executable, "-P", "-m", "plugin.restore", *options, model.snapshot or ""])
     from plugin.records.about import facts_of_named  # only this mode needs what it imports
 
     ready_path = (

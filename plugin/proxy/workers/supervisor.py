@@ -159,6 +159,7 @@ class Supervisor:
         try:
             worker.process = process = await asyncio.create_subprocess_exec(
                 sys.executable,
+                "-P",
                 "-m",
                 "plugin.proxy.workers.worker",
                 *map(str, fds),

@@ -70,7 +70,7 @@ class NotResumed(EngineFailed):
 def wanted(replica: StartContext) -> bool:
     """Return True if this cold start should end with a snapshot. Log the reason where it is not obvious."""
     settings = replica.settings
-    if not settings.take_snapshot or replica.capabilities.snapshots:
+    if not settings.take_snapshot or replica.capabilities.new_snapshots:
         return False
     name = replica.snapshot_name
     if settings.trust_keys and settings.sign_key is None:
@@ -99,7 +99,7 @@ def wanted(replica: StartContext) -> bool:
 
 def begin_trial(replica: StartContext) -> Trial | None:
     """Start to test, while the engine loads, whether this host can dump and restore; None if the result is not needed."""
-    if replica.criu is None or replica.capabilities.snapshots or not replica.settings.take_snapshot:
+    if replica.criu is None or replica.capabilities.new_snapshots or not replica.settings.take_snapshot:
         return None
     from plugin.runtime.steps.criu_trial import Trial  # needed by cold starts only
 
@@ -263,7 +263,7 @@ def on_gpu(replica: StartContext) -> bool:
     settings = replica.settings
     return (
         settings.take_snapshot
-        and not replica.capabilities.snapshots
+        and not replica.capabilities.new_snapshots
         and replica.driver() is not None
         and bool(replica.identity.host.gpus)
         and not replica.multi_gpu()

@@ -1,0 +1,159 @@
+"""An image of deploy/container, in real containers: the engine's own arguments, a restore in a new container, plain where privileges are missing."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from launchers.bare import free_port
+from tests.kits.container_kit import LEAST
+from tests.kits.image_kit import ENGINES
+from tests.kits.launch_rig import REPO
+
+pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("image"), pytest.mark.timeout(300)]
+
+PROFILE = REPO / "deploy" / "container" / "seccomp.json"
+SHELL = ("--entrypoint=/bin/sh",)
+
+
+def words_of(rig, way, port):
+    """The words behind the image's name, and the container's options."""
+    listening = ["--host", "127.0.0.1", "--port", str(port)]
+    if way == "arguments":
+        return [str(rig.model), *listening], ()
+    if way == "command as arguments":
+        return ["python3", "-m", "sglang.launch_server", "--model-path", str(rig.model), *listening], ()
+    # a Pod's `command`, which replaces the entrypoint
+    script = f"exec vllm serve {rig.model} {' '.join(listening)}"
+    return ["-c", script], ("--entrypoint=/bin/sh",)
+
+
+@pytest.mark.parametrize("way", ["arguments", "command as arguments", "shim in a shell"])
+def test_it_takes_the_bases_words_and_restores_in_a_new_container(images, launch_rig, way):
+    port = free_port()
+    words, options = words_of(launch_rig, way, port)
+    (launch_rig.home / "criu").unlink()  # the image has its own
+    with images.serving(launch_rig, *words, options=(*LEAST, *options), port=port) as started:
+        answer = started.ask()
+        started.wait_serving()
+        assert started.off() == {}, started.ours()
+    assert launch_rig.library.names()
+    with images.serving(launch_rig, *words, options=(*LEAST, *options), port=port) as started:
+        assert started.ask() == answer
+        assert started.phases()[0][:2] == ["mounting", "restoring"]
+
+
+def test_under_our_seccomp_profile_it_restores_and_takes_no_snapshot(images, launch_rig):
+    port = free_port()
+    words, _ = words_of(launch_rig, "arguments", port)
+    filtered = [word for word in LEAST if "seccomp" not in word] + [f"--security-opt=seccomp={PROFILE}"]
+    with images.serving(launch_rig, *words, options=filtered, port=port) as started:
+        answer = started.ask()
+        started.wait_serving()
+        assert list(started.off()) == ["new snapshots"], started.ours()
+    assert not launch_rig.library.names()
+    with images.serving(launch_rig, *words, options=LEAST, port=port) as started:
+        assert started.ask() == answer
+        started.wait_serving()
+    for _ in range(2):  # recording the working set, and with it
+        with images.serving(launch_rig, *words, options=filtered, port=port) as started:
+            assert started.ask() == answer
+            assert started.phases()[0][:2] == ["mounting", "restoring"], started.ours()
+            assert "failed" not in started.ours() and list(started.off()) == ["new snapshots"], started.ours()
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--user=2000:2000",), ("--user=54321:54321", "--passwd=false", "--read-only")]
+)
+def test_without_privileges_or_as_another_user_it_serves_plainly(images, launch_rig, options):
+    port = free_port()
+    words, _ = words_of(launch_rig, "arguments", port)
+    with images.serving(launch_rig, *words, options=options, port=port) as started:
+        assert started.ask()
+        assert "CAP_SYS_ADMIN" in started.off()["lazy weights, sandbox, snapshots"], started.ours()
+
+
+def test_whatever_starts_no_server_runs_as_it_was_given(images):
+    original = "the engine's own script: "
+    assert images.output("-c", "vllm bench serve", options=SHELL, code=1) == f"{original}bench serve\n"
+    assert images.output("-c", "sglang", options=SHELL, code=1) == f"{original}\n"
+    said = images.output(
+        "-c",
+        'python3 -c "import sys; print(sys.executable, sys.argv)" serve; python -V; env python3 -m this | head -1;'
+        f'PATH={ENGINES}/bin:$PATH; python3 -c "import os; os._exit(41)"',
+        options=SHELL,
+        code=41,
+    )  # fmt: skip
+    first, version, zen = said.splitlines()
+    assert first == f"{ENGINES}/bin/python3 ['-c', 'serve']"
+    assert version.startswith("Python 3.") and zen.startswith("The Zen")
+
+
+def test_below_the_shims_nothing_comes_back_to_them(images):
+    script = "import os, shutil; print(shutil.which('vllm'), shutil.which('python3'), os.environ['PATH'])"
+    said = images.output("-c", f'python3 -c "{script}"', options=SHELL)
+    assert "shims" not in said and said.startswith(f"{ENGINES}/bin/vllm {ENGINES}/bin/python3 ")
+
+
+def test_a_shim_that_is_switched_off_or_has_no_quickthaw_starts_the_engine(images, launch_rig):
+    command = "vllm serve --no-such-model"
+    for spoilt in ("export QUICKTHAW_SHIMS=0", "rm /opt/quickthaw/bin/quickthaw"):
+        said = images.output("-c", f"{spoilt}; {command}; exit 0", options=SHELL)
+        assert "quickthaw" not in said.partition("Traceback")[0], said
+    for spoilt, why in (
+        ("rm -r /opt/quickthaw/lib/python3*/site-packages/plugin /opt/quickthaw/.verified", "No module named"),
+        ("rm -r /opt/quickthaw/lib/python3* /opt/quickthaw/.verified", "none of the versions of Python"),
+    ):
+        said = images.output("-c", f"{spoilt}; {command}; exit 0", options=SHELL)
+        assert said.startswith("quickthaw: run-as-given: ") and why in said.splitlines()[0], said
+        assert "engine alone" in said.splitlines()[0] or "engine starts alone" in said.splitlines()[0], said
+
+
+def test_without_arguments_it_does_what_the_engine_does(images):
+    said = images.output(code=2)
+    assert said.startswith("quickthaw: no-model: "), said
+
+
+def pid_of(images, started):
+    """The container's process 1, by its PID here, once it has one."""
+    limit = time.monotonic() + 20
+    while time.monotonic() < limit:
+        done = subprocess.run([*map(str, images._argv), "ps", "-q"], capture_output=True, text=True, check=True)
+        if names := done.stdout.split():
+            words = ["inspect", "-f", "{{.State.Pid}}", *names]
+            found = subprocess.run([*map(str, images._argv), *words], capture_output=True, text=True, check=False)
+            if found.stdout.split() not in ([], ["0"]):
+                return int(found.stdout)
+        assert started.process.poll() is None, started.text()
+        time.sleep(0.05)
+    raise AssertionError(started.text())
+
+
+def test_as_process_1_it_reaps_orphans_and_a_second_interrupt_ends_it(images, launch_rig):
+    port = free_port()
+    words, _ = words_of(launch_rig, "arguments", port)
+    env = ("--env=ENGINE_DOUBLE_STUBBORN=1", "--env=QUICKTHAW_SNAPSHOT=0")
+    with images.serving(launch_rig, *words, options=(*LEAST, *env), port=port, codes=(130,)) as started:
+        started.ask()
+        started.wait_serving()
+        first = pid_of(images, started)
+        inside = ["nsenter", "-t", str(first), "-p", "-m", "sh", "-c", "(sleep 0.3; true) & exit 0"]
+        subprocess.run(inside, check=True, timeout=10)
+        time.sleep(1.0)
+        children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+        states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in children]
+        assert states and "Z" not in states
+        started.process.send_signal(signal.SIGINT)
+        started.wait_for("stopping: no new requests")
+        began = time.monotonic()
+        started.process.send_signal(signal.SIGINT)
+        assert started.process.wait(10) == 130
+        assert time.monotonic() - began < 8 and "second signal" in started.ours()
+
+
+@pytest.mark.parametrize("words", [("sh", "-c", "exit 7"), ("python3", "-c", "raise SystemExit(7)")])
+def test_the_exit_code_is_the_commands(images, words):
+    said = images.output(*words, code=7)
+    assert said.startswith("quickthaw: run-as-given: "), said

@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -43,6 +44,44 @@ def test_it_takes_the_bases_words_and_restores_in_a_new_container(images, launch
     with images.serving(launch_rig, *words, options=(*LEAST, *options), port=port) as started:
         assert started.ask() == answer
         assert started.phases()[0][:2] == ["mounting", "restoring"]
+
+
+def test_a_rolling_update_loses_no_request(images, launch_rig):
+    """The old container is stopped with requests in flight, once the new one, restored from its snapshot, serves."""
+    before, after = free_port(), free_port()
+    answers = []
+    with images.serving(launch_rig, *words_of(launch_rig, "arguments", before)[0], options=LEAST, port=before) as old:
+        answer = old.ask()
+        old.wait_serving()
+        current = [old]
+        ended = threading.Event()
+
+        def client():
+            while not ended.is_set():
+                try:
+                    answers.append(current[0].ask(slow=0.5))
+                except Exception as error:
+                    answers.append(error)
+
+        clients = [threading.Thread(target=client) for _ in range(4)]
+        for one in clients:
+            one.start()
+        try:
+            words, _ = words_of(launch_rig, "arguments", after)
+            with images.serving(launch_rig, *words, options=LEAST, port=after, watched=False) as new:
+                new.wait_serving()
+                assert new.phases()[0][:2] == ["mounting", "restoring"]
+                current[0] = new
+                assert old.stop() in (0, 143)
+                sent = len(answers)
+                while len(answers) < sent + 8 and new.process.poll() is None:
+                    time.sleep(0.05)
+                ended.set()
+                for one in clients:
+                    one.join(30)
+        finally:
+            ended.set()
+    assert len(answers) > 8 and all(one == answer for one in answers), answers
 
 
 def test_under_our_seccomp_profile_it_restores_and_takes_no_snapshot(images, launch_rig):

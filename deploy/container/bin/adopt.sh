@@ -8,7 +8,8 @@ without_shims() {
     while [ -n "$rest" ]; do
         folder=${rest%%:*}
         rest=${rest#*:}
-        [ "${folder:-.}" -ef "$root/shims" ] || kept=$kept${kept:+:}${folder:-.}
+        # also those of another copy: two that call each other would go on for ever
+        { [ -e "$folder/shim" ] && [ -e "$folder/../bin/adopt.sh" ]; } || kept=$kept${kept:+:}${folder:-.}
     done
     PATH=$kept
 }

@@ -12,14 +12,19 @@ pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("image")
 COPY = ("--entrypoint=/opt/quickthaw/bin/copy-into",)
 
 
-@pytest.fixture
-def volume(images, tmp_path):
-    """Return the option that mounts a volume with the copy at /copy."""
-    (tmp_path / "volume").mkdir()
-    option = f"--volume={tmp_path / 'volume'}:/copy"
+@pytest.fixture(scope="module")
+def copy(images, tmp_path_factory):
+    """Return the folder of a volume with the copy."""
+    folder = tmp_path_factory.mktemp("volume")
     for _ in range(2):  # an init container may run twice
-        images.output("/copy", options=(*COPY, option))
-    return option
+        images.output("/copy", options=(*COPY, f"--volume={folder}:/copy"))
+    return folder
+
+
+@pytest.fixture
+def volume(copy):
+    """Return the option that mounts the volume at /copy."""
+    return f"--volume={copy}:/copy"
 
 
 def test_an_untouched_image_serves_and_restores_with_the_copy(images, launch_rig, volume):
@@ -36,24 +41,25 @@ def test_an_untouched_image_serves_and_restores_with_the_copy(images, launch_rig
 
 
 @pytest.mark.skipif(sys.base_prefix.startswith("/usr"), reason="this Python is the host's own")
-def test_it_takes_the_python_of_the_container(images, volume, tmp_path):
+def test_it_takes_the_python_of_the_container(images, copy, volume, tmp_path):
     """The image's own is not there; the host's /usr has one of the same version."""
     argv = ["--network=none", "--volume=/usr:/usr:ro", volume, "--env=PATH=/usr/bin:/bin"]
     argv += ["--rootfs", str(skeleton(tmp_path / "other")), "/copy/bin/quickthaw"]
     said = images.finished(images.run_argv(*argv, "doctor", "--help"))
     assert said.startswith("Usage: quickthaw doctor")
-    assert (tmp_path / "volume" / "bin" / "python").readlink().is_relative_to("/usr")
-    assert (tmp_path / "volume" / ".verified").read_text().startswith("/usr/bin/python3")
+    assert (copy / "bin" / "python").readlink().is_relative_to("/usr")
+    assert (copy / ".verified").read_text().startswith("/usr/bin/python3")
     said = images.finished(images.run_argv(*argv, "launch", "--", "sh", "-c", "exit 5"), code=5)
     assert said.startswith("quickthaw: run-as-given: ")
 
 
-def test_a_copy_that_cannot_be_used_lets_the_engine_start_alone(images, volume, tmp_path):
-    site = tmp_path / "volume" / "lib"
-    for folder in site.glob("python3*"):
-        folder.rename(site / "python3.99")
+def test_a_copy_that_cannot_be_used_lets_the_engine_start_alone(images, copy, volume):
+    (packages,) = (copy / "lib").glob("python3*")
+    (copy / ".verified").unlink(missing_ok=True)
+    packages.rename(copy / "lib" / "python3.99")
     words = ("launch", "--", "vllm", "serve", "--no-such")
     said = images.output(*words, options=(volume, "--entrypoint=/copy/bin/quickthaw"), code=1)
+    (copy / "lib" / "python3.99").rename(packages)
     assert said.startswith("quickthaw: run-as-given: this container's PATH has none of the versions of Python"), said
     assert "the engine starts alone" in said.splitlines()[0] and "Traceback" in said
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 import shlex
-import sys
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +36,7 @@ from plugin.proxy.http.path_rules import HEALTH
 from plugin.proxy.http.request import Request
 from plugin.proxy.pool.pool import ReplicaPool
 from plugin.proxy.pool.pressure import relieve
+from plugin.startup.own_module import own_module
 
 
 class Seconds(float):
@@ -226,7 +226,7 @@ def spec_of(model: ModelConfig, idle_timeout: float, standby_after: float = 0.0)
             environment["QUICKTHAW_ADMIN_TOKEN"] = secrets.token_hex(16)
             if model.api_key is not None:
                 environment["QUICKTHAW_API_KEY"] = model.api_key
-            wake = "exec " + shlex.join([sys.executable, "-P", "-m", "plugin.restore", *options, model.snapshot or ""])
+            wake = "exec " + shlex.join([*own_module("plugin.restore"), *options, model.snapshot or ""])
     from plugin.records.about import facts_of_named  # only this mode needs what it imports
 
     ready_path = (

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import logging
 import socket
-import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -34,6 +33,7 @@ from plugin.proxy.settings import Settings
 from plugin.proxy.workers.control import LONGEST_LINE, REPLY_S, ControlChannel, error_message
 from plugin.runtime.listening import url
 from plugin.runtime.phases import Phase
+from plugin.startup.own_module import own_module
 
 log = logging.getLogger("quickthaw.proxy")
 
@@ -158,10 +158,7 @@ class Supervisor:
             fds.append(self.admin_sock.fileno())
         try:
             worker.process = process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-P",
-                "-m",
-                "plugin.proxy.workers.worker",
+                *own_module("plugin.proxy.workers.worker"),
                 *map(str, fds),
                 pass_fds=fds,
                 stdin=asyncio.subprocess.DEVNULL,

@@ -90,7 +90,10 @@ class StoreImport:
 def main() -> None:
     """Do the import that standard input names; the kernel ends this process when its parent ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    request = json.loads(sys.stdin.buffer.read())
+    asked = sys.stdin.buffer.read()
+    if not asked:
+        return  # the parent was killed before it could ask
+    request = json.loads(asked)
     if os.getppid() != request["parent"]:
         return  # the parent ended before prctl took effect
     os.nice(_NICE)

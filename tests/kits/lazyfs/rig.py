@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from lazyfs.errors import NotFound
 from lazyfs.mount import kernel
 from lazyfs.mount.client import MountHandle, mount
 from tests.kits.lazyfs.models import write_safetensors
@@ -125,7 +126,8 @@ class Rig:
             reader.close()
         for handle in self.handles:
             while kernel.mount_at(str(handle.mountpoint)) is not None:
-                kernel.unmount(str(handle.mountpoint), lazy=True)
+                with contextlib.suppress(NotFound):  # its daemon, which ends, was first
+                    kernel.unmount(str(handle.mountpoint), lazy=True)
             with contextlib.suppress(ProcessLookupError):
                 if is_daemon(handle.pid):
                     wait_for(lambda pid=handle.pid: not is_daemon(pid), limit_s=10, kill=handle.pid)

@@ -13,6 +13,10 @@ pytestmark = pytest.mark.t0
 @pytest.fixture
 def handlers():
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    for number in before:
+        signal.signal(
+            number, signal.SIG_DFL
+        )  # a suite in a script's background ignores SIGINT, and one under nohup SIGHUP
     yield before
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -20,7 +24,6 @@ def handlers():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_unwinds_and_so_does_a_second_one(handlers, number):
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signals.unwind()
     for _ in range(2):
         with pytest.raises(SystemExit) as ended:

@@ -36,7 +36,7 @@ def shared(module_folder):
 @pytest.fixture(scope="module")
 def stored(module_folder):
     """Return a model, its digest, and the store into which it was imported."""
-    model = write_model(module_folder / "model", [5 << 20, 1000, 4 << 20, 6 << 20])
+    model = write_model(module_folder / "stored", [5 << 20, 1000, 4 << 20, 6 << 20])
     return model, import_directory(model), module_folder / "home" / "store"
 
 

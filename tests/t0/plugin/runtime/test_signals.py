@@ -13,10 +13,8 @@ pytestmark = pytest.mark.t0
 @pytest.fixture
 def handlers():
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    for number in before:
-        signal.signal(
-            number, signal.SIG_DFL
-        )  # a suite in a script's background ignores SIGINT, and one under nohup SIGHUP
+    for number in before:  # a suite in a script's background ignores SIGINT, and one under nohup SIGHUP
+        signal.signal(number, signal.SIG_DFL)
     yield before
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -67,6 +67,8 @@ class Transport(Protocol):
 
     name: str
     passthrough: bool
+    unmounted: bool
+    """True once the kernel has said that the mount is gone; its numbers may be another mount's then."""
 
     def start(self) -> None: ...
     def wait(self, limit_s: float) -> bool: ...
@@ -296,7 +298,7 @@ class Server:
 
     def _detach(self) -> None:
         """Remove the mount, if it is still there: without this process it would be dead."""
-        where = self._mount and kernel.place_of(self._mount)
+        where = None if self.transport.unmounted else self._mount and kernel.place_of(self._mount)
         if where is not None:
             try:
                 kernel.unmount(where, lazy=True)

@@ -50,6 +50,7 @@ class Pyfuse3Transport:
 
     name = "pyfuse3"
     passthrough = False
+    unmounted = False
 
     def __init__(self, service: Service, mountpoint: str, source: str, *, allow_other: bool = False) -> None:
         self.service = service

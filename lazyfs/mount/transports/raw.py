@@ -146,6 +146,7 @@ class RawTransport:
         self.native = native
         self.allow_other = allow_other
         self.passthrough = False
+        self.unmounted = False
         self.fd = -1
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._threads: list[threading.Thread] = []
@@ -235,6 +236,7 @@ class RawTransport:
             except OSError as error:
                 # ENODEV: unmounted. ECONNABORTED: connection aborted. EBADF, EPERM: not, or no longer, a connection.
                 if error.errno in (errno.ENODEV, errno.ECONNABORTED, errno.EBADF, errno.EPERM):
+                    self.unmounted = self.unmounted or error.errno == errno.ENODEV
                     return
                 if error.errno not in (errno.EINTR, errno.EAGAIN, errno.ENOENT):
                     # Out of memory, for example. Ending this thread would block its readers forever.

@@ -1,6 +1,7 @@
 """Tests, files and folders that the documents name exist."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,11 @@ def test_every_link_between_documents_resolves():
         if "://" not in target and not (page.parent / target).exists()
     }
     assert missing == set()
+
+
+def test_no_tracked_file_holds_an_address_like_a_package_mirrors():
+    """Scanners take `://HOST` with a path of `debian/` for a registry, whatever the host; tests put such an address together."""
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=REPO, capture_output=True, text=True, check=True)
+    files = [REPO / name for name in tracked.stdout.split("\0") if name]
+    pattern = re.compile(rb"://[^/\s{}]+/debian/")
+    assert [str(file) for file in files if file.is_file() and pattern.search(file.read_bytes())] == []

@@ -12,12 +12,10 @@ import asyncio
 import contextlib
 import logging
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -32,6 +30,7 @@ from plugin.rehearsal.process import END_LIMIT_S, GO_ON, PAUSE, Order, Report
 from plugin.rehearsal.yielding import Course, MeanTime, Yielding
 from plugin.runtime.phases import Phase
 from plugin.runtime.steps import restore_snapshot
+from plugin.startup.own_module import own_module
 
 if TYPE_CHECKING:
     from checkpoint.snapshot.manifest import Snapshot
@@ -272,8 +271,7 @@ class Beside:
             if self._closed:
                 raise OSError("the launch ends")
             process = self._process = subprocess.Popen(
-                [sys.executable, "-m", "plugin.rehearsal.process"],
-                cwd=Path(__file__).parents[2],
+                own_module("plugin.rehearsal.process"),  # in the launch's folder: paths in the order may be relative
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 start_new_session=True,

@@ -85,18 +85,19 @@ def test_by_hand_it_leaves_the_working_set_the_plans_and_the_mark(launch_rig):
 
 
 def test_a_launch_rehearses_its_snapshot_and_pushes_it(launch_rig, tmp_path):
-    rig, store = launch_rig, tmp_path / "store"
-    words = ("--rehearse", "--snapshot-store", store)
-    with rig.running(*words) as started:
+    rig = launch_rig
+    words = ("--rehearse", "--snapshot-store", "store")  # relative to the launch's folder
+    with rig.running(*words, cwd=tmp_path) as started:
         answer = started.ask()
         started.wait_for(DONE, LIMIT_S)
         started.wait_for("pushed (", LIMIT_S)
         assert started.ask() == answer
-    with rig.running(*words) as started:
+    assert (tmp_path / "store").is_dir()
+    with rig.running(*words, cwd=tmp_path) as started:
         assert started.ask() == answer
         assert "restoring" in started.phases()[0] and FIRST not in started.text()
     rig.fresh_home()
-    with rig.running(*words) as started:  # the mark and the working set travel
+    with rig.running(*words, cwd=tmp_path) as started:  # the mark and the working set travel
         assert started.ask() == answer
         assert "restoring" in started.phases()[0] and FIRST not in started.text()
         started.wait_for(DONE, LIMIT_S)  # this host gets its plans

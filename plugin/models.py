@@ -58,9 +58,12 @@ def call(url: str, method: str, path: str, token: str | None, limit_s: float) ->
         hint = f"give --url, or {PREFIX}URL"
         raise Refused(f"not-reached: no quickthaw answers at {url}; {why}; {hint}") from error
     if answer.status != 200 or not isinstance(document, dict):
-        refusal = document.get("error", {}) if isinstance(document, dict) else {}
-        code, why = refusal.get("code", f"status-{answer.status}"), refusal.get("message", "it refused")
-        raise Refused(f"{code}: {why}; quickthaw ps lists the models")
+        refusal = document.get("error") if isinstance(document, dict) else None
+        if not isinstance(refusal, dict) or not isinstance(refusal.get("code"), str):  # an engine, or another server
+            why = f"{path} answered {answer.status} there"
+            raise Refused(f"not-quickthaw: no quickthaw answers at {url}; {why}; give --url and --admin-prefix")
+        hint = "; quickthaw ps lists the models" if refusal["code"] == "model-not-found" else ""
+        raise Refused(f"{refusal['code']}: {refusal.get('message', 'it refused')}{hint}")
     return document
 
 

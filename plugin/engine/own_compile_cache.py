@@ -5,6 +5,7 @@ the user's folder, and would start from those: without a copy, the first start t
 done already. Only vLLM knows the keys of its AOT artefacts, so these are copied where vLLM computes them.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -65,8 +66,13 @@ def take_over_model_infos():
             if name.endswith(".json") and not os.path.exists(place):
                 os.makedirs(target, exist_ok=True)
                 new = f"{place}.{os.getpid()}"
-                shutil.copyfile(os.path.join(source, name), new)
-                os.replace(new, place)
+                try:
+                    shutil.copyfile(os.path.join(source, name), new)
+                    os.replace(new, place)
+                except OSError:
+                    with contextlib.suppress(OSError):
+                        os.unlink(new)
+                    raise
     except OSError as error:
         _report(error)
 
@@ -100,4 +106,6 @@ def take_over(alone, ours):
 
 
 def _report(error):
-    sys.stderr.write(f"quickthaw: what vLLM alone has compiled is not used: {error}\n")
+    sys.stderr.write(
+        f"quickthaw: own-cache-unused: what vLLM alone has compiled is not used: {error}; vLLM compiles it again\n"
+    )

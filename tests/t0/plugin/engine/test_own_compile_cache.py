@@ -124,6 +124,22 @@ def test_a_cache_that_cannot_be_written_is_reported(caches, monkeypatch, capfd):
     assert "not used: [Errno 20]" in capfd.readouterr().err
 
 
+def test_a_full_disk_leaves_no_half_file(caches, monkeypatch, capfd):
+    usual, ours = caches
+    (usual / "modelinfos").mkdir()
+    (usual / "modelinfos/llama.json").write_text("{}")
+
+    def full(source, target):
+        with open(target, "w") as file:
+            file.write("{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    take_over_model_infos()
+    assert files(ours.parents[1]) == []
+    assert "quickthaw: own-cache-unused: " in capfd.readouterr().err
+
+
 def test_a_folder_that_the_user_chose_stays_as_it_is(caches, monkeypatch):
     usual, ours = caches
     (usual / "modelinfos").mkdir()

@@ -19,7 +19,7 @@ from lazyfs.cache.slots import SlotMemory, tier_mb
 from lazyfs.content.chunking import MAX_CHUNK
 from lazyfs.content.manifest import Manifest
 from lazyfs.content.stat_index import origins
-from lazyfs.errors import DiskFull, HostLacks, LazyfsError, Temporary, Usage
+from lazyfs.errors import DiskFull, HostLacks, LazyfsError, NotFound, Temporary, Usage
 from lazyfs.fetch import wire
 from lazyfs.fetch.supervisor import FetcherLink
 from lazyfs.logs import configure
@@ -292,13 +292,19 @@ class Server:
 
     def _unmount_here(self, *, lazy: bool) -> None:
         """Unmount here. Other mount namespaces may still show the mount; it is served until the last of them is gone."""
-        where = self._mount and kernel.place_of(self._mount)  # its folder may have been renamed
-        kernel.unmount(where or self.config.mountpoint, lazy=lazy)
+        where = self._place() if self._mount else self.config.mountpoint
+        if where is None:  # what is mounted there now is another daemon's
+            raise NotFound(f"nothing is mounted at {self.config.mountpoint} by this daemon")
+        kernel.unmount(where, lazy=lazy)
         self._release_name()
+
+    def _place(self) -> str | None:
+        """Return the path of this daemon's mount now, after its folder may have been renamed, or None if it is gone from this namespace."""
+        return kernel.place_of(self._mount) if self._mount and not self.transport.unmounted else None
 
     def _detach(self) -> None:
         """Remove the mount, if it is still there: without this process it would be dead."""
-        where = None if self.transport.unmounted else self._mount and kernel.place_of(self._mount)
+        where = self._place()
         if where is not None:
             try:
                 kernel.unmount(where, lazy=True)

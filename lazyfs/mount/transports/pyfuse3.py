@@ -50,13 +50,13 @@ class Pyfuse3Transport:
 
     name = "pyfuse3"
     passthrough = False
-    unmounted = False
 
     def __init__(self, service: Service, mountpoint: str, source: str, *, allow_other: bool = False) -> None:
         self.service = service
         self.allow_other = allow_other
         self.mountpoint = mountpoint
         self.source = source
+        self.unmounted = False
         self._thread = threading.Thread(target=self._run, name="fuse", daemon=True)
 
     def start(self) -> None:
@@ -90,6 +90,8 @@ class Pyfuse3Transport:
         try:
             # Several tasks: otherwise a read that waits for the network would block all others.
             trio.run(pyfuse3.main, 1, 99)
+            # libfuse ends the loop after an abort, too. That mount stays, without a server, until it is unmounted or mounted again.
+            self.unmounted = True
         finally:
             pyfuse3.close(unmount=False)
 

@@ -48,6 +48,8 @@ _WRITES = frozenset({4, 6, 8, 9, 10, 11, 12, 13, 16, 21, 24, 35, 43, 45, 47})
 _CLONE, _BACKING_OPEN, _BACKING_CLOSE = 0x8004E500, 0x4010E501, 0x4004E502
 _ASYNC_READ, _PARALLEL_DIROPS, _MAX_PAGES = 1, 1 << 18, 1 << 22
 _CACHE_SYMLINKS, _INIT_EXT, _PASSTHROUGH = 1 << 23, 1 << 30, 1 << 37
+# With it the kernel answers ECONNABORTED after an abort, whose mount is still there, and ENODEV only after an unmount.
+_ABORT_ERROR = 1 << 21
 _KEEP_CACHE, _NOFLUSH, _FOPEN_PASSTHROUGH = 2, 32, 128
 # The manifest is immutable: names and attributes never change while the mount lives.
 _FOREVER_S = 86400 * 365
@@ -214,7 +216,7 @@ class RawTransport:
         if opcode != _INIT or major != 7 or minor < 36:
             raise HostLacks(f"the kernel speaks FUSE {major}.{minor}; 7.36 or later is needed (Linux 5.17)")
         offered = flags | flags2 << 32
-        want = _ASYNC_READ | _PARALLEL_DIROPS | _MAX_PAGES | _INIT_EXT | _CACHE_SYMLINKS
+        want = _ASYNC_READ | _PARALLEL_DIROPS | _MAX_PAGES | _INIT_EXT | _CACHE_SYMLINKS | _ABORT_ERROR
         if self.native:
             want |= _PASSTHROUGH
         want &= offered

@@ -19,17 +19,15 @@ import trio
 from lazyfs.cache.cache import Cache
 from lazyfs.cache.open_sparse_files import OpenSparseFiles
 from lazyfs.cache.reservations import reserved_by_others
-from lazyfs.cache.slots import SlotMemory, SlotWriter
+from lazyfs.cache.slots import SlotWriter
 from lazyfs.cache.sparse_file import PRESENT, SparseFile
 from lazyfs.content.chunk_store import ChunkStore
-from lazyfs.content.importer import import_tree
 from lazyfs.errors import Temporary
 from lazyfs.fetch import wire
 from lazyfs.fetch.queue import RateLimit
 from lazyfs.fetch.supervisor import FetcherLink
 from lazyfs.fetch.worker import Fetcher, build
 from lazyfs.logs import RepeatLimiter
-from lazyfs.mount.config import MountConfig
 from lazyfs.mount.control import ask
 from lazyfs.mount.control_server import ControlServer
 from lazyfs.mount.server import Server
@@ -41,28 +39,7 @@ from lazyfs.stores.local import LocalStore
 pytestmark = pytest.mark.t0
 LIMIT_S = 30
 FILES = 40
-
-
-@pytest.fixture
-def model(tmp_path):
-    """Return a store with a directory of forty files of one chunk each, its manifest and a mount's configuration."""
-    (tmp_path / "model").mkdir()
-    for number in range(FILES):
-        (tmp_path / "model" / f"{number:02}.bin").write_bytes(bytes([number]) * 5000)
-    chunks = ChunkStore(LocalStore(tmp_path / "store"))
-    digest, manifest = import_tree(tmp_path / "model", chunks)
-    names = {n: str(tmp_path / n) for n in ("mountpoint", "cache_dir", "log_file", "socket", "state_file", "home")}
-    config = MountConfig(
-        manifest=digest, store_url=f"file://{tmp_path / 'store'}", use_origin=False, background_mb_s=0.001, **names
-    )
-    return SimpleNamespace(manifest=manifest, config=config, cache=Cache(tmp_path / "cache_dir"), chunks=chunks)
-
-
-@pytest.fixture
-def memory():
-    memory = SlotMemory(64)
-    yield memory
-    os.close(memory.fd)
+"""As many as `model` has."""
 
 
 @pytest.fixture

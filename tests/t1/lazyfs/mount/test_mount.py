@@ -315,6 +315,32 @@ def test_a_daemon_that_ends_without_an_unmount_takes_its_mount_along(shared, rig
             kernel.unmount(moved, lazy=True)
 
 
+def test_a_daemon_whose_connection_was_aborted_takes_its_mount_along(shared, rig):
+    _, digest = shared
+    handle = rig.mount(digest, transport="raw")
+    assert kernel.abort(kernel.mount_at(str(handle.mountpoint)).device)
+    wait_for(lambda: not is_daemon(handle.pid))
+    assert kernel.mount_at(str(handle.mountpoint)) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["idle", "signal"])
+def test_a_daemon_whose_mount_is_gone_here_leaves_the_next_ones_alone(shared, rig, how):
+    """Another namespace keeps its mount, so it still serves when a new daemon mounts at the same path."""
+    _, digest = shared
+    first = rig.mount(digest, idle_exit_s=2.0 * (how == "idle"), orphan_exit_s=LIMIT_S)
+    with copied_namespace():
+        kernel.unmount(str(first.mountpoint))
+        second = rig.mount(digest)
+        assert second.pid != first.pid and is_daemon(first.pid)
+        if how == "signal":
+            os.kill(first.pid, signal.SIGTERM)
+            wait_for(lambda: "cannot unmount on a signal" in first.log_file.read_text())
+        else:
+            wait_for(lambda: not is_daemon(first.pid))
+        assert kernel.mount_at(str(second.mountpoint)) is not None and is_daemon(second.pid)
+
+
 def test_mounting_an_unknown_manifest_fails(rig, shared, tmp_path):
     with pytest.raises(NotFound) as caught:
         rig.mount("0" * 64)

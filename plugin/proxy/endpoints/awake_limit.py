@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 from plugin.proxy.endpoints.endpoint import Endpoint
 from plugin.proxy.errors import ProxyError, StartFailed, Unavailable, Unneeded
-from plugin.proxy.pool.pressure import longest_in_standby, memory_of
+from plugin.proxy.pool.pressure import longest_in_standby, memory_room
 from plugin.proxy.pool.replica import STARTING
 from plugin.runtime.phases import Phase
 
@@ -91,14 +91,14 @@ class AwakeLimit:
         pool = next(endpoint.pool for endpoint, _ in self.endpoints if endpoint.name == name)
         needed = 0 if pool.sleeper.in_standby else pool.facts().snapshot_bytes
         for resting in longest_in_standby(endpoint.pool for endpoint, _ in self.endpoints if endpoint.name != name):
-            available = memory_of()[1]
-            if available >= needed:
+            room = await asyncio.to_thread(memory_room) if needed else None
+            if room is None or room.available >= needed:
                 return
             slept = await resting.sleep()
             text = "%s: memory-short: %s needs %d MiB, %d are available; it %s"
             what = "went from standby to sleep" if slept else "stays in standby"
-            fields = {"pool": resting.name, "needed": needed, "available": available, "slept": slept}
-            values = (resting.name, name, needed >> 20, available >> 20, what)
+            fields = {"pool": resting.name, "needed": needed, "available": room.available, "slept": slept}
+            values = (resting.name, name, needed >> 20, room.available >> 20, what)
             log.info(text, *values, extra={"event": "memory-short", "fields": fields})
 
     def _no_room(self, refused: dict[str, ProxyError]) -> Unavailable:

@@ -1,7 +1,8 @@
 """When this host is short of memory, put what is in standby to sleep: the model that was idle for longest first.
 
 Short means: processes waited for memory in a fifth of the last ten seconds (PSI, proc_pressure(5)), or less than a
-twentieth of the memory is available. A pool that no snapshot restores refuses to sleep and stays in standby.
+twentieth of the host's memory, or of this container's limit, is available. A pool that no snapshot restores refuses to
+sleep and stays in standby.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from plugin.proxy.pool.pool import ReplicaPool
+    from plugin.rehearsal.memory import Room
 
 log = logging.getLogger("quickthaw.proxy")
 EVERY_S = 1.0
@@ -22,10 +24,19 @@ STALLED = 20.0
 LEAST_AVAILABLE = 0.05
 PRESSURE = (Path("/sys/fs/cgroup/memory.pressure"), Path("/proc/pressure/memory"))
 """The first that can be read counts: that of a container, else that of the host."""
-MEMORY = Path("/proc/meminfo")
 
 
-def shortage(pressure: Iterable[Path] = PRESSURE, memory: Path = MEMORY) -> str:
+def memory_room() -> Room | None:
+    """Return the memory that is available to this process, by its control groups' limits too; None if this host does not say."""
+    from plugin.rehearsal.memory import room  # needed only while something is in standby
+
+    try:
+        return room()
+    except (OSError, LookupError, ValueError):
+        return None
+
+
+def shortage(pressure: Iterable[Path] = PRESSURE, memory: Callable[[], Room | None] = memory_room) -> str:
     """Return why memory is short, or "" if it is not, or if this host does not say."""
     for file in pressure:
         try:
@@ -36,20 +47,10 @@ def shortage(pressure: Iterable[Path] = PRESSURE, memory: Path = MEMORY) -> str:
         if stalled >= STALLED:
             return f"processes waited for memory in {stalled:.0f} % of the last 10 s"
         break
-    total, available = memory_of(memory)
-    if available < total * LEAST_AVAILABLE:
-        return f"{available >> 20} of {total >> 20} MiB are available"
+    found = memory()
+    if found is not None and found.available < found.total * LEAST_AVAILABLE:
+        return f"{found.available >> 20} of {found.total >> 20} MiB are available"
     return ""
-
-
-def memory_of(file: Path = MEMORY) -> tuple[int, int]:
-    """Return the total and the available memory of this host in bytes; (0, 0) if it does not say."""
-    try:
-        lines = (line.split() for line in file.read_text().splitlines())
-        found = {words[0]: int(words[1]) << 10 for words in lines if len(words) > 1}
-        return found["MemTotal:"], found["MemAvailable:"]
-    except (OSError, LookupError, ValueError):
-        return 0, 0
 
 
 def longest_in_standby(pools: Iterable[ReplicaPool]) -> list[ReplicaPool]:

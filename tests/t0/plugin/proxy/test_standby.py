@@ -12,8 +12,9 @@ from plugin.proxy.errors import ClientFault, ProxyError, StartFailed
 from plugin.proxy.http.address import from_url
 from plugin.proxy.pool.facts import Facts
 from plugin.proxy.pool.pool import ReplicaPool
-from plugin.proxy.pool.pressure import longest_in_standby, relieve, shortage
+from plugin.proxy.pool.pressure import longest_in_standby, memory_room, relieve, shortage
 from plugin.proxy.pool.start_times import Kind
+from plugin.rehearsal import memory
 from plugin.runtime.phases import IllegalTransition, Phase, PhaseTracker
 
 pytestmark = pytest.mark.t0
@@ -207,10 +208,21 @@ def test_short_memory_puts_the_longest_idle_in_standby_to_sleep_and_spares_what_
 def test_memory_is_short_by_pressure_or_by_what_is_available(tmp_path, stalled, available, found):
     if stalled:
         (tmp_path / "pressure").write_text(f"some avg10={stalled} avg60=0.00 avg300=0.00 total=1\nfull avg10=0.00\n")
-    if available:
-        (tmp_path / "meminfo").write_text(f"MemTotal: {1000 << 10} kB\nMemAvailable: {available << 10} kB\n")
-    why = shortage([tmp_path / "missing", tmp_path / "pressure"], tmp_path / "meminfo")
+    room = available and memory.Room(available << 20, 1000 << 20)
+    why = shortage([tmp_path / "missing", tmp_path / "pressure"], lambda: room)
     assert (found in why) if found else why == ""
+
+
+def test_available_is_what_this_containers_limit_leaves_or_unknown_where_the_host_does_not_say(tmp_path, monkeypatch):
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "cgroup").write_text("0::/\n")
+    limits = {"memory.max": 4 << 30, "memory.current": 3 << 30, "memory.stat": f"inactive_file {1 << 20}"}
+    for name, text in limits.items():
+        (tmp_path / name).write_text(str(text))
+    monkeypatch.setattr(memory.room, "__defaults__", (tmp_path, tmp_path))
+    assert memory_room() is None
+    (tmp_path / "meminfo").write_text(f"MemTotal: {64 << 20} kB\nMemAvailable: {60 << 20} kB\n")
+    assert memory_room() == memory.Room((1 << 30) + (1 << 20), 4 << 30)
 
 
 def test_a_restore_that_needs_the_memory_of_others_puts_them_to_sleep(monkeypatch):
@@ -219,8 +231,8 @@ def test_a_restore_that_needs_the_memory_of_others_puts_them_to_sleep(monkeypatc
         for engine in engines.values():
             assert await engine.pool.sleeper.standby()
         engines["old"].pool.last_active -= 100
-        free = iter([10, 10, 30])
-        monkeypatch.setattr(awake_limit, "memory_of", lambda: (100, next(free)))
+        free = iter([10, 30])
+        monkeypatch.setattr(awake_limit, "memory_room", lambda: memory.Room(next(free), 100))
         limit = awake_limit.AwakeLimit(0, "lru", 0.0, 1.0)
         limit.endpoints = [(SimpleNamespace(name=n, pool=e.pool, tracker=e.tracker), 0) for n, e in engines.items()]
         await limit._free_memory("wanted")
@@ -230,5 +242,8 @@ def test_a_restore_that_needs_the_memory_of_others_puts_them_to_sleep(monkeypatc
         await limit._free_memory("wanted")
         phases = {name: str(engine.tracker.phase) for name, engine in engines.items()}
         assert phases == {"wanted": "asleep", "old": "asleep", "new": "standby"}
+        monkeypatch.setattr(awake_limit, "memory_room", lambda: None)
+        await limit._free_memory("wanted")
+        assert engines["new"].tracker.phase is Phase.STANDBY, "a host that does not say is not short"
 
     asyncio.run(check())

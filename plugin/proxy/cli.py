@@ -55,11 +55,10 @@ def _refuse_own_address(upstream: Upstream | None, host: str, port: int) -> None
 
 def _read_import(path: Path) -> None:
     """Raise UsageError unless it is a configuration of llama-swap; warn of what has no counterpart."""
-    from plugin.proxy.endpoints.models import settings_in
+    from plugin.proxy.endpoints.models import check_import
 
     try:
-        if settings_in(path, warn):
-            raise click.UsageError(f"{path} is no configuration of llama-swap; give it as --config")
+        check_import(path, warn)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 

@@ -50,6 +50,8 @@ def _model(
     known = {**macros, "MODEL_ID": name}
     command = _in_one_line(_filled(model["cmd"], known)).removeprefix("exec ")
     if model.get("env"):
+        if not isinstance(model["env"], list):
+            raise ValueError(f"env of model {name!r} is no list of NAME=VALUE")
         command = f"env {shlex.join(map(str, model['env']))} {command}"
     found: dict[str, Any] = {"wake_timeout": document.get("healthCheckTimeout", _HEALTH_S)}
     address = _filled(str(model.get("proxy", "http://localhost:${PORT}")), known)
@@ -91,8 +93,10 @@ def _max_awake(document: Mapping[str, Any], warn: Callable[[str], None]) -> int:
     groups = document.get("groups") or {}
     if not groups:
         return 1
+    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+        raise ValueError("groups is no mapping of names to groups")
     (first, *others) = groups.values()
-    together = len(first.get("members", ())) if not others and first.get("swap") is False else 0
+    together = len(first.get("members") or ()) if not others and first.get("swap") is False else 0
     if together == len(document["models"]):
         return together
     warn("llama-swap's groups have no counterpart: one model is awake at a time; set max_awake and priority")

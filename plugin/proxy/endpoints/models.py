@@ -141,11 +141,8 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     max_body: Annotated[int, msgspec.Meta(ge=1024)] = 64 << 20
 
 
-def _read(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
-    """Return the file's keys and values, by their current names; a file of llama-swap as ours.
-
-    Raises ValueError if it is not a YAML mapping, OSError.
-    """
+def _document(path: Path) -> dict[str, Any]:
+    """Return the file's keys and values as they are written. Raises ValueError if it is not a YAML mapping, OSError."""
     import yaml
 
     try:
@@ -154,6 +151,12 @@ def _read(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
         raise ValueError(f"{path}: not YAML: {' '.join(str(exc).split())}") from exc
     if not isinstance(document, dict):
         raise ValueError(f"{path}: expected keys and values, such as `models:`; see examples/proxy_models.yaml")
+    return document
+
+
+def _read(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
+    """Return the file's keys and values, by their current names; a file of llama-swap as ours. Raises ValueError, OSError."""
+    document = _document(path)
     if llama_swap.recognises(document):
         try:
             return llama_swap.convert(document, lambda text: warn(f"{path}: {text}"))
@@ -170,6 +173,13 @@ def settings_in(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
     """Return the options of `quickthaw proxy` that the file sets. `warn` is called for each old key. Raises ValueError, OSError."""
     found = {key: value for key, value in _read(path, warn).items() if key in SETTINGS}
     return {key: [value] if key in _LISTS and isinstance(value, str) else value for key, value in found.items()}
+
+
+def check_import(path: Path, warn: Callable[[str], None]) -> None:
+    """Call `warn` for what has no counterpart here. Raises ValueError unless the file is a configuration of llama-swap, OSError."""
+    if not llama_swap.recognises(_document(path)):
+        raise ValueError(f"{path} is no configuration of llama-swap; give it as --config")
+    _read(path, warn)
 
 
 def load(path: Path) -> Config:

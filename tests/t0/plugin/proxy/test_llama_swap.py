@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from plugin.proxy.endpoints import llama_swap
-from plugin.proxy.endpoints.models import load, spec_of
+from plugin.proxy.endpoints.models import check_import, load, spec_of
 
 pytestmark = pytest.mark.t0
 FILE = """
@@ -76,3 +76,29 @@ def test_our_own_file_is_not_taken_for_one():
     assert not llama_swap.recognises({"models": None})
     with pytest.raises(ValueError, match="'b' has no cmd"):
         llama_swap.convert({"models": {"a": {"cmd": "x"}, "b": {}}}, print)
+
+
+def test_only_a_file_of_llama_swap_is_imported(tmp_path):
+    ours, theirs, said = tmp_path / "ours.yaml", tmp_path / "theirs.yaml", []
+    ours.write_text("models: {red: {command: x}}")
+    theirs.write_text(FILE)
+    check_import(theirs, said.append)
+    assert len(said) == 2
+    with pytest.raises(ValueError, match="is no configuration of llama-swap; give it as --config"):
+        check_import(ours, said.append)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "said"),
+    [
+        ({"groups": ["a"]}, "groups is no mapping"),
+        ({"groups": {"all": None}}, "groups is no mapping"),
+        ({"models": {"a": {"cmd": "x", "env": {"A": "b"}}}}, "env of model 'a' is no list"),
+    ],
+)
+def test_a_damaged_file_is_refused_with_its_place(damaged, said):
+    with pytest.raises(ValueError, match=said):
+        llama_swap.convert({"models": {"a": {"cmd": "x"}}} | damaged, print)
+    assert llama_swap.convert(
+        {"models": {"a": {"cmd": "x"}}, "groups": {"all": {"swap": False, "members": None}}}, list
+    )

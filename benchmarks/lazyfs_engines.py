@@ -40,6 +40,7 @@ from lazyfs.api import MountHandle, import_directory, mount  # noqa: E402
 from plugin.bench import client as measure  # noqa: E402
 from plugin.bench.presets import preset  # noqa: E402
 from plugin.runtime.config import state_home  # noqa: E402
+from plugin.runtime.signals import unwind  # noqa: E402
 
 KINDS = ("plain", "local", "remote")
 MODULES = {"vllm": "vllm.entrypoints.openai.api_server", "sglang": "sglang.launch_server"}
@@ -126,6 +127,7 @@ def prepare(engine: str, scratch: Path) -> str:
 
 
 def main() -> None:
+    unwind()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", choices=sorted(MODULES))
     parser.add_argument("--rounds", type=int, default=3)

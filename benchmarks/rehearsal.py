@@ -13,10 +13,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any
 
 import click
 
+from benchmarks.switching import fresh_home
 from plugin.bench.client import (
     Command,
     FirstToken,
@@ -47,18 +46,6 @@ def percentile(values: Sequence[float], share: float) -> float:
     """Return the value below which a share of the values lies."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
-
-
-@contextlib.contextmanager
-def state(shared: Path) -> Iterator[Path]:
-    """Yield a state folder with the machine's CRIU and compile caches, and nothing else."""
-    home = Path(tempfile.mkdtemp(prefix="standby-", dir=os.environ.get("TMPDIR")))
-    try:
-        for name in ("criu", "compile"):
-            (home / name).symlink_to(shared / name)
-        yield home
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
 
 
 class Launches:
@@ -137,7 +124,7 @@ def rehearsal(engine: str, runs: int, later: int, think: float, as_json: bool) -
     took: list[float] = []
     texts = set()
     for number in range(runs):
-        with state(shared) as home:
+        with fresh_home() as home:
             launches = Launches(chosen, home)
             with launches.running(COLD_LIMIT_S) as answer:
                 texts.add(answer.text)

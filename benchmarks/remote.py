@@ -37,6 +37,7 @@ from checkpoint.store.layout import BYTES  # noqa: E402
 from lazyfs.content.chunk_store import chunk_key, zero_digest  # noqa: E402
 from plugin.bench.client import Command, free_port, waiting_client  # noqa: E402
 from plugin.runtime.config import state_home  # noqa: E402
+from plugin.runtime.signals import unwind  # noqa: E402
 
 PORT = 8080
 LIMIT_S = 120.0
@@ -136,6 +137,7 @@ def run(way: str, url: str, snapshot: Snapshot, scratch: Path, rest_s: float) ->
 
 def main() -> None:
     """Run and print."""
+    unwind()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("--runs", type=int, default=3)

@@ -27,6 +27,7 @@ from checkpoint.store.archive import LEVEL_LOCAL, LEVEL_REMOTE, open_chunks, pus
 from plugin.bench import client as measure  # noqa: E402
 from plugin.bench.presets import preset  # noqa: E402
 from plugin.runtime.config import state_home  # noqa: E402
+from plugin.runtime.signals import unwind  # noqa: E402
 
 TARGET = 0.25
 LIMIT_S = 900.0
@@ -102,6 +103,7 @@ def show(found: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run and print."""
+    unwind()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=["vllm", "sglang"], default="vllm")
     parser.add_argument("--model", type=Path)

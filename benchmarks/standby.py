@@ -20,11 +20,13 @@ sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != P
 
 from benchmarks.rehearsal import rehearsal  # noqa: E402
 from benchmarks.switching import switch, wake  # noqa: E402
+from plugin.runtime.signals import unwind  # noqa: E402
 
 
 @click.group(help=__doc__)
 def main() -> None:
     """Run one of the commands."""
+    unwind()
 
 
 main.add_command(rehearsal)

@@ -27,7 +27,6 @@ from checkpoint.snapshot.library import Library
 from plugin.bench import client as measure
 from plugin.bench.presets import Preset, preset
 from plugin.runtime.config import state_home
-from plugin.runtime.signals import unwind
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 900.0
@@ -103,7 +102,6 @@ def spread(values: list[float]) -> str:
 @click.option("--rest", default=1.0, show_default=True, help="Seconds in standby before each wake.")
 def wake(engine: str, runs: int, rest: float) -> None:
     """From standby to the first token, beside a warm first token and a restore, alternating in one run."""
-    unwind()
     one = preset(engine, state_home())
     with fresh_home() as home:
         port = measure.free_port()
@@ -185,7 +183,6 @@ def other_model(source: Path, target: Path) -> Path:
 )
 def switch(engine: str, switches: int, starts: int) -> None:
     """A switch of two models behind one port: from standby, by a restore, and by stopping and starting the engine."""
-    unwind()
     one = preset(engine, state_home())
     with fresh_home() as home:
         models = {"one": one.model, "two": other_model(one.model, home / "two")}

@@ -44,6 +44,7 @@ from plugin.bench.cli import Bench  # noqa: E402
 from plugin.bench.client import Command, service_port, status, waiting_client  # noqa: E402
 from plugin.bench.presets import preset  # noqa: E402
 from plugin.runtime.config import state_home  # noqa: E402
+from plugin.runtime.signals import unwind  # noqa: E402
 
 LIMIT_S = 120.0
 SETTLE_S = 30.0
@@ -225,6 +226,7 @@ def doubled(options: argparse.Namespace, log: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and print."""
+    unwind()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("cold", "requests", "early", "doubled"))
     parser.add_argument("name", help="a snapshot; for `doubled` an engine")

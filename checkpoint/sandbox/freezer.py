@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from checkpoint.errors import Failed
-from checkpoint.sandbox.process_tree import processes
+from checkpoint.sandbox.process_tree import processes, state
 
 FREEZE_LIMIT_S = 10.0
 """Seconds within which every process must stand still; one in uninterruptible sleep delays it."""
@@ -150,7 +150,8 @@ class Freezer:
             return
         with contextlib.suppress(OSError):
             for pid in (folder / "cgroup.procs").read_text().split():
-                (folder.parent / "cgroup.procs").write_text(pid)
+                with contextlib.suppress(ProcessLookupError):
+                    (folder.parent / "cgroup.procs").write_text(pid)
             folder.rmdir()
         self._forget()
 
@@ -161,12 +162,12 @@ class Freezer:
         while True:
             new = self._open_new()
             for pid in new:
-                if _state(pid) in "Tt":
+                if state(pid) in "Tt":
                     continue  # stopped by somebody else, who continues it
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(self._frozen[pid], signal.SIGSTOP)
                     self._stopped.append(pid)
-            if not new and all(_state(pid) in "TtZX" for pid in self._stopped):
+            if not new and all(state(pid) in "TtZX" for pid in self._stopped):
                 return
             if time.monotonic() > limit:
                 raise Failed("freeze-timeout", "a process of the engine did not stop in time; it runs on")
@@ -197,8 +198,9 @@ def sweep(parent: Path | None = None) -> None:
     parent = own_cgroup() if parent is None else parent
     for old in () if parent is None else parent.glob(f"{_NAME}*"):
         owner = old.name.removeprefix(_NAME).partition("-")[0]
-        if not Path(f"/proc/{owner}").exists():
-            with contextlib.suppress(OSError):  # a sandbox that is just ending, or somebody else's cgroup
+        # Without a number it is another's: a rehearsal's (plugin/rehearsal/priority.py) is empty until its process enters it.
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            with contextlib.suppress(OSError):  # a sandbox that is just ending
                 old.rmdir()
 
 
@@ -215,11 +217,3 @@ def _make(parent: Path | None) -> Path | None:
         folder.rmdir()
         return None
     return folder
-
-
-def _state(pid: int) -> str:
-    """Return a process's state letter (proc(5)), `X` if it has ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return "X"

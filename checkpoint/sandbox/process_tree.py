@@ -22,6 +22,14 @@ def processes(init_pid: int) -> list[int]:
     return found
 
 
+def state(pid: int) -> str:
+    """Return a process's state letter (proc(5)), `X` if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return "X"
+
+
 def inner_numbers(pids: Sequence[int]) -> list[int]:
     """List the numbers of processes and their threads inside their PID namespace."""
     numbers = []

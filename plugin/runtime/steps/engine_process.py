@@ -5,10 +5,10 @@ from __future__ import annotations
 import signal
 import threading
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint.errors import CheckpointError
+from checkpoint.sandbox.process_tree import processes, state
 from checkpoint.sandbox.sandbox import Sandbox
 from launchers.client import Client
 
@@ -71,8 +71,6 @@ class Running:
 
     def stopped(self) -> bool:
         """Return True if one of the engine's processes is stopped (SIGSTOP): its work then does not progress."""
-        from checkpoint.sandbox.process_tree import processes
-
         if not isinstance(self.place, Sandbox):
             return process_stopped(self.pid)
         return any(process_stopped(pid) for pid in processes(self.place.init_pid))
@@ -85,12 +83,4 @@ class Running:
 
 def process_stopped(pid: int) -> bool:
     """Return True if a process is stopped (SIGSTOP), False also if it has ended."""
-    return _state(pid) == "T"
-
-
-def _state(pid: int) -> str:
-    """Return a process's state letter (proc(5)), or "" if it has ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return ""
+    return state(pid) == "T"

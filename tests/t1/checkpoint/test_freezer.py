@@ -11,7 +11,7 @@ import pytest
 from checkpoint.errors import Failed
 from checkpoint.sandbox import freezer as module
 from checkpoint.sandbox.freezer import Freezer, own_cgroup, sweep
-from checkpoint.sandbox.process_tree import processes
+from checkpoint.sandbox.process_tree import processes, state
 from checkpoint.sandbox.sandbox import Sandbox
 
 pytestmark = pytest.mark.t1
@@ -106,7 +106,7 @@ def test_a_process_that_was_stopped_before_stays_stopped(counting):
     child = processes(sandbox.init_pid)[-1]
     os.kill(child, signal.SIGSTOP)
     limit = time.monotonic() + 5
-    while module._state(child) != "T":
+    while state(child) != "T":
         assert time.monotonic() < limit
         time.sleep(0.01)
     freezer.freeze()
@@ -120,7 +120,7 @@ def test_a_process_that_was_stopped_before_stays_stopped(counting):
 
 def test_after_a_time_out_every_process_runs(counting, monkeypatch):
     _, freezer, counted = counting
-    monkeypatch.setattr(module, "_state", lambda pid: "R")
+    monkeypatch.setattr(module, "state", lambda pid: "R")
     if own_cgroup() == freezer._parent:
         monkeypatch.setattr(freezer, "_freeze_in_cgroup", lambda limit: False)
     with pytest.raises(Failed) as failed:
@@ -130,8 +130,9 @@ def test_after_a_time_out_every_process_runs(counting, monkeypatch):
 
 
 def test_what_a_killed_process_left_is_swept(tmp_path):
-    mine, dead, other = (tmp_path / name for name in (f"quickthaw-{os.getpid()}-0", "quickthaw-4194303-1", "other"))
-    for folder in (mine, dead, other):
+    mine, dead = tmp_path / f"quickthaw-{os.getpid()}-0", tmp_path / "quickthaw-4194303-1"
+    others = [tmp_path / "other", tmp_path / f"quickthaw-rehearsal-{os.getpid()}"]
+    for folder in (mine, dead, *others):
         folder.mkdir()
     sweep(tmp_path)
-    assert mine.exists() and other.exists() and not dead.exists()
+    assert not dead.exists() and all(folder.exists() for folder in (mine, *others))

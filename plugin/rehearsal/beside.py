@@ -81,7 +81,7 @@ class Timing:
     def may_begin(self, now: float, due: bool, busy: bool) -> bool:
         """Return whether to begin now.
 
-        `due`: a replica serves whose snapshot is not rehearsed, and none starts. `busy`: requests are there.
+        `due`: a replica serves or rests whose snapshot may need a rehearsal, and none starts. `busy`: requests are there.
         """
         if not due:
             self.due_since = self.quiet_since = None
@@ -124,7 +124,7 @@ class Beside:
         try:
             while True:
                 await asyncio.sleep(POLL_S)
-                snapshot = self._unrehearsed()
+                snapshot = self._candidate()
                 now, there = time.monotonic(), self._there
                 if snapshot is None:
                     self._alone = MeanTime()
@@ -132,7 +132,9 @@ class Beside:
                     self._alone.add(now, there, self._answered)
                 if self.timing.may_begin(now, snapshot is not None, there > 0):
                     assert snapshot is not None
-                    await self._rehearse(snapshot, Yielding(self._alone))
+                    # Reads files, on what may be a slow disk.
+                    if not await asyncio.to_thread(self._nothing_to_do, snapshot):
+                        await self._rehearse(snapshot, Yielding(self._alone))
         finally:
             # In a thread: the loop has requests to finish.
             await asyncio.to_thread(self._close)
@@ -145,14 +147,14 @@ class Beside:
     def _answered(self) -> int:
         return sum(replica.served for replica in self.requests.replicas.values())
 
-    def _unrehearsed(self) -> Snapshot | None:
+    def _candidate(self) -> Snapshot | None:
         """Return the snapshot of a replica that serves or rests, unless it is settled or a replica starts."""
         if any(replica.tracker.phase in STARTING for replica in self.replicas):
             return None
         for replica in self.replicas:
             found = replica.snapshot
             if found is not None and replica.tracker.phase in REHEARSES and not replica.pages_pending():
-                return found if found.digest != self._settled and not self._nothing_to_do(found) else None
+                return found if found.digest != self._settled else None
         return None
 
     def _nothing_to_do(self, snapshot: Snapshot) -> bool:
@@ -179,14 +181,13 @@ class Beside:
 
     def order(self, snapshot: Snapshot) -> Order:
         """Return what the process is asked to do."""
-        settings = self.settings
-        key = settings.command
+        settings, command = self.settings, self.settings.command
         return Order(
             home=str(settings.home),
             name=snapshot.name,
             engine_python=settings.engine_python,
-            api_key=key.api_key,
-            admin_key=key.admin_key,
+            api_key=command.api_key,
+            admin_key=command.admin_key,
             lazy_restore=settings.lazy_restore,
             verify=settings.verify,
             trust_keys=[str(path) for path in settings.trust_keys],

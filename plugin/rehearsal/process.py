@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,7 @@ def main() -> int:
 def _rehearse() -> int:
     order = msgspec.json.decode(sys.stdin.buffer.readline(), type=ready(Order))
 
+    from checkpoint import disk
     from checkpoint.errors import CheckpointError
     from checkpoint.snapshot.library import Library
     from plugin.rehearsal.rehearse import GivenUp, Rehearsal, RehearsalFailed, named_settings
@@ -101,8 +103,12 @@ def _rehearse() -> int:
     except RehearsalFailed as error:
         _say(Report("failed", error.code, str(error.args[0])))
         return 1
-    except (GivenUp, CheckpointError) as error:
-        _say(Report("given-up", error.code, str(error.args[0])))
+    except (GivenUp, CheckpointError, OSError) as error:
+        # An OSError here is of a file of this host, as of the mark, whatever the snapshot is.
+        known = (
+            disk.failure(f"{order.name} is not rehearsed", error, "host-io") if isinstance(error, OSError) else error
+        )
+        _say(Report("given-up", known.code, str(known.args[0])))
         return 1
     return 0
 
@@ -113,7 +119,7 @@ def _obey(one: Rehearsal) -> None:
         one.pause(word == PAUSE)
     if not one.over:
         one.end("launch-ended", "the launch that asked for it does not wait any more")
-        threading.Event().wait(END_LIMIT_S)
+        time.sleep(END_LIMIT_S)
     os._exit(CUT_SHORT)
 
 

@@ -201,6 +201,7 @@ class Rehearsal:
         folder = self.library.path(self.name)
         lazy = self.settings.lazy_restore and not found.gpu.processes
         if (before := self._done(found)) and (not lazy or rehearsal.prepared_here(folder, found)):
+            self._over.set()
             return before
         with rehearsal.lock(folder), self._watching_memory(found):
             before = self._done(found)
@@ -319,8 +320,11 @@ class Rehearsal:
                 raise GivenUp("working-set-late", "the working set was not written in time")
             if lazy and not self._known():
                 raise Failed("disk-full", "the working set could not be written; make room")
-            if lazy and not replica.recording and running.restored and running.restored.pages:
-                running.restored.pages.wait_complete(PLACED_LIMIT_S)
+            pages = running.restored.pages if running.restored and lazy and not replica.recording else None
+            if pages and not pages.wait_complete(PLACED_LIMIT_S):
+                raise GivenUp(
+                    "pages-late", "not every page was in place in time, and the plans are written after the last"
+                )
             return asked
         finally:
             with self._lock:

@@ -33,7 +33,7 @@ it the next restore takes 4 s longer.
 ALL = 1 << 30
 """A number of answered requests that ends every wait for more of them."""
 PATIENCE_S = 600.0
-"""The same for a rehearsal, which may have to wait for the disk and for every other process."""
+"""SAVE_WAIT_S of a rehearsal, which may have to wait for the disk and for every other process."""
 DRIFT_FAULTS = 32
 """Faults outside a known working set above which the missed pages are added to it. From a store, each fault waits for a 1 MiB chunk."""
 LOG_EVERY_S = 600.0

@@ -14,7 +14,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ class Bench:
         environment = {
             **os.environ,
             **self.preset.environment,
+            "QUICKTHAW_HOME": str(state_home()),  # a relative one means this process's folder
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
@@ -249,6 +250,7 @@ def coldstart(
     from checkpoint.errors import NotFound
     from checkpoint.snapshot.library import Library
 
+    model = model.absolute() if model is not None else None  # each kind runs in a folder of its own
     found = preset(engine, state_home(), model) if engine_python is None else None
     if found is None:
         flag = launcher_of(engine).model_flags[0]
@@ -256,9 +258,7 @@ def coldstart(
         if model is None:
             raise click.UsageError("--engine-python needs --model too")
         found = Preset(engine, engine_python.absolute(), model, (flag, str(model)), {})
-    found = Preset(
-        found.engine, found.python, found.model.absolute(), (*found.arguments, *engine_arguments), found.environment
-    )
+    found = replace(found, arguments=(*found.arguments, *engine_arguments))
     name = f"bench-{engine}-{os.getpid()}"
     logs = Path(tempfile.mkdtemp(prefix="quickthaw-bench-"))
     library = Library(state_home())

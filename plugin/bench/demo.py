@@ -179,7 +179,7 @@ def demo(engine: str, keep: bool) -> int:
         "--port",
         str(port),
     ]
-    environment = {**os.environ, **setting.environment}
+    environment = {**os.environ, **setting.environment, "QUICKTHAW_HOME": str(home)}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     command = measure.Command(argv, environment, logs / "launch.log", Path(__file__).resolve().parents[2])
     story.say(

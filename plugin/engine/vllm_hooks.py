@@ -31,7 +31,9 @@ def _name_weights(self):
     try:
         spans, tensors = packed_weights.weights(model)
     except Exception as error:  # noqa: BLE001 - other vLLM versions' layers may hold anything; without areas a restore is only slower
-        sys.stderr.write(f"quickthaw: the search for packed weights failed: {error!r}\n")
+        sys.stderr.write(
+            f"quickthaw: packed-weights-unknown: the search for packed weights failed: {error!r}; restores are slower\n"
+        )
         spans, tensors = [], []
     tensors += [parameter.data for parameter in model.parameters()]
     control.answer("areas", json.dumps(memory.areas(tensors, spans)))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.kits.apt_kit import packages_of_criu
 from tests.kits.container_kit import Podman, skeleton
-from tests.kits.launch_rig import REPO, Started
+from tests.kits.launch_rig import REPO, Started, stopped_at_the_end
 
 IMAGE = "localhost/engine"
 ENGINES = Path("/opt/engines")
@@ -112,14 +112,6 @@ class Images(Podman):
             process = subprocess.Popen(
                 self.run_argv(*given, *self.volumes, IMAGE, *words), stdin=subprocess.DEVNULL, stdout=out, stderr=out
             )
-        started = Started(port, process, log)
-        try:
+        with stopped_at_the_end(Started(port, process, log), codes) as started:
             yield started
-        except BaseException as error:
-            error.add_note(f"the container ended with {process.poll()}, and said:\n{started.text()[-4000:]}")
-            raise
-        finally:
-            code = started.stop()
-        assert "Traceback" not in started.ours(), started.text()[-4000:]
-        assert code in codes, (code, started.text()[-3000:])
         assert not watched or rig.watch.gone() == set()

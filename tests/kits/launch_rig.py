@@ -245,6 +245,20 @@ class Started:
         return self.process.wait(limit_s)
 
 
+@contextlib.contextmanager
+def stopped_at_the_end(started, codes=(0, 143)):
+    """Yield a running launch; at the end stop it with SIGTERM, and assert its exit code and that its log has no traceback of ours."""
+    try:
+        yield started
+    except BaseException as error:
+        error.add_note(f"the launch ended with {started.process.poll()}, and said:\n{started.text()[-4000:]}")
+        raise
+    finally:
+        code = started.stop()
+    assert "Traceback" not in started.ours(), started.text()[-4000:]
+    assert code in codes, (code, started.text()[-3000:])
+
+
 class Rig:
     """One state folder, one model, one engine."""
 
@@ -319,16 +333,8 @@ class Rig:
     @contextlib.contextmanager
     def running(self, *options, **more):
         """Run a command; at the end stop it with SIGTERM and assert that nothing of it is left."""
-        started = self.start(*options, **more)
-        try:
+        with stopped_at_the_end(self.start(*options, **more)) as started:
             yield started
-        except BaseException as error:
-            error.add_note(f"the launch ended with {started.process.poll()}, and said:\n{started.text()[-4000:]}")
-            raise
-        finally:
-            code = started.stop()
-        assert "Traceback" not in started.ours(), started.text()[-4000:]
-        assert code in (0, 143), (code, started.text()[-3000:])
         assert self.watch.gone() == set()
 
     def take(self, *options, **more):

@@ -24,9 +24,6 @@ from lazyfs.content.records import ready
 
 FILE_NAME = "rehearsed"
 PUSHED = ".pushed"
-_LOCAL = ("images", ".mapped/images")
-"""Folders of images that a restore reads; the caches of this host lie beside them."""
-_PLANS = ".verified-plans"
 
 
 class Mark(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -76,7 +73,9 @@ def prepared_here(folder: Path, snapshot: Snapshot) -> bool:
     """
     if snapshot.gpu.processes:
         return True
-    return any((folder / images).parent.joinpath(_PLANS).exists() for images in _LOCAL)
+    from checkpoint.lazy_pages.cache import PLANS
+
+    return any((beside / PLANS).exists() for beside in (folder, folder / file_backed.FOLDER))
 
 
 def prepare(folder: Path, snapshot: Snapshot) -> None:

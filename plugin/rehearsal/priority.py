@@ -52,12 +52,14 @@ def is_lowest() -> bool:
 
 
 def remove_groups() -> None:
-    """Remove the control groups of rehearsals whose processes have all ended."""
+    """Remove the control groups of this process and of rehearsals that have ended: one that begins is empty for a moment."""
     for parent in _parents():
         with contextlib.suppress(OSError):
             for group in parent.glob(f"{_GROUP}*"):
-                with contextlib.suppress(OSError):  # it still has processes
-                    group.rmdir()
+                owner = group.name.removeprefix(_GROUP)
+                if owner == str(os.getpid()) or not Path("/proc", owner).exists():
+                    with contextlib.suppress(OSError):  # it still has processes
+                        group.rmdir()
 
 
 def leave_group() -> None:

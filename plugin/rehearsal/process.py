@@ -46,12 +46,14 @@ class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What came of one step: `event` is rehearsed, pushed, failed (the snapshot is in quarantine) or given-up; `took_s` in seconds."""
+    """What came of one step: `event` is rehearsed, pushed, failed (the snapshot is in quarantine) or given-up.
+
+    `code` and `message` say why; `bytes` were written to the store.
+    """
 
     event: str
     code: str = ""
     message: str = ""
-    took_s: float = 0.0
     bytes: int = 0
 
 
@@ -93,13 +95,13 @@ def _rehearse() -> int:
         )
         one = Rehearsal(settings)
         threading.Thread(target=_obey, args=(one,), name="owner", daemon=True).start()
-        mark = one.run()
-        _say(Report("rehearsed", took_s=mark.took_s, message=", ".join(mark.requests)))
+        one.run()
+        _say(Report("rehearsed"))
         if order.push_to:
             from plugin.rehearsal.push import push
 
             done = push(Library(home), order.name, order.push_to, order.sign_key)
-            _say(Report("pushed", message=order.push_to, bytes=done))
+            _say(Report("pushed", bytes=done))
     except RehearsalFailed as error:
         _say(Report("failed", error.code, str(error.args[0])))
         return 1

@@ -66,6 +66,7 @@ NO_FAULT = (
 ROUNDS = 4
 """Most restores. One that adds pages to the working set is followed by another, which makes its plans."""
 PLACED_LIMIT_S = 600.0
+"""Maximum seconds after the last answer for the working set to be written, and for the last page to be in place."""
 
 
 class GivenUp(Exception):

@@ -1,4 +1,4 @@
-"""A real engine in real containers: its snapshot, taken without a seccomp filter, is restored under the profile of deploy/container."""
+"""Real engines in real containers: the snapshot, taken without a seccomp filter, is restored under the profile of deploy/container."""
 
 import sys
 
@@ -22,11 +22,12 @@ def podman():
     made.close()
 
 
-def test_an_engine_restores_under_the_seccomp_profile(podman, tmp_path):
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+def test_an_engine_restores_under_the_seccomp_profile(podman, tmp_path, engine):
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
     share_state(home)
-    rig, root = Rig("sglang", home), skeleton(tmp_path / "root")
+    rig, root = Rig(engine, home), skeleton(tmp_path / "root")
     shown = dict.fromkeys((state_home(), home), "") | dict.fromkeys((REPO, sys.base_prefix, "/usr"), ":ro")
 
     def run(options):

@@ -15,6 +15,7 @@ from launchers.bare import free_port
 from plugin.bench import client as measure
 from tests.kits.dropin_rows import DOORS
 from tests.kits.engine_kit import COLD_LIMIT_S, Rig, own_lines, phases, share_state
+from tests.kits.launch_rig import UnixConnection
 from tests.kits.tls_kit import Authority
 
 pytestmark = [pytest.mark.t2, pytest.mark.timeout(1200)]
@@ -56,17 +57,6 @@ def collector():
         made.shutdown()
 
 
-class UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path):
-        super().__init__("localhost", timeout=COLD_LIMIT_S)
-        self.path = path
-
-    def connect(self):
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self.path)
-
-
 def wait_for(condition, limit_s, process):
     limit = time.monotonic() + limit_s
     while not condition():
@@ -95,7 +85,7 @@ def test_it_is_reached_as_the_engine_alone_would_be_cold_and_restored(row, tmp_p
         port, command = rig.command("--admin-listen", f"127.0.0.1:{admin}", arguments=words[1:], **row.environment)
         process = command.start()
         connection = (
-            UnixConnection(str(path))
+            UnixConnection(path, COLD_LIMIT_S)
             if "--uds" in words
             else http.client.HTTPSConnection("localhost", port, timeout=COLD_LIMIT_S, context=trusted)
         )

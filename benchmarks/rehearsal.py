@@ -58,7 +58,16 @@ class Launches:
     def command(self) -> Command:
         """Return the launch, not yet started."""
         chosen = self.preset
-        argv = [sys.executable, "-m", "plugin.launch", "--rehearse", "--weights", "full", "--snapshot-name", "standby"]
+        argv = [
+            sys.executable,
+            "-m",
+            "plugin.launch",
+            "--rehearse",
+            "--weights",
+            "included",
+            "--snapshot-name",
+            "standby",
+        ]
         argv += ["--engine-python", str(chosen.python), chosen.engine, *chosen.arguments]
         argv += ["--host", "127.0.0.1", "--port", str(self.port)]
         env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}

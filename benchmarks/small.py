@@ -2,7 +2,7 @@
 
     python benchmarks/small.py [--engine vllm|sglang] [--model DIR] [--home DIR] [--json]
 
-Naive: the engine as it stands after its warm-up, dumped untrimmed (`--no-shrink`: with the KV cache, without garbage collection) and
+Naive: the engine as it stands after its warm-up, dumped untrimmed (`--no-trim`: with the KV cache, without garbage collection) and
 uncompressed. Ours: the same engine trimmed, `snapshot push` to an empty store, at the level of a disk and of
 a link. Both are taken here, one after the other, by `quickthaw launch` (two cold starts: minutes). Target: a quarter, for vLLM with
 SmolLM2.
@@ -65,7 +65,7 @@ def bytes_of(folder: Path) -> int:
 def compare(engine: str, model: Path | None, home: Path) -> dict[str, Any]:
     """Both dumps, and what the store holds of the second; bytes."""
     library = Library(home)
-    take(engine, model, home, "naive", "--no-restore", "--no-shrink")
+    take(engine, model, home, "naive", "--no-restore", "--no-trim")
     naive = bytes_of(library.path("naive"))
     library.remove("naive")
     take(engine, model, home, "small", "--no-restore")

@@ -65,7 +65,7 @@ def running(home: Path, one: Preset, name: str, words: list[str]) -> Iterator[me
 def launch_words(one: Preset, model: Path, name: str, port: int, *options: str) -> list[str]:
     """A launch of the preset's engine with another model."""
     arguments = [str(model) if word == str(one.model) else word for word in one.arguments]
-    words = ["launch", "--engine-python", str(one.python), "--snapshot-name", name, "--weights", "full", *options]
+    words = ["launch", "--engine-python", str(one.python), "--snapshot-name", name, "--weights", "included", *options]
     return [*words, one.engine, *arguments, "--host", "127.0.0.1", "--port", str(port)]
 
 

@@ -16,7 +16,7 @@ is in place. A request is 16 tokens, from the request to the last token. Mark: m
 early: first token of a waiting request with a saved plan of this command line (checkpoint.snapshot.speculative) and without; pairs in
 turn. No mark but to be faster.
 doubled: takes two snapshots of one engine, a normal one and one that includes a KV cache which makes the images more than twice as large
-(`--no-shrink`, and the engine's own option), and restores both in turn. Mark: first tokens 10 % apart. Takes two cold starts.
+(`--no-trim`, and the engine's own option), and restores both in turn. Mark: first tokens 10 % apart. Takes two cold starts.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def doubled(options: argparse.Namespace, log: Path) -> dict[str, Any]:
     usual = preset(engine, state_home())
     environment, arguments = LARGER[engine]
     large = replace(usual, arguments=(*usual.arguments, *arguments), environment={**usual.environment, **environment})
-    names = {f"ws-{engine}": (usual, ()), f"ws-{engine}-large": (large, ("--no-shrink",))}
+    names = {f"ws-{engine}": (usual, ()), f"ws-{engine}-large": (large, ("--no-trim",))}
     try:
         for name, (how, launch) in names.items():
             if not library.has(name):

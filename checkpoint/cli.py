@@ -190,7 +190,7 @@ def _described(found: Snapshot, health: Health, data: Mapping[str, Any]) -> Iter
 
     for key in ("name", "created", "engine", "model", "model_digest"):
         yield row(key.replace("_", " "), data[key])
-    where = "excluded; a restore reads them again" if found.weights == "thin" else "in the images"
+    where = "excluded; a restore reads them again" if found.weights == "excluded" else "in the images"
     yield row("weights", f"{found.weights} ({where})")
     yield row(
         "images", f"{found.image_bytes / 1e9:.3f} GB, without {found.kv_cache_bytes / 1e9:.3f} GB of empty KV cache"

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from plugin.options import Duration, log_level, option, replica, replica_settings_of, serving, using, warn
+from plugin.options import Duration, Words, log_level, option, replica, replica_settings_of, serving, using, warn
 
 if TYPE_CHECKING:
     from launchers.base import Engine
@@ -126,15 +126,16 @@ engine_options = (
     ),
     option(
         "--weights",
-        type=click.Choice(["auto", "full", "thin"]),
+        type=Words(["auto", "included", "excluded"], old={"full": "included", "thin": "excluded"}),
         default="auto",
-        help="full: the snapshot includes the weights; thin: a restore reads them again; auto: what is faster here.",
+        help="included: the snapshot has the weights; excluded: a restore reads them again; auto: what is faster here.",
     ),
     option("--mount/--no-mount", default=True, help="Show the weights through the lazy mount."),
     option(
-        "--shrink/--no-shrink",
+        "--trim/--no-trim",
         default=True,
-        help="Leave the empty KV cache out of the snapshot; --no-shrink only measures what that gains.",
+        old=["--shrink/--no-shrink"],
+        help="Leave the empty KV cache out of the snapshot; --no-trim only measures what that gains.",
     ),
     option(
         "--spin-idle",
@@ -182,7 +183,7 @@ def engine_settings(
         weights=options["weights"],
         mount=options["mount"],
         egress=options["egress"],
-        shrink=options["shrink"],
+        trim=options["trim"],
         start_timeout_s=options["start_timeout"],
         scrub_env=options["scrub_env"],
         sign_key=options["sign_key"],

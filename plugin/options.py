@@ -54,6 +54,25 @@ class Address(click.ParamType[tuple[str, int]]):
         return host.strip("[]") or EVERY_INTERFACE, int(port)
 
 
+class Words(click.Choice[str]):
+    """One word of several. A former word works for one version more, with a warning.
+
+    `old`: by former word, its new one.
+    """
+
+    def __init__(self, choices: Iterable[str], *, old: Mapping[str, str]) -> None:
+        super().__init__(list(choices))
+        self._old = old
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the word, or the new one of a former word."""
+        if value in self._old:
+            name = param.opts[0] if param else ""
+            _warn_renamed(f"{name} {value}".strip(), f"{name} {self._old[value]}".strip())
+            value = self._old[value]
+        return super().convert(value, param, ctx)
+
+
 def _grace(_: click.Context, __: click.Parameter, value: float | None) -> float:
     """Return the grace in seconds. Where none was given, a container's runtime has the limit: after SIGTERM it kills in time."""
     if value is not None:
@@ -77,7 +96,7 @@ def warn(text: str) -> None:
 class Option(click.Option):
     """An option that reads the variable of its long name; its help shows the variable and the default.
 
-    `old`: former long names. `old_variables`: former variables that no former name yields.
+    `old`: former long names, those of a switch as `--on/--off`. `old_variables`: former variables that no former name yields.
     """
 
     def __init__(
@@ -85,7 +104,8 @@ class Option(click.Option):
     ) -> None:
         super().__init__(param_decls, **({"show_envvar": True, "show_default": True} | attributes))
         self._long = next(name for name in self.opts if name.startswith("--"))
-        self.old = tuple(old)
+        self.old = tuple(name for names in old for name in names.split("/"))
+        self._old_off = {names.split("/")[1] for names in old if "/" in names}
         self._old_variables = tuple(old_variables)
         self.envvar = variable(self._long)
 
@@ -93,7 +113,12 @@ class Option(click.Option):
         """Let the parser know the old names too."""
         super().add_to_parser(parser, ctx)
         for old in self.old:
-            parser.add_option(obj=self, opts=[old], dest=old, action="append" if self.multiple else "store", nargs=1)
+            if self.is_flag:
+                parser.add_option(obj=self, opts=[old], dest=old, action="store_const", const=old not in self._old_off)
+            else:
+                parser.add_option(
+                    obj=self, opts=[old], dest=old, action="append" if self.multiple else "store", nargs=1
+                )
 
     def consume_value(self, ctx: click.Context, opts: Any) -> tuple[Any, ParameterSource]:
         """Take a value given by an old name, with a warning. A new name that is given too takes precedence."""
@@ -101,7 +126,7 @@ class Option(click.Option):
         for old in self.old:
             if old in found:
                 ignored = "; ignored here, because the new one is given too" if self.name in opts else ""
-                _warn_renamed(old, self._long, ignored)
+                _warn_renamed(old, self.secondary_opts[0] if old in self._old_off else self._long, ignored)
                 found.setdefault(str(self.name), found[old])
         return super().consume_value(ctx, found)
 
@@ -119,7 +144,7 @@ class Option(click.Option):
 
     def old_variables(self, command: click.Command) -> list[str]:
         """Return the former variables that it still reads as an option of `command`."""
-        old = [*map(variable, self.old), *self._old_variables]
+        old = [*(variable(name) for name in self.old if name not in self._old_off), *self._old_variables]
         if command.name == "proxy":
             old += [variable(f"proxy-{name.lstrip('-')}") for name in (self._long, *self.old)]
         return old

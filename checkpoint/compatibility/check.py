@@ -93,7 +93,7 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The identity stored in a snapshot's manifest; it contains no secret.
 
     `secrets`: relevant secrets as digests under `salt` (hex). `secret_names`: names of all variables that look like
-    secrets. `model`: digest of the model's files, "" if they are not on this host. `weights`: `full` or `thin`.
+    secrets. `model`: digest of the model's files, "" if they are not on this host. `weights`: `included` or `excluded`.
     `renewed`: names of the engine's variables whose values are replaced in a restored engine
     (checkpoint.compatibility.environment).
     """
@@ -135,6 +135,10 @@ class Mismatch(msgspec.Struct, frozen=True, order=True):
         return f"{self.code} ({self.message})"
 
 
+_WEIGHTS_IN_KEY = {"included": "full", "excluded": "thin"}
+"""The words that a former version had for them: a key stays the same across versions."""
+
+
 @dataclass(frozen=True)
 class CurrentIdentity:
     """The identity of a launch on this host. It still contains the secrets; `record` digests them.
@@ -149,7 +153,7 @@ class CurrentIdentity:
     environment: Mapping[str, str]
     sketch: str = ""
     model: str = ""
-    weights: str = "full"
+    weights: str = "included"
     secret_names: tuple[str, ...] = ()
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
     renewed: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -165,7 +169,7 @@ class CurrentIdentity:
             "environment": dict(self.environment),
             "secrets": {name: blake3.blake3(value.encode()).hexdigest()[:4] for name, value in self.secrets.items()},
             "model": self.sketch,
-            "weights": self.weights,
+            "weights": _WEIGHTS_IN_KEY.get(self.weights, self.weights),
         }
         return _digest_over("quickthaw identity 3", parts)[:24]
 
@@ -226,7 +230,7 @@ def current_identity(
     model_paths: Sequence[str] = (),
     model_folder: Path | None = None,
     cache: Path | None = None,
-    weights: str = "full",
+    weights: str = "included",
     criu: str = "",
     gpus: tuple[Gpu, ...] | None = None,
 ) -> CurrentIdentity:

@@ -46,7 +46,7 @@ def check_memory(wanted: int, cgroup: Path = _CGROUP) -> None:
         raise Failed(
             "host-memory-short",
             f"the dump moves {wanted / 1e9:.1f} GB of GPU memory into host memory, which has {free / 1e9:.1f} GB free; "
-            "exclude the weights (--weights thin), or give the container more memory",
+            "exclude the weights (--weights excluded), or give the container more memory",
         )
 
 

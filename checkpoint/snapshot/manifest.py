@@ -111,6 +111,7 @@ class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     `asleep`: the engine had offloaded its GPU memory and must be woken after a restore.
     `model`: the model as given on the command line; `model_path`: the folder that the engine reads.
     `cwd`: the engine's working directory.
+    `weights`: `included` in the images, or `excluded`: a restore reads them again.
     `weight_areas`: by process number, (address, bytes) of the weights in its memory.
     `cold_s`: duration of the cold start that a restore replaces.
     `start_ticks`: by process number, its start time at the dump in clock ticks.
@@ -195,7 +196,14 @@ def parse(data: bytes, folder: Path, name: str) -> Snapshot:
         raise Integrity(
             "manifest-misplaced", f"{file} belongs to {snapshot.name}; remove it: quickthaw snapshot rm {name}"
         )
+    if weights := _FORMER_WEIGHTS.get(snapshot.weights):
+        identity = snapshot.identity | {"weights": weights}
+        snapshot = msgspec.structs.replace(snapshot, weights=weights, identity=identity)
     return snapshot
+
+
+_FORMER_WEIGHTS = {"full": "included", "thin": "excluded"}
+"""By a former version's value of `weights`, today's."""
 
 
 def dump(snapshot: Snapshot) -> bytes:

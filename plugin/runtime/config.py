@@ -11,20 +11,20 @@ from typing import Any
 from launchers.base import EngineCommand, without_own_variables
 from plugin.runtime.home import state_home as state_home
 
-WEIGHTS = ("auto", "full", "thin")
+WEIGHTS = ("auto", "included", "excluded")
 
 
 @dataclass(frozen=True)
 class LaunchSettings:
     """Settings of one launch. Times are in seconds.
 
-    - weights: `full` includes the weights in a snapshot; `thin` excludes them, and a restore reads them through the lazy mount; `auto`
+    - weights: `included`: a snapshot has the weights; `excluded`: a restore reads them through the lazy mount; `auto`
       decides by measured rates.
     - name: the snapshot's name, if the user gave one.
     - named: serve exactly the snapshot `name`, or fail (`quickthaw restore`).
     - idle_timeout_s: 0 never sleeps.
     - standby_after_s: 0 never goes to standby.
-    - shrink: False leaves the KV cache in the snapshot (to measure what excluding it gains).
+    - trim: False leaves the KV cache in the snapshot (to measure what excluding it gains).
     - snapshot_store: URL of the store for snapshots that this host lacks, and for compile caches.
     - rehearse: restore a snapshot once beside the serving engine (plugin/rehearsal); push: then push it to `snapshot_store`.
     - silence_limit_s: restart an engine that has not answered for this long; 0 never.
@@ -54,7 +54,7 @@ class LaunchSettings:
     strict: bool = False
     egress: bool | None = None
     lazy_restore: bool = True
-    shrink: bool = True
+    trim: bool = True
     verify: str = "auto"
     idle_timeout_s: float = 0.0
     standby_after_s: float = 0.0

@@ -65,7 +65,7 @@ class Rig:
                 str(self.preset.python),
                 *([] if "--snapshot-name" in options else ["--snapshot-name", NAME]),
                 # `auto` would depend on the machine's load.
-                *([] if "--weights" in options else ["--weights", "full"]),
+                *([] if "--weights" in options else ["--weights", "included"]),
                 self.engine,
             ]
             argv += [*(self.arguments if arguments is None else arguments), "--host", "127.0.0.1"]

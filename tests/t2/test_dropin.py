@@ -68,7 +68,7 @@ def prepared(rig, row, tmp_path, *options):
     named = words[0] == rig.engine
     argv = [
         *(["sh", "-c", fill(row.before), "sh"] if row.before else []),
-        *(sys.executable, "-m", "plugin", "launch", "--snapshot-name", NAME, "--weights", "full"),
+        *(sys.executable, "-m", "plugin", "launch", "--snapshot-name", NAME, "--weights", "included"),
         *(["--engine-python", str(rig.preset.python)] if named else []),
         *([] if row.outcome == AS_GIVEN else ["--no-snapshot"]),
         *options,
@@ -219,7 +219,7 @@ def engine_options(rig):
 def answers(rig, words, asked, expected, environment):
     """Start the command, wait until it serves, and send each feature's request."""
     port = free_port()
-    argv = [sys.executable, "-m", "plugin", "launch", "--snapshot-name", NAME, "--weights", "full", *words]
+    argv = [sys.executable, "-m", "plugin", "launch", "--snapshot-name", NAME, "--weights", "included", *words]
     env = os.environ | rig.preset.environment | rig.watch.environment | {"QUICKTHAW_HOME": str(rig.home)} | environment
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     command = measure.Command([*argv, "--port", str(port)], env, rig.home / f"log-{expected}", REPO)

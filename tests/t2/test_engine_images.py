@@ -40,7 +40,7 @@ def test_weights_are_told_apart_in_the_images(rig):
 @pytest.mark.engine("sglang")  # benchmarks/ measure both; a cold start takes a minute
 def test_the_image_without_the_kv_cache_is_smaller_by_at_least_its_size(rig):
     small = rig.library.load(NAME)
-    with rig.running("--no-restore", "--no-shrink", "--snapshot-name", "naive") as (_, answer, _, _):
+    with rig.running("--no-restore", "--no-trim", "--snapshot-name", "naive") as (_, answer, _, _):
         assert answer.text == rig.cold_text
     naive = rig.library.load("naive")
     rig.library.remove("naive")
@@ -51,15 +51,15 @@ def test_the_image_without_the_kv_cache_is_smaller_by_at_least_its_size(rig):
 def test_a_thin_snapshot_carries_no_weights_and_answers_the_same(rig):
     """The weights are read again through the lazy mount, by the engine's own reload."""
     try:
-        with rig.running("--weights", "thin", "--snapshot-name", "thin") as (_, answer, _, _):
+        with rig.running("--weights", "excluded", "--snapshot-name", "thin") as (_, answer, _, _):
             assert answer.text == rig.cold_text
         full, thin = rig.library.load(NAME), rig.library.load("thin")
-        assert thin.weights == "thin"
+        assert thin.weights == "excluded"
         # Weights smaller than a megabyte, those that share a page with something else, and those that are packed stay. What
         # else is in an image differs by tens of megabytes from one start to the next.
         assert weights_in(rig, full) - weights_in(rig, thin) > (30e6 if packs(rig.engine) else 150e6)
         for _ in range(2):
-            with rig.running("--weights", "thin", "--snapshot-name", "thin", limit_s=120.0) as (port, answer, _, _):
+            with rig.running("--weights", "excluded", "--snapshot-name", "thin", limit_s=120.0) as (port, answer, _, _):
                 assert answer.text == rig.cold_text
                 assert phases(port) == [["mounting", "restoring", "waking", "verifying"]]
     finally:

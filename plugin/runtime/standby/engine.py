@@ -117,7 +117,7 @@ def _leave_gpu(replica: RestoreContext, running: Running, sandbox: Sandbox) -> O
     if replica.multi_gpu():
         raise EngineFailed("standby-multi-gpu", "no driver moves the memory of this launch off its GPUs")
     awake = cuda.free_memory(driver)
-    moved = OnGpu(driver, excluded=replica.snapshot is not None and replica.snapshot.weights == "thin")
+    moved = OnGpu(driver, excluded=replica.snapshot is not None and replica.snapshot.weights == "excluded")
     moved.offloaded = replica.engine.offload(running.client, replica.command, moved.excluded)
     visible = [gpu.uuid for gpu in replica.identity.host.gpus]
     try:

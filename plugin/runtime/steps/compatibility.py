@@ -37,7 +37,7 @@ def gather(settings: LaunchSettings, weights: Weights, criu: Criu | None) -> Cur
         model_paths=(settings.command.model, str(model)) if model else (),
         model_folder=model,
         cache=settings.home / "file-digests.json",
-        weights="thin" if settings.weights == "thin" else "full",
+        weights="excluded" if settings.weights == "excluded" else "included",
         criu=criu.cached_version(settings.home) if criu else "",
     )
     return replace(found, arguments={**found.arguments, **way_out.identify(settings, weights)})
@@ -64,7 +64,7 @@ def check(snapshot: Snapshot, here: CurrentIdentity, settings: LaunchSettings, w
 
 def _check_weights(snapshot: Snapshot, recorded: Identity, weights: Weights) -> tuple[Mismatch, ...]:
     """Compare the model by content when the snapshot excludes the weights, because the restore then reads them again."""
-    if snapshot.weights == "full" or weights.path is None:
+    if snapshot.weights == "included" or weights.path is None:
         return ()  # nothing to read, or the replica reports the missing folder
     return identity.check_model(recorded.model, weights.digest)
 

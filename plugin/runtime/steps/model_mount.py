@@ -334,7 +334,7 @@ def model_place(snapshot: Snapshot, weights: Weights, named: bool) -> str:
     working-folder-missing) when this host lacks that folder or the engine's working directory.
     """
     place = snapshot.model_path or (weights.engine_path if weights.path else "")
-    if named and snapshot.weights == "full":
+    if named and snapshot.weights == "included":
         return place  # the images hold the weights
     for folder, code in ((place, "model-path-missing"), (snapshot.cwd, "working-folder-missing")):
         if folder and not Path(folder).exists():

@@ -51,7 +51,7 @@ def run(replica: RestoreContext, name: str, lazy: bool) -> None:
 
         check_folder(replica.library.path(name), replica.settings.trust_keys)
     recorded = replica.check_identity(snapshot)
-    if snapshot.weights == "thin":
+    if snapshot.weights == "excluded":
         # Mount in a thread: the mount prefetches what the last load read while CRIU is at work.
         threading.Thread(target=replica.weights.mount, name="weights", daemon=True).start()
     mounted = replica.weights.mounted()
@@ -126,7 +126,7 @@ def save_next_plan(replica: RestoreContext, snapshot: Snapshot) -> None:
     if replica.criu is None or replica.settings.trust_keys or not replica.settings.lazy_restore:
         return
     lazy = _lazy(replica, snapshot.name)
-    if snapshot.weights != "full" or snapshot.gpu.processes or lazy.record:
+    if snapshot.weights != "included" or snapshot.gpu.processes or lazy.record:
         return
     from checkpoint.compatibility.check import Identity
 
@@ -185,7 +185,7 @@ def _wake(
     """
     assert running.restored is not None
     sandbox = running.restored.sandbox
-    excluded = snapshot.weights == "thin"
+    excluded = snapshot.weights == "excluded"
     try:
         control.renew(sandbox.control_dir, recorded.renewed, replica.identity.renewed)
     except OSError as error:

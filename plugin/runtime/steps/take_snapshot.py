@@ -153,7 +153,7 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
         canary = engine.record(client, gpu, replica.canary)
         excluded = _excludes_weights(replica, client, gpu)
         kv_bytes = 0
-        if settings.shrink:
+        if settings.trim:
             control.exclude_weights(sandbox.control_dir, excluded)
             engine.trim(client)
             control.exclude_weights(sandbox.control_dir, False)
@@ -176,7 +176,7 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
             engine=settings.engine,
             model=settings.command.model,
             model_digest=identity.model,
-            weights="thin" if weight_bytes or (asleep and excluded) else "full",
+            weights="excluded" if weight_bytes or (asleep and excluded) else "included",
             identity=identity.record().encode(),
             root_pid=running.pid,
             top_pid=running.pid,
@@ -288,13 +288,13 @@ def _excludes_weights(replica: StartContext, client: Client, gpu: bool) -> bool:
     """Return True if the snapshot excludes the weights: as configured, or (`auto`) the faster way as measured on this host."""
     configured = replica.settings.weights
     if configured != "auto":
-        return configured == "thin"
+        return configured == "excluded"
     if not can_reload(replica.settings.command):
-        log.info("weights full: the engine cannot reload weights of this --load-format, or of a single file")
+        log.info("weights included: the engine cannot reload weights of this --load-format, or of a single file")
         return False
     size, home = replica.weights.size, replica.settings.home
     if size < SMALL:
-        log.info("weights full: %.0f MB delay a restore too little to measure", size / 1e6)
+        log.info("weights included: %.0f MB delay a restore too little to measure", size / 1e6)
         return False
     known = restore_rates.measured(home, gpu)
     rate, source = (
@@ -303,18 +303,18 @@ def _excludes_weights(replica: StartContext, client: Client, gpu: bool) -> bool:
     carry_s = size / rate
     estimate = f"carrying {size / 1e9:.2f} GB costs a restore {carry_s:.2f} s at {rate / 1e9:.1f} GB/s ({source})"
     if carry_s < WORTH_S:
-        log.info("weights full: %s, so excluding them could not win much", estimate)
+        log.info("weights included: %s, so excluding them could not win much", estimate)
         return False
     began = time.monotonic()
     try:
         replica.engine.reload_weights(client, replica.settings.command.model)
     except LauncherError as error:
-        log.warning("weights full: the engine cannot reload them (%s)", error)
+        log.warning("weights included: the engine cannot reload them (%s)", error)
         return False
     reload_s = time.monotonic() - began
-    chosen = "thin" if reload_s < carry_s else "full"
+    chosen = "excluded" if reload_s < carry_s else "included"
     log.info("weights %s: %s, and reloading them took %.2f s", chosen, estimate, reload_s)
-    return chosen == "thin"
+    return chosen == "excluded"
 
 
 def _signer(replica: StartContext) -> Callable[[bytes], bytes] | None:

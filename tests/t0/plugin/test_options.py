@@ -127,6 +127,23 @@ def test_old_names_work_with_a_warning_that_names_the_new_one(command, given, ex
     )
 
 
+@pytest.mark.parametrize(("old", "new", "value"), [("--shrink", "--trim", True), ("--no-shrink", "--no-trim", False)])
+def test_a_former_switch_works_with_a_warning(old, new, value):
+    result, seen = run(command_named("launch"), old, "vllm")
+    assert result.exit_code == 0 and seen["trim"] is value
+    assert f"warning: {old} is now {new}; the next version drops the old name" in result.output
+
+
+@pytest.mark.parametrize(("old", "new"), [("full", "included"), ("thin", "excluded")])
+def test_former_words_of_weights_work_with_a_warning(old, new):
+    for given, env in ((["--weights", old], {}), ([], {"QUICKTHAW_WEIGHTS": old})):
+        result, seen = run(command_named("launch"), *given, "vllm", env=env)
+        assert result.exit_code == 0 and seen["weights"] == new
+        assert f"--weights {old} is now --weights {new}; the next version drops the old name" in result.output
+    result, seen = run(command_named("launch"), "--weights", new, "vllm")
+    assert seen["weights"] == new and "warning" not in result.output
+
+
 def test_old_names_are_not_in_the_help():
     for name in ("launch", "restore", "proxy"):
         command = command_named(name)
@@ -151,6 +168,7 @@ def test_an_old_name_takes_the_same_values(given):
         ("proxy", [], "QUICKTHAW_PROXY_IDLE_TIMEOUT", "10m", ("idle_timeout", 600.0)),
         ("proxy", [], "QUICKTHAW_PROXY_DRAIN", "5", ("grace", 5.0)),
         ("proxy", [], "QUICKTHAW_TOKEN", "t", ("admin_token", "t")),
+        ("launch", ["vllm"], "QUICKTHAW_SHRINK", "no", ("trim", False)),
     ],
 )
 def test_old_variables_work_with_a_warning(command, words, name, value, expected):

@@ -51,7 +51,7 @@ HERE = CurrentIdentity(
     environment={"OMP_NUM_THREADS": "8", "VLLM_USE_V1": "1"},
     sketch="5" * 32,
     model="d" * 64,
-    weights="full",
+    weights="included",
     secret_names=("HF_TOKEN", "VLLM_API_KEY"),
     secrets={"VLLM_API_KEY": "correct horse battery staple"},
 )
@@ -120,7 +120,7 @@ RELEVANT = {
     "secret gone": (replace(HERE, secrets={}), "secret-differs: VLLM_API_KEY"),
     "secret added": (replace(HERE, secrets={**HERE.secrets, "--hf-token": "t"}), "secret-differs: --hf-token"),
     "model": (replace(HERE, model="e" * 64), "model-differs"),
-    "weights": (replace(HERE, weights="thin"), "weights-differ"),
+    "weights": (replace(HERE, weights="excluded"), "weights-differ"),
     "format": (replace(HERE, format=0), "format-newer"),
 }
 

@@ -65,7 +65,7 @@ def engines(rig):
 def test_a_controlled_vllm_opens_no_additional_endpoints(launch_rig):
     launch_rig.engine = "vllm"
     with launch_rig.running(
-        "--weights", "thin", "--snapshot-name", "thin", arguments=["--root-path", "/api"]
+        "--weights", "excluded", "--snapshot-name", "thin", arguments=["--root-path", "/api"]
     ) as started:
         answer = started.ask()
         started.wait_serving()
@@ -84,7 +84,7 @@ def test_a_controlled_vllm_opens_no_additional_endpoints(launch_rig):
         facts = started.facts()["worker"]
         assert facts["calls"] == calls
         assert "VLLM_SERVER_DEV_MODE" not in facts["environment"]
-        assert launch_rig.library.load("thin").weights == "thin"
+        assert launch_rig.library.load("thin").weights == "excluded"
     with launch_rig.running("thin", words=("restore",)) as started:
         assert started.ask() == answer, "a restored engine is controlled with a new key"
         assert post(started.port, CONTROL_PATH, "k" * 64) == 404
@@ -131,10 +131,10 @@ def test_quickthaws_own_variables_reach_neither_the_engine_nor_its_snapshot(laun
 @pytest.mark.slow
 def test_an_sglang_with_keys_is_controlled_with_its_admin_key(launch_rig):
     keys = ["--api-key", "clients", "--admin-api-key", "operators"]
-    with launch_rig.running("--weights", "thin", "--snapshot-name", "keyed", arguments=keys) as started:
+    with launch_rig.running("--weights", "excluded", "--snapshot-name", "keyed", arguments=keys) as started:
         started.wait_serving()
         assert post(started.port, "/v1/completions") == 401
-        assert launch_rig.library.load("keyed").weights == "thin"
+        assert launch_rig.library.load("keyed").weights == "excluded"
     with launch_rig.running(
         "keyed", "--api-key", "clients", "--admin-api-key", "operators", words=("restore",)
     ) as started:

@@ -124,16 +124,16 @@ def answer(replica):
 
 MODEL = "MODEL"
 ASLEEP = {
-    ("vllm", "full"): [["collective_rpc", "quickthaw_trim"], ["sleep", 1]],
-    ("vllm", "thin"): [["collective_rpc", "quickthaw_trim"], ["sleep", 2]],
-    ("sglang", "full"): [["flush_cache"], ["release", ["kv_cache"]]],
-    ("sglang", "thin"): [["flush_cache"], ["release", ["kv_cache", "weights"]]],
+    ("vllm", "included"): [["collective_rpc", "quickthaw_trim"], ["sleep", 1]],
+    ("vllm", "excluded"): [["collective_rpc", "quickthaw_trim"], ["sleep", 2]],
+    ("sglang", "included"): [["flush_cache"], ["release", ["kv_cache"]]],
+    ("sglang", "excluded"): [["flush_cache"], ["release", ["kv_cache", "weights"]]],
 }
 AWAKE = {
-    ("vllm", "full"): [["wake_up", ["weights"]], ["wake_up", ["kv_cache"]]],
-    ("vllm", "thin"): [["wake_up", ["weights"]], ["collective_rpc", "reload_weights"], ["wake_up", ["kv_cache"]]],
-    ("sglang", "full"): [["resume", ["kv_cache"]]],
-    ("sglang", "thin"): [
+    ("vllm", "included"): [["wake_up", ["weights"]], ["wake_up", ["kv_cache"]]],
+    ("vllm", "excluded"): [["wake_up", ["weights"]], ["collective_rpc", "reload_weights"], ["wake_up", ["kv_cache"]]],
+    ("sglang", "included"): [["resume", ["kv_cache"]]],
+    ("sglang", "excluded"): [
         ["resume", ["weights"]],
         ["require_awake", "weights"],
         ["collective_reload", MODEL],
@@ -142,7 +142,7 @@ AWAKE = {
 }
 
 
-@pytest.mark.parametrize("weights", ["full", "thin"])
+@pytest.mark.parametrize("weights", ["included", "excluded"])
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_memory_is_offloaded_for_the_dump_and_reloaded_by_engine_and_replicas(gpu_rig, launch_rig, engine, weights):
     cold = gpu_rig(engine, weights=weights)
@@ -220,7 +220,7 @@ def test_a_dump_that_fails_after_the_offload_leaves_a_serving_engine(gpu_rig, tm
     # The trial of a small process, whose images are in its own sandbox, passes; the engine's dump fails.
     script.write_text(f'#!/bin/sh\ncase "$*" in dump*/snapshots/*) exit 1 ;; esac\nexec {real} "$@"\n')
     script.chmod(0o755)
-    replica = gpu_rig("vllm", criu=Criu(script), weights="thin")
+    replica = gpu_rig("vllm", criu=Criu(script), weights="excluded")
     with caplog.at_level(logging.INFO, "quickthaw"):
         replica.start()
     assert "no snapshot: criu-dump-failed" in caplog.text
@@ -300,7 +300,7 @@ def test_a_snapshot_with_gpu_state_has_no_lazy_restore(gpu_rig, caplog):
     assert replica._cuda.changes()[before:].count("restore") == 1
 
 
-@pytest.mark.parametrize("weights", ["full", "thin"])
+@pytest.mark.parametrize("weights", ["included", "excluded"])
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_in_standby_no_gpu_memory_is_held(gpu_rig, launch_rig, engine, weights):
     replica = gpu_rig(engine, weights=weights)

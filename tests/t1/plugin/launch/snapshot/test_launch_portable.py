@@ -70,7 +70,7 @@ def test_log_level_and_port_do_not_count_and_a_length_does(launch_rig):
         assert "starting" in started.phases()[0]
 
 
-@pytest.mark.parametrize("weights", ["full", "thin"])
+@pytest.mark.parametrize("weights", ["included", "excluded"])
 @pytest.mark.parametrize("mount", ["--mount", "--no-mount"])
 def test_the_same_model_at_another_path_with_a_served_name(launch_rig, tmp_path, weights, mount):
     rig = launch_rig
@@ -172,7 +172,7 @@ def test_a_snapshot_of_another_host_of_the_same_launch_is_replaced(launch_rig):
 
 def test_a_restore_by_name_from_another_folder_with_a_relative_model(launch_rig, tmp_path):
     rig = launch_rig
-    answer = rig.take("--weights", "thin", cwd=tmp_path, model="model")
+    answer = rig.take("--weights", "excluded", cwd=tmp_path, model="model")
     with rig.running(rig.name, words=("restore",)) as started:
         assert started.ask() == answer
         assert restored(started)
@@ -180,11 +180,11 @@ def test_a_restore_by_name_from_another_folder_with_a_relative_model(launch_rig,
 
 def test_a_held_request_reaches_a_replica_only_after_its_weights_are_reloaded(launch_rig):
     rig = launch_rig
-    answer = rig.take("--weights", "thin")
+    answer = rig.take("--weights", "excluded")
     small = rig.library.load(rig.name)
-    assert small.weights == "thin"
+    assert small.weights == "excluded"
     answers = []
-    with rig.running("--weights", "thin") as started:
+    with rig.running("--weights", "excluded") as started:
         threads = [threading.Thread(target=lambda: answers.append(started.ask())) for _ in range(4)]
         [t.start() for t in threads]
         [t.join(60) for t in threads]

@@ -51,8 +51,8 @@ def choose(tmp_path, monkeypatch, caplog):
 
 
 def test_an_explicit_choice_is_kept(choose):
-    assert choose(GB, 9.0, "thin")[0] is True
-    assert choose(GB, 0.0, "full")[0] is False
+    assert choose(GB, 9.0, "excluded")[0] is True
+    assert choose(GB, 0.0, "included")[0] is False
 
 
 def test_a_fast_reload_excludes_the_weights_and_a_slow_one_includes_them(choose):
@@ -60,9 +60,9 @@ def test_a_fast_reload_excludes_the_weights_and_a_slow_one_includes_them(choose)
         restore_rates.remember(choose.home, 2 * GB, 2.0, gpu=False)  # 1 GB/s
     thin, said, _ = choose(10 * GB, 4.0)
     assert thin is True
-    assert "weights thin" in said and "10.00 s at 1.0 GB/s (3 restores here)" in said and "took 4.00 s" in said
+    assert "weights excluded" in said and "10.00 s at 1.0 GB/s (3 restores here)" in said and "took 4.00 s" in said
     thin, said, _ = choose(10 * GB, 12.0)
-    assert thin is False and "weights full" in said and "took 12.00 s" in said
+    assert thin is False and "weights included" in said and "took 12.00 s" in said
 
 
 def test_a_faster_restore_includes_the_weights(choose):
@@ -76,7 +76,7 @@ def test_a_faster_restore_includes_the_weights(choose):
 def test_small_weights_are_included_without_a_trial(choose):
     restore_rates.remember(choose.home, 2 * GB, 1.0, gpu=False)
     thin, said, reloads = choose(GB // 2, 0.0)
-    assert (thin, reloads) == (False, 0) and "weights full" in said and "could not win much" in said
+    assert (thin, reloads) == (False, 0) and "weights included" in said and "could not win much" in said
     assert choose(1 << 20, 0.0)[1:] == choose(1 << 20, 0.0)[1:] and choose(1 << 20, 0.0)[2] == 0
 
 

@@ -117,20 +117,22 @@ class Rig:
         return wait_for(lambda: fetcher_pid(handle.pid))
 
     def close(self) -> None:
-        # A mount may survive unmounting here if another test's sandbox copied this mount namespace. A mount without
-        # a daemon belongs to another test by now, because device numbers are reused.
-        for device, daemon in self.devices.items():
-            if is_daemon(daemon):
-                kernel.abort(device)
         for reader in self.readers:
-            reader.close()
+            reader.process.kill()  # one that waits for a stalled mount ends when that is aborted
         for handle in self.handles:
             while kernel.mount_at(str(handle.mountpoint)) is not None:
                 with contextlib.suppress(NotFound):  # its daemon, which ends, was first
                     kernel.unmount(str(handle.mountpoint), lazy=True)
-            with contextlib.suppress(ProcessLookupError):
-                if is_daemon(handle.pid):
-                    wait_for(lambda pid=handle.pid: not is_daemon(pid), limit_s=10, kill=handle.pid)
+        for handle in self.handles:
+            if not ends(handle.pid, 1):
+                # Something still holds the mount (a reader that waits, another test's sandbox), so its number is its own.
+                # Any earlier it may be that of another test's mount by now: the kernel uses numbers again.
+                for device in [device for device, daemon in self.devices.items() if daemon == handle.pid]:
+                    kernel.abort(device)
+                if not ends(handle.pid, 10):
+                    os.kill(handle.pid, signal.SIGKILL)
+        for reader in self.readers:
+            reader.close()
 
 
 @contextlib.contextmanager
@@ -169,17 +171,23 @@ def is_daemon(pid: int) -> bool:
         return False
 
 
-def wait_for(check, *, limit_s: float = LIMIT_S, kill: int | None = None):
-    """Poll until `check()` is true and return its value. After the limit, kill the given pid, or fail."""
+def ends(daemon: int, limit_s: float) -> bool:
+    """Wait until a daemon has ended. Return False if it has not within `limit_s`."""
+    try:
+        wait_for(lambda: not is_daemon(daemon), limit_s=limit_s)
+    except AssertionError:
+        return False
+    return True
+
+
+def wait_for(check, *, limit_s: float = LIMIT_S):
+    """Poll until `check()` is true and return its value. Fails after the limit."""
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         value = check()
         if value:
             return value
         time.sleep(0.01)
-    if kill is not None:
-        os.kill(kill, signal.SIGKILL)
-        return None
     raise AssertionError("what was waited for did not happen")
 
 
@@ -200,7 +208,7 @@ def assert_same(reader, model, mountpoint):
     """Assert that every file of a model has the same bytes below the mount point."""
     for path in sorted(p for p in model.rglob("*") if p.is_file()):
         there = mountpoint / path.relative_to(model)
-        assert reader.ask("digest", str(there)) == reader.ask("digest", str(path)), path
+        assert (path, reader.ask("digest", str(there))) == (path, reader.ask("digest", str(path)))
 
 
 def digest_or_errno(reader, path):

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from plugin.options import Duration, Words, log_level, option, replica, replica_settings_of, serving, using, warn
+from plugin.options import Choice, Duration, log_level, option, replica, replica_settings_of, serving, using, warn
 
 if TYPE_CHECKING:
     from launchers.base import Engine
@@ -126,7 +126,7 @@ engine_options = (
     ),
     option(
         "--weights",
-        type=Words(["auto", "included", "excluded"], old={"full": "included", "thin": "excluded"}),
+        type=Choice(["auto", "included", "excluded"], old={"full": "included", "thin": "excluded"}),
         default="auto",
         help="included: the snapshot has the weights; excluded: a restore reads them again; auto: what is faster here.",
     ),

@@ -54,7 +54,7 @@ class Address(click.ParamType[tuple[str, int]]):
         return host.strip("[]") or EVERY_INTERFACE, int(port)
 
 
-class Words(click.Choice[str]):
+class Choice(click.Choice[str]):
     """One word of several. A former word works for one version more, with a warning.
 
     `old`: by former word, its new one.

@@ -223,7 +223,7 @@ def million_section(requests):
     problem = from_field(document.parse_text(text, "benchmark"), Path("benchmark"))
     day = synthetic.generate(synthetic.Day(requests=requests, seed=1))
     rows = []
-    for policy in simulate.default_policies():
+    for policy in simulate.default_policies(problem):
         wall, cpu = time.perf_counter(), time.process_time()
         result = simulate.run(problem, day, policy, simulate.Options())
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -238,7 +238,7 @@ def trace_section(path):
     problem, requests = load(REPO / "examples" / "plan_trace.yaml"), trace.read(path)
     options = simulate.Options()
     results = [
-        simulate.run(problem, requests, p, options) for p in simulate.default_policies() + simulate.restored_baselines()
+        simulate.run(problem, requests, p, options) for p in simulate.default_policies(problem) + simulate.restored_baselines()
     ]
     rows = {"as_in_the_file": report.simulation_json(results, [])["policies"]}
     rows["at_equal_p99"] = report.simulation_json(simulate.equal_wait(problem, requests, options, results), [])[

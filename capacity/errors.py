@@ -8,9 +8,13 @@ CapacityError
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 NO_CHANGE = "no nearest change: time ran out before one was found; change one of these, or plan fewer pools or services"
+
+Value = TypeVar("Value")
 
 
 class CapacityError(Exception):
@@ -38,6 +42,39 @@ class InputError(CapacityError):
         self.file = file
         self.line = line
         self.field = where
+        self.others: list[InputError] = []
+
+    @property
+    def all(self) -> list[InputError]:
+        """This error and the others that were found in the same run."""
+        return [self, *self.others]
+
+    @classmethod
+    def joined(cls, errors: list[InputError]) -> InputError:
+        """Return one error that carries all of them, the first of the file in front."""
+        first, *first.others = sorted((one for error in errors for one in error.all), key=lambda e: e.line or 0)
+        return first
+
+
+class Errors:
+    """Collects the errors of an input, so that one run names all of them."""
+
+    def __init__(self) -> None:
+        self.found: list[InputError] = []
+
+    def read(self, reader: Callable[..., Value], *values: Any, **options: Any) -> Value | None:
+        """Return what the reader returns; None if it raises InputError, which is kept."""
+        try:
+            return reader(*values, **options)
+        except InputError as bad:
+            self.found += bad.all
+            bad.others = []
+            return None
+
+    def check(self) -> None:
+        """Raise InputError if anything was found."""
+        if self.found:
+            raise InputError.joined(self.found)
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ class Pool:
     instance: str
     gpu: str
     gpus: int
-    memory: float
-    region: str
+    memory: float  # GiB a GPU; 0: the file does not say, and no service asks
+    region: str  # "": the file does not say
     zone: str
     price: float
     quota: int | None = None
@@ -42,6 +42,7 @@ class Pool:
     held: int = 0
     boot: tuple[float, ...] = (0.0,)
     interruptions: float = 0.0
+    host_memory: float = math.inf  # GiB an instance, for models in standby; simulation only
     refused: tuple[int, int] | None = None  # asked, got in the last step
     labelled: frozenset[str] = frozenset({"instance", "region", "zone"})
 
@@ -76,6 +77,8 @@ class Service:
     minimum: int = 0
     maximum: int | None = None
     concurrency: int = 1
+    standby: tuple[float, ...] = ()  # wake times from standby; none: the service has no standby; simulation only
+    standby_memory: float = 0.0  # GiB of host memory
 
     def rate_on(self, gpu: str) -> float | None:
         return self.rates.get(gpu, self.rates.get("*"))
@@ -118,6 +121,11 @@ class Forecast:
 
     levels: tuple[float, ...]
     values: tuple[tuple[float, ...], ...]
+    mean: tuple[float, ...] | None = None  # [step]; None: unknown
+
+    def typical(self) -> Floats:
+        """Return the demand to expect, [step]: the mean, or the median if that is all that is known."""
+        return self.at(0.5) if self.mean is None else np.asarray(self.mean, dtype=np.float64)
 
     def at(self, level: float) -> Floats:
         """Return the value at a level, interpolated between the two nearest given levels, clamped outside them."""
@@ -148,11 +156,17 @@ class History:
 
 @dataclass(frozen=True)
 class Demand:
-    """Forecasts per service. `quantile` is the demand level to be served without a wait."""
+    """Forecasts per service. `quantile` is the demand level to be served without a wait.
+
+    `begin`: time of the first step, seconds since 1970 on the user's clock; None if unknown. `notes`: sentences that say
+    how the demand was learned.
+    """
 
     quantile: float
     forecasts: dict[str, Forecast]
     history: History | None = None
+    begin: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 import click
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from capacity.actions.watch import Decision
-from capacity.errors import CapacityError, InfeasibleError
+from capacity.errors import CapacityError, InfeasibleError, InputError
 from capacity.inputs.units import duration_text
 from capacity.optimize.plan import Plan
 from capacity.simulation.simulate import Result
+
+COLUMNS = 8
+RUNGS = {"standby": "standby", "restored": "asleep", "cold": "cold"}
+FEW = 6  # services, limits: more only with --explain
 
 
 def delta(plan: Plan) -> list[dict[str, Any]]:
@@ -51,6 +57,8 @@ def to_json(plan: Plan, other: Plan | None = None) -> dict[str, Any]:
             }
         )
     report: dict[str, Any] = {
+        "answer": sentence(plan, other),
+        "demand": list(problem.demand.notes),
         "lead_times": plan.kind,
         "lead_seconds": {s.name: round(float(v), 6) for s, v in zip(problem.services, plan.need.lead, strict=True)},
         "delta": delta(plan),
@@ -104,32 +112,150 @@ def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
     return table
 
 
-def print_plan(console: Console, plan: Plan, other: Plan | None, *, explain: bool) -> None:
-    problem = plan.problem
-    table = _table("Now: start, then stop", ("action", "pool", "instance"), ("count",))
-    actions = delta(plan)
-    for action in actions:
-        table.add_row(action["action"], action["pool"], action["instance"], str(action["count"]))
-    if actions:
-        console.print(table)
-    else:
-        console.print("Nothing to start, nothing to stop.")
-    table = _table("Held, before and after", ("pool", "GPU", "zone"), ("instances", "GPUs", "idle buffer", "$/h"))
-    for i, pool in enumerate(problem.pools):
-        n = int(plan.instances[0, i])
-        if n or pool.held:
-            table.add_row(
-                pool.name, pool.gpu, f"{pool.region}/{pool.zone}", f"{pool.held} → {n}", str(n * pool.gpus),
-                str(int(plan.idle[0, i])), f"{n * pool.price:.2f}",
-            )  # fmt: skip
+def when(plan: Plan, t: int) -> str:
+    """Return the time of step `t` for people: `now`, `14:00`, `Tue 14:00`, or `in 3h` if the file names no time."""
+    seconds = t * plan.problem.step_seconds
+    if t == 0:
+        return "now"
+    if plan.problem.demand.begin is None:
+        return f"in {duration_text(seconds)}"
+    moment = datetime.fromtimestamp(plan.problem.demand.begin + seconds, UTC)
+    day = len(plan.instances) * plan.problem.step_seconds > 86400
+    return moment.strftime("%a %H:%M" if day else "%H:%M")
+
+
+def _held(plan: Plan, t: int) -> dict[str, int]:
+    """Return the instances held at step `t` by their type."""
+    found: dict[str, int] = {}
+    for pool, count in zip(plan.problem.pools, plan.instances[t].tolist(), strict=True):
+        if count:
+            found[pool.instance] = found.get(pool.instance, 0) + count
+    return found
+
+
+def _count(held: dict[str, int]) -> str:
+    return " and ".join(f"{n} × {instance}" for instance, n in held.items()) or "nothing"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.1f}".removesuffix(".0")
+
+
+def sentence(plan: Plan, other: Plan | None) -> str:
+    """Return the answer in one line. `other`: the plan with cold lead times, None if they leave none."""
+    now, peak = _held(plan, 0), int(plan.gpus.argmax())
+    free = plan.unused(0)
+    text = f"Hold {_count(now)} ({free} GPU{'' if free == 1 else 's'} idle) now"
+    if plan.gpus[peak] > plan.gpus[0]:
+        most = _held(plan, peak)
+        text += f", {next(iter(most.values())) if most.keys() == now.keys() and len(now) == 1 else _count(most)} {_at(when(plan, peak))}"
+    average = " on average" if len(plan.instances) > 1 else ""
+    text += f": ${plan.hourly_cost.mean():,.2f}/h{average}."
+    if other is None:
+        return text + " With cold starts no plan is possible."
+    more, dearer = float((other.gpus - plan.gpus).mean()), float((other.hourly_cost - plan.hourly_cost).mean())
+    if abs(more) < 0.05 and abs(dearer) < 0.005:
+        return text + " With cold starts you would hold as many."
+    return text + (
+        f" With cold starts you would hold {_number(abs(more))} GPU{'' if abs(more) == 1 else 's'} {'more' if more >= 0 else 'fewer'}"
+        f"{average}: ${abs(dearer):,.2f}/h {'more' if dearer >= 0 else 'less'}."
+    )
+
+
+def _at(time: str) -> str:
+    return time if time.startswith("in ") else f"at {time}"
+
+
+def _runs(plan: Plan) -> list[tuple[int, int]]:
+    """Return the steps in runs that are alike: (first, last)."""
+    found: list[tuple[int, int]] = []
+    for t in range(len(plan.instances)):
+        same = t > 0 and all((part[t] == part[t - 1]).all() for part in (plan.instances, plan.replicas, plan.idle))
+        found[-1:] = [(found[-1][0], t)] if same else [*found[-1:], (t, t)]
+    return found
+
+
+def _steps(plan: Plan, most: int | None) -> Table:
+    """Return the table of replicas, idle GPUs and instances by service, pool and step."""
+    runs = _runs(plan)
+    shown = runs if most is None else runs[:most]
+    heads = tuple(when(plan, a) + (f" to {when(plan, b)}" if b > a else "") for a, b in shown)
+    title = "Replicas, idle GPUs and instances, by step"
+    if len(shown) < len(runs):
+        title += f" (the first {len(shown)} of {len(runs)} that differ; all of them: --json or --plot)"
+    table = _table(title, ("service", "pool"), heads)
+    pools = plan.problem.pools
+    for j, service in enumerate(plan.problem.services):
+        for i in np.flatnonzero(plan.replicas[:, :, j].any(axis=0)).tolist():
+            table.add_row(service.name, pools[i].name, *(str(plan.replicas[a, i, j]) for a, _ in shown))
     table.add_section()
-    table.add_row(
-        "all", "", "", f"{sum(p.held for p in problem.pools)} → {int(plan.instances[0].sum())}", f"{plan.gpus[0]:.0f}",
-        str(int(plan.idle[0].sum())), f"{float(plan.hourly_cost[0]):.2f}",
-    )  # fmt: skip
-    console.print(table)
-    buffer = ", ".join(f"{gpus} {gpu}" for gpu, gpus in plan.buffer_by_type().items() if gpus) or "none"
-    console.print(f"Idle buffer now: {buffer}. GPU Allocation Utilization over the plan: {plan.utilization:.1%}")
+    for i in np.flatnonzero(plan.idle.any(axis=0)).tolist():
+        table.add_row("idle GPUs", pools[i].name, *(str(plan.idle[a, i]) for a, _ in shown))
+    table.add_section()
+    for i in np.flatnonzero(plan.instances.any(axis=0)).tolist():
+        table.add_row(f"instances ({pools[i].instance})", pools[i].name, *(str(plan.instances[a, i]) for a, _ in shown))
+    table.add_row("$/h", "", *(f"{plan.hourly_cost[a]:,.2f}" for a, _ in shown))
+    return table
+
+
+def _sums(plan: Plan) -> list[str]:
+    """Return, for each service, how its replicas of the first step come about."""
+    need, level = plan.need, plan.problem.demand.quantile
+    lines = []
+    for j, service in enumerate(plan.problem.services):
+        base, hot = float(need.base[j, 0]), float(need.hot[j, 0])
+        lead, wait = duration_text(float(need.lead[j])), duration_text(service.target_wait)
+        spare = f"no spare replica, for a start of {lead} is within the wait of {wait}"
+        if need.lead[j] > service.target_wait:
+            spare = f"{hot:.4g} for growth while a replica starts ({lead}, of which {wait} may be waited)"
+        speeds = {plan.problem.pools[i].gpu: float(need.rate[i, j]) for i in np.flatnonzero(need.rate[:, j]).tolist()}
+        used = {plan.problem.pools[i].gpu for i in np.flatnonzero(plan.replicas[0, :, j]).tolist()}
+        serves = " or ".join(f"{rate:g} on {gpu}" for gpu, rate in speeds.items() if gpu in used or not used)
+        count = int(plan.replicas[0, :, j].sum())
+        planned = base / (1 + plan.problem.policy.headroom)
+        zones = plan.problem.policy.zone_loss > 0 and len(_zones(plan, j)) > 1
+        lines.append(
+            f"{service.name}, {service.unit}/s: {need.typical[j, 0]:.4g} expected; {planned:.4g} at the {level:.0%} quantile, "
+            f"{base:.4g} with headroom; {spare}. A replica serves {serves}: {count} replica{'' if count == 1 else 's'}"
+            + (", also when the largest zone is lost" if zones else "")
+        )
+    return lines
+
+
+def _spares(plan: Plan) -> list[str]:
+    """Return, for each set of services that share idle GPUs, how many they need in the first step."""
+    lines = []
+    for group in plan.need.groups:
+        level = max(plan.problem.services[j].probability for j in group.services)
+        size = f" for replicas of {group.size} GPUs" if group.size > 1 else ""
+        lines.append(
+            f"{group.name}{size}: {group.required[0]:.4g} GPUs of the fastest type, or slower ones that serve the same. They hold what "
+            f"demand grows by, in {level:.0%} of cases, until a new instance has booted and started a replica; spare replicas count, too"
+        )
+    return lines
+
+
+def _zones(plan: Plan, j: int) -> set[tuple[str, str]]:
+    return {(p.region, p.zone) for i, p in enumerate(plan.problem.pools) if plan.need.rate[i, j] > 0}
+
+
+def print_plan(
+    console: Console, plan: Plan, other: Plan | None, *, explain: bool, columns: int | None = COLUMNS
+) -> None:
+    """Print the answer as a sentence, then the reasons. `columns`: most steps that the table shows; None: all."""
+    console.print(sentence(plan, other), style="bold", highlight=False)
+    for word in ("start", "stop"):
+        actions = [f"{a['count']} × {a['instance']} in {a['pool']}" for a in delta(plan) if a["action"] == word]
+        console.print(f"{word.capitalize()} now: {', '.join(actions) or 'nothing'}", highlight=False)
+    console.print(_steps(plan, columns))
+    console.print(
+        f"GPU Allocation Utilization {plan.utilization:.1%}: of the GPU-seconds paid, those that the expected demand keeps busy"
+    )
+    for note in plan.problem.demand.notes:
+        console.print(note, highlight=False)
+    if explain or len(plan.problem.services) <= FEW:
+        for line in _sums(plan) + _spares(plan):
+            console.print(line, highlight=False)
     if other is not None:
         numbers = ("GPUs", "idle GPUs", "of them buffer", "$/h", "utilization")
         table = _table("What a faster start saves (mean of the steps)", ("lead times",), numbers)
@@ -139,16 +265,11 @@ def print_plan(console: Console, plan: Plan, other: Plan | None, *, explain: boo
                 f"{one.idle.sum(axis=1).mean():.1f}", f"{one.hourly_cost.mean():.2f}", f"{one.utilization:.1%}",
             )  # fmt: skip
         console.print(table)
-        spare = float(other.gpus.mean() - plan.gpus.mean())
-        saved = float(other.hourly_cost.mean() - plan.hourly_cost.mean())
-        console.print(f"Restoring instead of starting cold saves {spare:.1f} GPUs and ${saved:.2f} an hour")
-    else:
-        console.print("With cold lead times there is no feasible plan.")
+    for shadow in plan.shadows[: None if explain else FEW]:
+        console.print(f"Bound by {shadow.constraint}: one more {shadow.unit} saves ${shadow.saves:.2f} an hour")
+    if not plan.shadows:
+        console.print("No quota, supply or limit binds: more of any of them saves nothing")
     console.print(_solved(plan))
-    for shadow in plan.shadows[:5]:
-        console.print(f"{shadow.constraint}: one more {shadow.unit} saves ${shadow.saves:.2f} an hour")
-    if explain:
-        _explain(console, plan)
 
 
 def _solved(plan: Plan) -> str:
@@ -173,24 +294,11 @@ def _solved(plan: Plan) -> str:
     )
 
 
-def _explain(console: Console, plan: Plan) -> None:
-    problem = plan.problem
-    numbers = ("lead", "wait", "median", "to serve", "of it hot spare", "replicas")
-    table = _table("Why: what each service needs", ("service",), numbers)
-    for j, service in enumerate(problem.services):
-        table.add_row(
-            service.name, duration_text(float(plan.need.lead[j])), duration_text(service.target_wait),
-            f"{plan.need.median[j, 0]:.4g}", f"{plan.need.target[j, 0]:.4g}", f"{plan.need.hot[j, 0]:.4g}",
-            str(int(plan.replicas[0, :, j].sum())),
-        )  # fmt: skip
-    console.print(table)
-    for group in plan.need.groups:
-        console.print(f"{group.name}: {group.required[0]:.2f} GPUs, in blocks for {group.size} GPUs a replica or more")
-
-
 def error_json(error: CapacityError) -> dict[str, Any]:
     """Return an error as plain values; an InfeasibleError with its conflict and nearest change."""
     found: dict[str, Any] = {"error": error.code, "message": error.message}
+    if isinstance(error, InputError) and error.others:
+        found["others"] = [{"error": other.code, "message": other.message} for other in error.others]
     if isinstance(error, InfeasibleError):
         found["conflict"] = list(error.conflict.constraints)
         found["smallest"] = error.conflict.smallest
@@ -243,27 +351,42 @@ def _row(result: Result) -> dict[str, Any]:
         "cost": round(result.cost, 2),
         "gpu_allocation_utilization": round(result.utilization, 4),
         "actions": result.actions,
+        "starts": result.starts,
+        "standby_gib_hours": round(result.standby_gib_hours, 3),
     }
 
 
-def simulation_json(results: list[Result], matched: list[Result]) -> dict[str, Any]:
+def simulation_json(
+    results: list[Result], matched: list[Result], reached: list[Result] | None = None
+) -> dict[str, Any]:
     report: dict[str, Any] = {"policies": [_row(result) for result in results]}
     if matched:
         report["at_equal_p99"] = [_row(result) for result in matched]
+    if reached:
+        report["frontier"] = [_row(result) for result in reached]
     return report
 
 
-def print_simulation(console: Console, results: list[Result], matched: list[Result]) -> None:
+def print_simulation(
+    console: Console, results: list[Result], matched: list[Result], reached: list[Result] | None = None
+) -> None:
+    """Print the results; `matched`: at equal p99, `reached`: those of a frontier that nothing else of their kind beats."""
     tables = [("Policies side by side", results)]
     if matched:
         tables.append(("At the autoscaler's p99 wait or better: the cheapest setting of each", matched))
+    if reached:
+        tables.append(("Wait against cost: the settings that no other of the same kind beats", reached))
     for title, rows in tables:
-        numbers = ("waited", "p50 s", "p99 s", "max s", "GPU hours", "$", "utilization", "actions")
+        numbers = ("waited", "p50 s", "p99 s", "max s", "GPU hours", "$", "utilization", "starts from")
         table = _table(title, ("policy",), numbers)
         for r in rows:
             lost = f" ({r.unserved} unserved)" if r.unserved else ""
+            rungs = ", ".join(f"{RUNGS[rung]} {count}" for rung, count in r.starts.items() if count) or "none"
             table.add_row(
                 r.policy + lost, f"{r.waited}/{r.requests}", f"{r.p50:.2f}", f"{r.p99:.2f}", f"{r.longest:.1f}",
-                f"{r.gpu_hours:.2f}", f"{r.cost:.2f}", f"{r.utilization:.1%}", str(r.actions),
+                f"{r.gpu_hours:.2f}", f"{r.cost:.2f}", f"{r.utilization:.1%}", rungs,
             )  # fmt: skip
         console.print(table)
+    for result in results:
+        if result.standby_gib_hours:
+            console.print(f"{result.policy}: {result.standby_gib_hours:.1f} GiB-hours of host memory in standby")

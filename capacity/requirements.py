@@ -52,7 +52,7 @@ class Need:
     boot: Floats  # [pool] seconds
     loss: Floats  # [pool] extra cost of interruptions, as a share of the price
     rate: Floats  # [pool, service] rate of a replica; 0 if it does not fit
-    median: Floats
+    typical: Floats  # demand to expect: the mean, or the median
     base: Floats  # quantile and headroom
     target: Floats  # base and hot spare
     hot: Floats
@@ -202,14 +202,14 @@ def compute(problem: Problem, kind: Kind) -> Need:
     growth = Growth(problem)
     hot = np.array([growth.pooled((j,), hot_window, one)[0] for j in range(len(services))])
     cap = np.array([growth.pooled((j,), idle_window, one)[0] for j in range(len(services))])
-    median = np.array([demand.forecasts[s.name].at(0.5)[:steps] for s in services])
+    typical = np.array([demand.forecasts[s.name].typical()[:steps] for s in services])
     planned = np.array([demand.forecasts[s.name].at(demand.quantile)[:steps] for s in services])
     base = planned * (1 + policy.headroom)
     places: list[PoolKind] = [(p.gpu, p.memory, p.region, p.gpus) for p in pools]
     number = {key: k for k, key in enumerate(dict.fromkeys(places))}
     groups = _groups(growth, places, number, rate, cap, idle_window)
     return Need(
-        kind, lead, boot, loss, rate, median, base, base + hot, hot, cap, groups, tuple(number[key] for key in places)
+        kind, lead, boot, loss, rate, typical, base, base + hot, hot, cap, groups, tuple(number[key] for key in places)
     )
 
 
@@ -249,6 +249,7 @@ def _groups(
             share = np.where(np.isfinite(ratio), np.minimum(ratio, per_unit[ids]), 0.0)
             relief = {j: float(v) for j, v in zip(members, share, strict=True) if v > 1e-9}
             names = ", ".join(services[j].name for j in members[:3]) + (", …" if len(members) > 3 else "")
-            name = f"idle {'/'.join(gpus)} in {'/'.join(regions)} for {names}"
+            where = f" in {'/'.join(regions)}" if any(regions) else ""
+            name = f"idle {'/'.join(gpus)}{where} for {names}"
             groups.append(Group(name, members, size, weights, relief, required))
     return tuple(groups)

@@ -27,7 +27,7 @@ from capacity.actions import apply as applying
 from capacity.actions.apply import Applied
 from capacity.errors import CapacityError, InfeasibleError, InputError
 from capacity.files import replacing
-from capacity.model import Demand, Forecast, Problem
+from capacity.model import Forecast, Problem
 from capacity.optimize import plan as planning
 from capacity.optimize.best_effort import best_effort
 from capacity.optimize.plan import Plan
@@ -134,9 +134,10 @@ def banded(problem: Problem, state: State) -> Problem:
             if old.levels == forecast.levels and len(old.values[0]) == len(forecast.values[0]):
                 then, now = np.array(old.values), np.array(forecast.values)
                 if np.all(np.abs(now - then) <= band * then + 1e-12):
-                    kept = old
+                    mean = before.get("mean")
+                    kept = replace(forecast, values=old.values, mean=None if mean is None else tuple(mean))
         forecasts[name] = kept
-    return replace(problem, demand=Demand(problem.demand.quantile, forecasts, problem.demand.history))
+    return replace(problem, demand=replace(problem.demand, forecasts=forecasts))
 
 
 def decide(problem: Problem, state: State, now: float, *, exact: bool = False, limit: float = 60.0) -> Decision:
@@ -178,8 +179,7 @@ def decide(problem: Problem, state: State, now: float, *, exact: bool = False, l
         else:
             blocked[pool.name] = "hold_down"
     state.planned = {
-        name: {"levels": list(f.levels), "values": [list(row) for row in f.values]}
-        for name, f in problem.demand.forecasts.items()
+        name: {"levels": f.levels, "values": f.values, "mean": f.mean} for name, f in problem.demand.forecasts.items()
     }
     return Decision(solved, wanted_starts, stops, blocked, served, conflict)
 

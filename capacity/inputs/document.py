@@ -8,17 +8,24 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from capacity.errors import InputError
+from capacity.errors import Errors, InputError
 from capacity.files import read_text
 from capacity.inputs.units import parse
 
 MAX_BYTES = 32 * 1024 * 1024
 Reader = Callable[["Field"], Any]
+HINTS = {
+    "boot": "how long an instance of this pool takes until a container can start, such as [95s, 120s]; 0s if it always runs",
+    "rate": "what one replica serves at full load, such as 3.5/s",
+    "gpus": "how many GPUs",
+    "price": "of an instance, such as 24 $/h",
+}
 
 
 class Field:
@@ -35,39 +42,54 @@ class Field:
 
     def mapping(self, known: Iterable[str] | None = None) -> dict[str, Field]:
         """Return the entries of a mapping by key. With `known`, any other key raises InputError."""
+        errors = Errors()
+        found = self.entries(known, errors)
+        errors.check()
+        return found
+
+    def entries(self, known: Iterable[str] | None, errors: Errors) -> dict[str, Field]:
+        """Return the entries with good keys; errors of the other keys are collected."""
         if not isinstance(self.node, yaml.MappingNode):
             raise self.error("wrong-type", f"expected a mapping of names to values, found {_kind(self.node)}")
         allowed = None if known is None else set(known)
         found: dict[str, Field] = {}
         for key_node, value_node in self.node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise Field(key_node, self.path, self.file).error("wrong-type", "a key must be a plain word")
+                errors.found.append(
+                    Field(key_node, self.path, self.file).error("wrong-type", "a key must be a plain word")
+                )
+                continue
             key = str(key_node.value)
             path = f"{self.path}.{key}" if self.path else key
             here = Field(key_node, path, self.file)
             if key_node.tag == "tag:yaml.org,2002:merge":
-                raise here.error(
-                    "unknown-field", "merge keys are not read; repeat the fields (an alias of a value is fine)"
-                )
-            if allowed is not None and key not in allowed:
+                text = "merge keys are not read; repeat the fields (an alias of a value is fine)"
+                errors.found.append(here.error("unknown-field", text))
+            elif allowed is not None and key not in allowed:
                 near = difflib.get_close_matches(key, allowed, 1)
                 hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(sorted(allowed))}"
-                raise here.error("unknown-field", "no such field" + hint)
-            if key in found:
-                raise here.error("repeated-field", f"given twice, first on line {found[key].line}")
-            found[key] = Field(value_node, path, self.file)
+                errors.found.append(here.error("unknown-field", "no such field" + hint))
+            elif key in found:
+                text = f"given twice, first on line {found[key].line}"
+                errors.found.append(here.error("repeated-field", text))
+            else:
+                found[key] = Field(value_node, path, self.file)
         return found
 
     def record(self, readers: Mapping[str, Reader], *required: str) -> dict[str, Any]:
         """Return the values of the given fields of a mapping, each converted by its reader.
 
-        Raises InputError for a field without a reader, or if one of `required` is missing.
+        Raises InputError with all fields that are wrong, have no reader, or are missing though `required`.
         """
-        entries = self.mapping(readers)
+        errors = Errors()
+        entries = self.entries(readers, errors)
         for key in required:
             if key not in entries:
-                raise self.error("missing-field", f"{key} is missing")
-        return {key: readers[key](value) for key, value in entries.items()}
+                hint = HINTS.get(key, "")
+                errors.found.append(self.error("missing-field", f"{key} is missing{hint and f': {hint}'}"))
+        values = {key: errors.read(readers[key], value) for key, value in entries.items()}
+        errors.check()
+        return values
 
     def items(self) -> list[Field]:
         """Return the members of a list. Raises InputError if it is empty."""
@@ -96,6 +118,16 @@ class Field:
         if not isinstance(value, str) or not value.strip():
             raise self.error("wrong-type", f"expected a word, found {value!r}")
         return value.strip()
+
+    def stamp(self) -> datetime:
+        """Return an ISO time, or the present one for `now`."""
+        value = self.scalar()
+        if isinstance(value, datetime):  # YAML reads times with a zone by itself, and turns them to UTC
+            return value
+        try:
+            return datetime.now() if value == "now" else datetime.fromisoformat(str(value))
+        except ValueError:
+            raise self.error("bad-time", f"expected an ISO time or now, found {value!r}") from None
 
     def integer(self, low: int = 0, high: int = 10_000_000) -> int:
         value = self.scalar()

@@ -9,8 +9,10 @@ The formats are distinguished by their content:
 - A folder with `lead-times.jsonl` or `snapshots/` in it, such as `$QUICKTHAW_HOME`: the journal, and the snapshots'
   `cold_s` for models (of an engine) without a cold start in the journal, for example pulled snapshots. The start of a
   snapshot is already in the journal of its own host and does not count twice.
-The formats are defined in plugin/records/lead_times.py, plugin/bench/cli.py and checkpoint/snapshot/manifest.py, which this
-package may not import.
+- `$QUICKTHAW_HOME/wake-times.jsonl`, one line per wake from standby: `{"model": …, "engine": …, "seconds": 0.4, "memory_bytes":
+  …, "at": ISO time}`; read by `wakes`.
+The formats are defined in plugin/records/lead_times.py, plugin/records/wake_times.py, plugin/bench/cli.py and
+checkpoint/snapshot/manifest.py, which this package may not import.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path, PurePath
 from typing import Any
@@ -25,7 +28,7 @@ from typing import Any
 from capacity.errors import InputError
 from capacity.files import read_text
 
-JOURNAL, SNAPSHOTS, MANIFEST = "lead-times.jsonl", "snapshots", "manifest.json"
+JOURNAL, SNAPSHOTS, MANIFEST, WAKES = "lead-times.jsonl", "snapshots", "manifest.json", "wake-times.jsonl"
 NEWEST = 200
 MAX_BYTES = 64 * 1024 * 1024
 Samples = dict[str, tuple[float, ...]]
@@ -58,6 +61,36 @@ def read(path: Path, *, model: str | None = None, engine: str | None = None) -> 
         there = f"; there are starts of {', '.join(sorted(seen)[:5])}" if seen else ""
         raise InputError("no-samples", f"holds no start{' of ' + wanted if wanted else ''}{there}", file=str(path))
     return found
+
+
+def wakes(path: Path, *, model: str | None = None, engine: str | None = None) -> tuple[tuple[float, ...], float]:
+    """Return the newest wake times from standby, in seconds, and the most host memory that one of them held, in GiB.
+
+    Raises InputError, also if there is none.
+    """
+    file = path / WAKES if path.is_dir() else path
+    seen: set[str] = set()
+    found = [entry for _, entry in _lines(read_text(file, MAX_BYTES), file) if _wanted(entry, model, engine, seen)]
+    if not found:
+        raise InputError("no-samples", f"holds no wake of {model or 'any model'} from standby", file=str(file))
+    seconds = tuple(_seconds(entry.get("seconds"), file, None) for entry in found[-NEWEST:])
+    return seconds, max(_seconds(entry.get("memory_bytes", 0), file, None) for entry in found[-NEWEST:]) / 2**30
+
+
+def _lines(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the objects of JSON lines with their line numbers; a last line without a newline may be truncated."""
+    lines = text.split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line) if line.strip() else None
+        except json.JSONDecodeError as bad:
+            if number == len(lines):
+                return
+            raise InputError("not-json", f"{bad.msg}", file=str(path), line=number) from bad
+        if entry is not None and not isinstance(entry, dict):
+            raise InputError("bad-sample", "expected an object", file=str(path), line=number)
+        if entry is not None:
+            yield number, entry
 
 
 def _wanted(entry: dict[str, Any], model: str | None, engine: str | None, seen: set[str]) -> bool:
@@ -123,17 +156,8 @@ def _bench(report: dict[str, Any], path: Path, model: str | None, engine: str | 
 
 def _journal(text: str, path: Path, model: str | None, engine: str | None, seen: set[str]) -> Samples:
     found: dict[str, list[tuple[datetime, float]]] = {"cold": [], "restored": []}
-    lines = text.split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as bad:
-            if number == len(lines):  # no newline after it: truncated while it was written
-                continue
-            raise InputError("not-json", f"{bad.msg}", file=str(path), line=number) from bad
-        if not isinstance(entry, dict) or entry.get("kind") not in found:
+    for number, entry in _lines(text, path):
+        if entry.get("kind") not in found:
             raise InputError(
                 "bad-sample", 'expected an object with kind "cold" or "restored"', file=str(path), line=number
             )

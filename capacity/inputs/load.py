@@ -6,16 +6,17 @@ Lead times written in the file take precedence over those read from `lead_time.f
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from capacity.errors import InputError
+from capacity.errors import Errors, InputError
 from capacity.inputs import lead_times
 from capacity.inputs.demand import learn
-from capacity.inputs.document import Field, integer, quantity, read
+from capacity.inputs.document import Field, Reader, integer, quantity, read
 from capacity.model import KINDS, Demand, Forecast, Hysteresis, Policy, Pool, Problem, Quota, Service, Share
 
 LONGEST_START = 6 * 3600.0
@@ -46,7 +47,15 @@ POOL = {
     "held": integer(),
     "boot": _starts,
     "interruptions": quantity("rate_per_hour", 0.0, 60.0),
+    "host_memory": quantity("memory", 0.0, 2**20, open_low=True),
     "refused": lambda field: _refused(field),
+}
+LEAD_TIME: dict[str, Reader] = {
+    "cold": _starts,
+    "restored": _starts,
+    "from": Field.text,
+    "model": Field.text,
+    "engine": Field.text,
 }
 POLICY = {
     "headroom": quantity("fraction", 0.0, 10.0),
@@ -72,39 +81,74 @@ def from_field(root: Field, path: Path) -> Problem:
 
     Raises InputError.
     """
-    top = root.mapping(("version", "step", "pools", "services", "quotas", "demand", "policy"))
+    errors = Errors()
+    top = root.entries(("version", "step", "pools", "services", "quotas", "demand", "policy"), errors)
     if "version" in top and top["version"].integer() != 1:
         raise top["version"].error("unknown-version", "this program reads version 1")
     for key in ("pools", "services", "demand"):
         if key not in top:
-            raise root.error("missing-field", f"{key} is missing")
-    step = top["step"].quantity("duration", 1.0, 7 * 86400.0) if "step" in top else 3600.0
-    pools = _named(top["pools"], _pool)
-    services = _named(top["services"], lambda field: _service(field, pools, path))
-    quotas = _named(top["quotas"], lambda field: _quota(field, pools)) if "quotas" in top else ()
-    policy = _policy(top["policy"], pools) if "policy" in top else Policy()
-    demand = _demand(top["demand"], services, step, path)
+            errors.found.append(root.error("missing-field", f"{key} is missing"))
+    step = errors.read(quantity("duration", 1.0, 7 * 86400.0), top["step"]) if "step" in top else 3600.0
+    pools = errors.read(_named, top["pools"], _pool) if "pools" in top else None
+    make = functools.partial(_service, pools=pools, path=path)
+    services = errors.read(_named, top["services"], make) if "services" in top else None
+    quotas = errors.read(_named, top["quotas"], lambda field: _quota(field, pools)) if "quotas" in top else ()
+    policy = errors.read(_policy, top["policy"], pools) if "policy" in top else Policy()
+    if pools and services:
+        errors.read(_asked, top["pools"], pools, services, quotas or (), policy or Policy())
+    demand = None
+    if "demand" in top:
+        demand = errors.read(_demand, top["demand"], services, pools, step, path)
+    errors.check()
+    assert pools and services and demand and policy and step and quotas is not None  # else an error was found
     return Problem(pools, services, demand, policy, quotas, step, str(path))
 
 
+def _asked(
+    field: Field, pools: tuple[Pool, ...], services: tuple[Service, ...], quotas: tuple[Quota, ...], policy: Policy
+) -> None:
+    """Raise InputError for pools without the memory or region that another part of the file asks for."""
+    errors = Errors()
+    heavy = next((s for s in services if s.memory), None)
+    regional = [f"service {s.name} names its regions" for s in services if s.regions is not None]
+    regional += [f"quota {q.name} is of a region" for q in quotas if q.region is not None]
+    regional += ["policy.region_mix names regions"] if policy.region_mix else []
+    for item, pool in zip(field.items(), pools, strict=True):
+        if heavy and not pool.memory:
+            text = f"memory is missing: service {heavy.name} needs {heavy.memory:g} GiB a GPU"
+            errors.found.append(item.error("missing-field", text))
+        if regional and not pool.region:
+            errors.found.append(item.error("missing-field", f"region is missing: {regional[0]}"))
+    errors.check()
+
+
 def _known(field: Field, name: str, known: set[str], what: str) -> str:
-    if name not in known:
+    """Return the name; without known ones, because the pools have errors of their own, any name is accepted."""
+    if known and name not in known:
         raise field.error("unknown-name", f"no pool has the {what} {name}; known: {', '.join(sorted(known))}")
     return name
 
 
-def _region_in(pools: tuple[Pool, ...]) -> Callable[[Field], str]:
-    return lambda field: _known(field, field.text(), {pool.region for pool in pools}, "region")
+def _region_in(pools: tuple[Pool, ...] | None) -> Callable[[Field], str]:
+    return lambda field: _known(field, field.text(), _regions(pools), "region")
+
+
+def _regions(pools: tuple[Pool, ...] | None) -> set[str]:
+    return {pool.region for pool in pools or ()} - {""}
 
 
 def _named(field: Field, make: Callable[[Field], Named]) -> tuple[Named, ...]:
-    """Convert the members of a list. Raises InputError if two have the same name."""
+    """Convert the members of a list. Raises InputError with the errors of all, also if two have the same name."""
     found: dict[str, tuple[Named, int]] = {}
+    errors = Errors()
     for item in field.items():
-        made = make(item)
-        if made.name in found:
-            raise item.error("repeated-name", f"{made.name} is named already on line {found[made.name][1]}")
-        found[made.name] = (made, item.line)
+        made = errors.read(make, item)
+        if made is not None and made.name in found:
+            text = f"{made.name} is named already on line {found[made.name][1]}"
+            errors.found.append(item.error("repeated-name", text))
+        elif made is not None:
+            found[made.name] = (made, item.line)
+    errors.check()
     return tuple(made for made, _ in found.values())
 
 
@@ -116,16 +160,17 @@ def _refused(field: Field) -> tuple[int, int]:
 
 
 def _pool(field: Field) -> Pool:
-    given = field.record(POOL, "name", "gpu", "gpus", "memory", "region", "price")
-    filled = {"instance": given["name"], "zone": given["region"]} | given
-    return Pool(**filled, labelled=frozenset({"region", *({"instance", "zone"} & given.keys())}))
+    given = field.record(POOL, "name", "gpu", "gpus", "price", "boot")
+    region = given.get("region", "")
+    filled = {"instance": f"{given['gpus']}x{given['gpu']}", "memory": 0.0, "region": region, "zone": region} | given
+    return Pool(**filled, labelled=frozenset({"instance", "region", "zone"} & given.keys()))
 
 
-def _service(field: Field, pools: tuple[Pool, ...], path: Path) -> Service:
+def _service(field: Field, *, pools: tuple[Pool, ...] | None, path: Path) -> Service:
     def rates(value: Field) -> dict[str, float]:
         if not value.is_mapping:
             return {"*": _rate(value)}
-        types = {pool.gpu for pool in pools}
+        types = {pool.gpu for pool in pools or ()}
         found = {_known(each, gpu, types, "GPU type"): _rate(each) for gpu, each in value.mapping().items()}
         if not found:
             raise value.error("empty", "no rate given")
@@ -149,16 +194,27 @@ def _service(field: Field, pools: tuple[Pool, ...], path: Path) -> Service:
         "min": integer(),
         "max": integer(),
         "concurrency": integer(1, 4096),
+        "standby": lambda value: value,
     }
-    given = field.record(readers, "name", "gpus", "rate")
-    given["cold"], given["restored"] = _lead_times(field, given.pop("lead_time", None), given["name"], path)
+    errors = Errors()
+    given = errors.read(field.record, readers, "name", "gpus", "rate")
+    entries = field.entries(None, Errors())
+    samples = None
+    if "name" in entries:
+        samples = errors.read(_lead_times, field, entries.get("lead_time"), str(entries["name"].node.value), path)
+    errors.check()
+    assert given and samples  # else an error was found
+    lead = given.pop("lead_time", None)
+    given["cold"], given["restored"] = samples
+    if "standby" in given:
+        given["standby"], given["standby_memory"] = _standby(given["standby"], lead, given["name"], path)
     for key, attribute in (("rate", "rates"), ("min", "minimum"), ("max", "maximum")):
         if key in given:
             given[attribute] = given.pop(key)
     service = Service(**given)
     if service.maximum is not None and service.maximum < service.minimum:
         raise field.mapping()["max"].error("out-of-range", f"max {service.maximum} is below min {service.minimum}")
-    if not any(service.fits(pool) for pool in pools):
+    if pools and all(pool.memory for pool in pools) and not any(service.fits(pool) for pool in pools):
         raise field.error("no-pool", service.no_pool())
     return service
 
@@ -172,8 +228,7 @@ def _lead_times(
     name is the service's name.
     """
     here = field if given is None else given
-    readers = {"cold": _starts, "restored": _starts, "from": Field.text, "model": Field.text, "engine": Field.text}
-    e = {} if given is None else given.record(readers)
+    e = {} if given is None else given.record(LEAD_TIME)
     samples: dict[str, tuple[float, ...]] = {kind: e[kind] for kind in KINDS if kind in e}
     if len(samples) < len(KINDS):
         model, source = e.get("model"), lead_times.home()
@@ -195,18 +250,33 @@ def _lead_times(
     return samples["cold"], samples["restored"]
 
 
-def _quota(field: Field, pools: tuple[Pool, ...]) -> Quota:
+def _standby(field: Field, lead: Field | None, service: str, path: Path) -> tuple[tuple[float, ...], float]:
+    """Return the wake times from standby and the host memory of a replica in it, as given or as measured on this host."""
+    given = field.record({"wake": _starts, "memory": quantity("memory", 0.0, 2**20), "from": Field.text})
+    if {"wake", "memory"} <= given.keys():
+        return given["wake"], given["memory"]
+    e = {} if lead is None else lead.record(LEAD_TIME)
+    source = path.parent / Path(lead_times.expand(given["from"])) if "from" in given else lead_times.home()
+    try:
+        wake, memory = lead_times.wakes(source, model=e.get("model", service), engine=e.get("engine"))
+    except InputError as bad:
+        text = f"wake times: {bad.message}; write wake and memory here, or measure them: quickthaw launch --standby-after 1m"
+        raise field.error(bad.code, text) from bad
+    return given.get("wake", wake), given.get("memory", memory)
+
+
+def _quota(field: Field, pools: tuple[Pool, ...] | None) -> Quota:
     def gpu(value: Field) -> str:
-        return _known(value, value.text(), {pool.gpu for pool in pools}, "GPU type")
+        return _known(value, value.text(), {pool.gpu for pool in pools or ()}, "GPU type")
 
     readers = {"name": Field.text, "gpu": gpu, "region": _region_in(pools), "gpus": integer()}
     given = field.record(readers, "gpu", "gpus")
     return Quota(**{"name": f"{given['gpu']}@{given.get('region', 'anywhere')}", "region": None} | given)
 
 
-def _policy(field: Field, pools: tuple[Pool, ...]) -> Policy:
+def _policy(field: Field, pools: tuple[Pool, ...] | None) -> Policy:
     def mix(value: Field) -> dict[str, Share]:
-        regions = {pool.region for pool in pools}
+        regions = _regions(pools)
         found = {_known(each, name, regions, "region"): _region_share(each) for name, each in value.mapping().items()}
         if sum(share.least for share in found.values()) > 1 + 1e-9:
             raise value.error("out-of-range", "the minimum shares add up to more than 1")
@@ -230,31 +300,39 @@ def _region_share(field: Field) -> Share:
     return share
 
 
-def _demand(field: Field, services: tuple[Service, ...], step: float, path: Path) -> Demand:
+def _demand(
+    field: Field, services: tuple[Service, ...] | None, pools: tuple[Pool, ...] | None, step: float | None, path: Path
+) -> Demand | None:
+    """Return the demand; None if it cannot be learned because services, pools or step have errors of their own."""
     e = field.mapping(("quantile", "forecast", "trace"))
     level = e["quantile"].quantity("fraction", 0.0, 0.999999) if "quantile" in e else 0.9
     if ("forecast" in e) == ("trace" in e):
         raise field.error("missing-field", "give either a forecast or a trace to learn it from")
     if "trace" in e:
-        return learn(e["trace"], services, level, step, path)
-    names = {service.name for service in services}
+        return learn(e["trace"], services, pools, level, step, path) if services and pools and step else None
+    names = [service.name for service in services or ()]
     forecasts: dict[str, Forecast] = {}
-    lengths: set[int] = set()
-    for name, value in e["forecast"].mapping().items():
-        if name not in names:
-            raise value.error("unknown-name", f"no service is named {name}; known: {', '.join(sorted(names))}")
-        forecast = forecasts[name] = _forecast(value)
-        lengths.add(len(forecast.values[0]))
-        if len(lengths) > 1:
-            raise value.error("unequal-length", f"has {len(forecast.values[0])} steps, others have a different number")
+    errors = Errors()
+    for name, value in e["forecast"].entries(None, errors).items():
+        if names and name not in names:
+            text = f"no service is named {name}; known: {', '.join(sorted(names))}"
+            errors.found.append(value.error("unknown-name", text))
+            continue
+        forecast = errors.read(_forecast, value)
+        if forecast is None:
+            continue
+        forecasts[name] = forecast
+        if len(forecast.values[0]) != len(next(iter(forecasts.values())).values[0]):
+            text = f"has {len(forecast.values[0])} steps, others have a different number"
+            errors.found.append(value.error("unequal-length", text))
         if level > forecast.levels[-1] + 1e-9:
-            raise value.error(
-                "out-of-range",
-                f"ends at quantile {forecast.levels[-1]:g}, below demand.quantile {level:g}; add that quantile",
-            )
-    for service in services:
-        if service.name not in forecasts:
-            raise e["forecast"].error("no-demand", f"no forecast for service {service.name}")
+            text = f"ends at quantile {forecast.levels[-1]:g}, below demand.quantile {level:g}; add that quantile"
+            errors.found.append(value.error("out-of-range", text))
+    if not errors.found:
+        for name in names:
+            if name not in forecasts:
+                errors.found.append(e["forecast"].error("no-demand", f"no forecast for service {name}"))
+    errors.check()
     return Demand(level, forecasts)
 
 

@@ -29,6 +29,14 @@ class Trace:
     generated: Floats
     service: Ints
     services: tuple[str, ...]
+    start: float | None = None  # time of the first request, seconds since 1970 as written; None: the times are no dates
+    zone: bool = False  # the times name their time zone
+
+    def clock(self, moment: datetime) -> float:
+        """Return a moment in seconds since 1970 on the trace's own clock: as written there, without a zone in local time."""
+        if self.zone:
+            return moment.timestamp()
+        return (moment.astimezone() if moment.tzinfo else moment).replace(tzinfo=UTC).timestamp()
 
     @property
     def seconds(self) -> float:
@@ -52,6 +60,7 @@ def read(path: Path) -> Trace:
     generated: list[float] = []
     who: list[int] = []
     names: dict[str, int] = {}
+    dated = zone = False
     with file:
         rows = csv.reader(file)
         try:
@@ -69,7 +78,9 @@ def read(path: Path) -> Trace:
                     raise InputError(
                         "bad-row", f"{len(row)} columns, the header has {len(header)}", file=str(path), line=line
                     )
-                moment = _time(row[i_at], path, line)
+                moment, parsed = _time(row[i_at], path, line)
+                if not at and parsed is not None:
+                    dated, zone = True, parsed.tzinfo is not None
                 if at and moment < at[-1]:
                     raise InputError(
                         "out-of-order",
@@ -94,10 +105,15 @@ def read(path: Path) -> Trace:
             file=str(path),
             where="TIMESTAMP",
         )
-    return Trace(times, np.array(context), np.array(generated), np.array(who, dtype=np.int64), tuple(names))
+    start = at[0] if dated else None
+    return Trace(
+        times, np.array(context), np.array(generated), np.array(who, dtype=np.int64), tuple(names), start, zone
+    )
 
 
-def _time(text: str, path: Path, line: int) -> float:
+def _time(text: str, path: Path, line: int) -> tuple[float, datetime | None]:
+    """Return the seconds since 1970, or as written, and the time if it is a date."""
+    moment = None
     try:
         value = float(text)
     except ValueError:
@@ -112,7 +128,7 @@ def _time(text: str, path: Path, line: int) -> float:
             ) from None
     if not math.isfinite(value):
         raise InputError("not-a-number", f"found {text!r}", file=str(path), line=line, where="TIMESTAMP")
-    return value
+    return value, moment
 
 
 def _tokens(text: str, path: Path, line: int, column: str) -> float:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from capacity.errors import InfeasibleError
-from capacity.model import Demand, Forecast, History, Problem
+from capacity.model import Forecast, History, Problem
 from capacity.optimize import plan as planning
 from capacity.optimize.plan import Plan
 
@@ -23,17 +23,21 @@ RESOLUTION = 1 / 64
 
 def scaled(problem: Problem, shares: dict[str, float]) -> Problem:
     """Scale each service's demand, history and minimum replicas by its share (1 if missing)."""
-    forecasts = {
-        name: Forecast(f.levels, tuple(tuple(v * shares.get(name, 1.0) for v in row) for row in f.values))
-        for name, f in problem.demand.forecasts.items()
-    }
+    forecasts = {name: _times(forecast, shares.get(name, 1.0)) for name, forecast in problem.demand.forecasts.items()}
     services = tuple(replace(s, minimum=math.floor(s.minimum * shares.get(s.name, 1.0))) for s in problem.services)
     history = problem.demand.history
     if history is not None:
         factor = np.array([shares.get(s.name, 1.0) for s in problem.services])[:, None]
         levels = None if history.levels is None else history.levels * factor
         history = History(history.bin_seconds, history.rates * factor, levels, history.nearest)
-    return replace(problem, services=services, demand=Demand(problem.demand.quantile, forecasts, history))
+    return replace(problem, services=services, demand=replace(problem.demand, forecasts=forecasts, history=history))
+
+
+def _times(forecast: Forecast, share: float) -> Forecast:
+    values = tuple(tuple(v * share for v in row) for row in forecast.values)
+    return replace(
+        forecast, values=values, mean=None if forecast.mean is None else tuple(v * share for v in forecast.mean)
+    )
 
 
 def best_effort(problem: Problem, *, limit: float = 60.0) -> tuple[Plan, dict[str, float]]:

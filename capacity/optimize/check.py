@@ -140,7 +140,7 @@ def _zones(problem: Problem, need: Any, t: int, placed: list[dict[int, int]]) ->
         by_zone = spans[j]
         if problem.policy.zone_loss > 0 and len(by_zone) > 1:
             rest = sum(by_zone.values()) - max(by_zone.values())
-            if _over(problem.policy.zone_loss * float(need.median[j][t]), rest):
+            if _over(problem.policy.zone_loss * float(need.typical[j][t]), rest):
                 found.append(f"service {service.name} serves {rest:g} when its largest zone is lost")
     return found
 

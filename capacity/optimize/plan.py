@@ -72,13 +72,13 @@ class Plan:
 
     @property
     def busy(self) -> Floats:
-        """GPUs that the median demand keeps running application code, [step]."""
+        """GPUs that the demand to expect keeps running application code, [step]."""
         total = np.zeros(len(self.instances))
         size = np.array([service.gpus for service in self.problem.services], dtype=np.float64)
         for t in range(len(total)):
             capacity = (self.replicas[t] * self.need.rate).sum(axis=0)
             replicas = self.replicas[t].sum(axis=0)
-            load = np.divide(self.need.median[:, t], capacity, out=np.zeros(len(size)), where=capacity > 0)
+            load = np.divide(self.need.typical[:, t], capacity, out=np.zeros(len(size)), where=capacity > 0)
             total[t] = float((np.minimum(1.0, load) * replicas * size).sum())
         return total
 
@@ -88,11 +88,16 @@ class Plan:
         paid = float(self.gpus.sum())
         return float(self.busy.sum()) / paid if paid else 1.0
 
+    def unused(self, step: int = 0) -> int:
+        """Return the GPUs on which no replica runs."""
+        sizes = np.array([service.gpus for service in self.problem.services])
+        return int(self.gpus[step]) - int((self.replicas[step] @ sizes).sum())
+
     def idle_by_type(self, step: int = 0) -> dict[str, float]:
-        """Return the GPUs left idle by the median demand, by type: hot spares, idle blocks and the rest."""
+        """Return the GPUs left idle by the demand to expect, by type: hot spares, idle blocks and the rest."""
         found: dict[str, float] = {}
         capacity = (self.replicas[step] * self.need.rate).sum(axis=0)
-        load = np.divide(self.need.median[:, step], capacity, out=np.zeros(len(capacity)), where=capacity > 0)
+        load = np.divide(self.need.typical[:, step], capacity, out=np.zeros(len(capacity)), where=capacity > 0)
         for i, pool in enumerate(self.problem.pools):
             busy = sum(
                 min(1.0, float(load[j])) * int(self.replicas[step, i, j]) * service.gpus

@@ -214,7 +214,7 @@ def build(problem: Problem, need: Need) -> Program:
             rows.add(name, (everywhere, gpus * (here - share.most)), most=0)
     for k, j in enumerate(spread):
         name = Name("zones", services[j].name, f"service {services[j].name} serves on when its largest zone is lost")
-        mine, rest = by_service[j], need.median[j] * policy.zone_loss / unit[j]
+        mine, rest = by_service[j], need.typical[j] * policy.zone_loss / unit[j]
         for one in zones_of[j]:
             inside = mine[zone[pairs[mine, 0]] == one]
             rows.add(name, (at_y + k, 1), (at_x + inside, -served[inside] / unit[j]), least=0)

@@ -174,7 +174,7 @@ def start(problem: Problem, need: Need, program: Program, t: int, before: list[i
         target=need.target[:, t].tolist(),
         base=need.base[:, t].tolist(),
         cap=need.cap[:, t].tolist(),
-        rest=(need.median[:, t] * problem.policy.zone_loss).tolist(),
+        rest=(need.typical[:, t] * problem.policy.zone_loss).tolist(),
     )
     for p, least in enumerate(state.least):
         if least:

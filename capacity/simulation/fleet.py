@@ -4,6 +4,9 @@ Time advances in ticks; within a tick requests are served at their exact times. 
 slot of a ready replica takes it. A replica has `concurrency` slots and serves its rate when all are busy. Instances are
 paid from the granted request until they are gone. A removed replica finishes its running requests. An interrupted instance
 removes its replicas, and their requests wait again at the head of the queue.
+
+With the ladder of sleep a drained replica rests in standby: it frees its GPUs and keeps host memory of its instance, the
+oldest making room, and wakes there in its standby's wake time. Without one, a replica starts asleep (restored) or cold.
 """
 
 from __future__ import annotations
@@ -26,6 +29,10 @@ class Instance:
     ready: float
     free: int  # GPUs
     replicas: list[Replica] = field(default_factory=list)
+    resting: list[tuple[int, float]] = field(default_factory=list)  # service, since: in standby, oldest first
+
+    def rests(self, service: int) -> bool:
+        return any(j == service for j, _ in self.resting)
 
 
 @dataclass(eq=False)
@@ -55,7 +62,10 @@ class Queue:
 
 
 class Fleet:
-    """State of the fleet and the operations on it. `kind`: which lead times the replicas have."""
+    """State of the fleet and the operations on it.
+
+    `kind`: which lead times the replicas have. `ladder`: drained replicas go to standby where their service has one.
+    """
 
     def __init__(
         self,
@@ -66,9 +76,13 @@ class Fleet:
         seed: int,
         refusals: float,
         interruptions: float,
+        ladder: bool = False,
     ) -> None:
         self.problem = problem
         self.kind = kind
+        self.ladder = ladder
+        self.standby_gib_seconds = 0.0
+        self.starts = {"standby": 0, kind: 0}
         self.random = np.random.default_rng(seed)
         self.refusals = refusals
         self.interruptions = interruptions
@@ -135,9 +149,11 @@ class Fleet:
         return granted
 
     def stop_empty(self, i: int, count: int) -> int:
-        """Stop up to `count` instances of a pool without replicas, the youngest first; return how many."""
+        """Stop up to `count` instances of a pool without replicas, those without standby and the youngest first; return how many."""
         stopped = 0
-        for instance in reversed(self.instances[i]):
+        youngest = list(reversed(self.instances[i]))
+        youngest.sort(key=lambda one: len(one.resting))
+        for instance in youngest:
             if stopped == count:
                 break
             if not instance.replicas:
@@ -149,6 +165,8 @@ class Fleet:
     def _end(self, instance: Instance) -> None:
         self.instances[instance.pool].remove(instance)
         self._pay(instance)
+        while instance.resting:
+            self._wake(instance, 0)
 
     def _pay(self, instance: Instance) -> None:
         pool = self.problem.pools[instance.pool]
@@ -162,13 +180,13 @@ class Fleet:
         `warm`: it runs from the beginning. Returns False if there is no room.
         """
         service = self.problem.services[j]
-        best: tuple[tuple[float, int, int], list[Instance]] | None = None
+        best: tuple[tuple[float, bool, int, int], list[Instance]] | None = None
         for rank, i in enumerate(self.cheapest[j]):
             width, gpus = self.width[i][j], self.problem.pools[i].gpus
             if width <= gpus:
                 for instance in self.instances[i]:
                     if instance.free >= width and (booting or instance.ready <= self.now):
-                        key = (max(instance.ready, self.now), rank, instance.free)
+                        key = (max(instance.ready, self.now), not instance.rests(j), rank, instance.free)
                         if best is None or key < best[0]:
                             best = key, [instance]
             else:
@@ -178,14 +196,19 @@ class Fleet:
                 empty.sort(key=lambda inst: inst.ready)
                 if len(empty) >= width // gpus:
                     chosen = empty[: width // gpus]
-                    key = (max(chosen[-1].ready, self.now), rank, 0)
+                    key = (max(chosen[-1].ready, self.now), True, rank, 0)
                     if best is None or key < best[0]:
                         best = key, chosen
         if best is None:
             return False
         hosts = best[1]
         pool = self.problem.pools[hosts[0].pool]
-        ready = self.now if warm else best[0][0] + self.sample(service.lead_samples(self.kind))
+        rung = "standby" if hosts[0].rests(j) else self.kind
+        samples = service.lead_samples(self.kind)
+        if rung == "standby":
+            samples = service.standby
+            self._wake(hosts[0], next(k for k, (one, _) in enumerate(hosts[0].resting) if one == j))
+        ready = self.now if warm else best[0][0] + self.sample(samples)
         rate = service.rate_on(pool.gpu) or 1.0
         replica = Replica(j, hosts, ready, service.concurrency / rate, [-1] * service.concurrency)
         for host in hosts:
@@ -197,6 +220,7 @@ class Fleet:
             heappush(self.queues[j].slots, (ready, self.order, k, replica))
         if not warm:
             self.actions += 1
+            self.starts[rung] += 1
         return True
 
     def stop_replica(self, j: int) -> bool:
@@ -225,6 +249,23 @@ class Fleet:
             host.free += min(self.width[host.pool][replica.service], pool.gpus)
             host.replicas.remove(replica)
 
+    def _rest(self, replica: Replica) -> None:
+        """Put a drained replica in standby on its instance, if its host memory can hold it."""
+        service, host = self.problem.services[replica.service], replica.hosts[0]
+        room = self.problem.pools[host.pool].host_memory
+        if not self.ladder or not service.standby or len(replica.hosts) > 1 or service.standby_memory > room:
+            return
+        used = sum(self.problem.services[j].standby_memory for j, _ in host.resting)
+        while used + service.standby_memory > room:
+            used -= self.problem.services[host.resting[0][0]].standby_memory
+            self._wake(host, 0)
+        host.resting.append((replica.service, self.now))
+
+    def _wake(self, host: Instance, k: int) -> None:
+        """End one standby, because it wakes or makes room."""
+        j, since = host.resting.pop(k)
+        self.standby_gib_seconds += (self.now - since) * self.problem.services[j].standby_memory
+
     # Time.
 
     def advance(self, until: float) -> None:
@@ -238,6 +279,7 @@ class Fleet:
             self.draining.remove(replica)
             if replica.alive:
                 self._leave(replica)
+                self._rest(replica)
         if self.interruptions:
             self._interrupt(seconds)
 
@@ -310,6 +352,8 @@ class Fleet:
         for held in self.instances:
             for instance in held:
                 self._pay(instance)
+                while instance.resting:
+                    self._wake(instance, 0)
 
     # State visible to policies.
 

@@ -55,6 +55,7 @@ class Autoscaler:
 
     name = ""
     kind: Kind = "cold"
+    ladder = False  # drained replicas go to standby
 
     def __post_init__(self) -> None:
         self.next = 0.0
@@ -205,6 +206,7 @@ class Program(Autoscaler):
     probability: float | None = None
     target_wait: float | None = None
     headroom: float | None = None
+    ladder: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

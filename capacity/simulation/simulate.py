@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from capacity.errors import InputError
 from capacity.inputs import trace as traces
 from capacity.inputs.trace import Trace
-from capacity.model import Floats, Kind, Problem
+from capacity.model import KINDS, Floats, Kind, Problem
 from capacity.simulation.fleet import NEVER, Fleet
 from capacity.simulation.policies import BIN, Autoscaler, Buffered, Hpa, Past, Program
 
@@ -33,6 +34,7 @@ class Options:
     seed: int = 1
     refusals: float = 0.0
     interruptions: float = 1.0
+    memory_price: float = 0.0  # dollars per GiB and hour of host memory in standby
 
 
 @dataclass
@@ -63,20 +65,23 @@ class Result:
     cost: float
     utilization: float
     actions: int
+    starts: dict[str, int]  # by rung: standby, restored (asleep) or cold
+    standby_gib_hours: float
     series: Series
     waits: Floats
     arrivals: Floats
 
 
-def default_policies(fixed: int = 1) -> list[Autoscaler]:
-    """Return the five policies that are compared."""
-    return [
+def default_policies(problem: Problem, fixed: int = 1) -> list[Autoscaler]:
+    """Return the policies that are compared; with the ladder of sleep if a service has a standby."""
+    policies: list[Autoscaler] = [
         Buffered(name="no buffer"),
         Buffered(name=f"fixed buffer {fixed}", buffer=fixed),
         Hpa(),
         Program(name="lp cold", kind="cold"),
         Program(name="lp restored", kind="restored"),
     ]
+    return policies + ([Program(name="lp ladder", ladder=True)] if any(s.standby for s in problem.services) else [])
 
 
 def restored_baselines(fixed: int = 1) -> list[Autoscaler]:
@@ -88,34 +93,61 @@ def restored_baselines(fixed: int = 1) -> list[Autoscaler]:
     ]
 
 
+def sweep(problem: Problem, trace: Trace, options: Options, kind: Kind, longest: float, **changes: Any) -> list[Result]:
+    """Return the results of the program over a grid of target waits up to `longest` seconds, probabilities and hold-downs."""
+    results = []
+    for hold in (30.0, 300.0):
+        hysteresis = replace(problem.policy.hysteresis, hold_down=hold)
+        changed = replace(problem, policy=replace(problem.policy, hysteresis=hysteresis))
+        for wait in sorted({2.0, *(round(max(2.0, longest * share), 1) for share in (0.25, 0.5, 0.75, 1.0))}):
+            for level in (0.5, 0.8, 0.9, 0.99):
+                name = f"lp {kind} (wait {wait:.0f} s, probability {level:g}, hold {hold:.0f} s)"
+                policy = Program(**{"name": name, "kind": kind, "target_wait": wait, "probability": level, **changes})
+                results.append(run(changed, trace, policy, options))
+    return results
+
+
 def equal_wait(problem: Problem, trace: Trace, options: Options, results: list[Result]) -> list[Result]:
     """Return the autoscaler's result and, per program, the setting with the fewest GPU hours whose p99 wait is no longer.
 
-    Searches a grid of target wait, probability and hold-down, so it compares what each can reach, not the result of one
-    setting. Leaves out programs without such a setting.
+    It compares what each can reach, not the result of one setting. Leaves out programs without such a setting.
     """
     bar = next((r for r in results if r.policy == "hpa"), None) or run(problem, trace, Hpa(), options)
     found = [bar]
-    kinds: tuple[Kind, Kind] = ("cold", "restored")
-    for kind in kinds:
-        best: Result | None = None
-        for hold in (30.0, 300.0):
-            hysteresis = replace(problem.policy.hysteresis, hold_down=hold)
-            changed = replace(problem, policy=replace(problem.policy, hysteresis=hysteresis))
-            for wait, level in _settings(bar.p99):
-                name = f"lp {kind} (wait {wait:.0f} s, probability {level:g}, hold {hold:.0f} s)"
-                policy = Program(name=name, kind=kind, target_wait=wait, probability=level)
-                result = run(changed, trace, policy, options)
-                if result.p99 <= bar.p99 and (best is None or result.gpu_hours < best.gpu_hours):
-                    best = result
-        if best is not None:
-            found.append(best)
+    for kind in KINDS:
+        able = [r for r in sweep(problem, trace, options, kind, bar.p99) if r.p99 <= bar.p99]
+        found += sorted(able, key=lambda r: r.gpu_hours)[:1]
     return found
 
 
-def _settings(p99: float) -> list[tuple[float, float]]:
-    waits = sorted({2.0, *(round(max(2.0, p99 * share), 1) for share in (0.25, 0.5, 0.75, 1.0))})
-    return [(wait, level) for wait in waits for level in (0.5, 0.8, 0.9, 0.99)]
+FRONTIER = ("autoscaler cold", "autoscaler restored", "plan")
+
+
+def frontier(problem: Problem, trace: Trace, options: Options) -> list[Result]:
+    """Return what each of FRONTIER can reach, wait against cost: the autoscaler at several targets, the plan over a grid."""
+    found = []
+    for kind in KINDS:
+        for target in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+            policy = Hpa(name=f"autoscaler {kind}, target {target:.0%}", kind=kind, target=target)
+            found.append(run(problem, trace, policy, options))
+    longest = max(r.p99 for r in found)
+    ladder = any(s.standby for s in problem.services)
+    plans = sweep(problem, trace, options, "restored", longest, ladder=ladder)
+    return found + [replace(r, policy=f"plan, {r.policy.partition('(')[2][:-1]}") for r in plans]
+
+
+def pareto(results: list[Result], value: str) -> list[Result]:
+    """Return the results that none undercuts in both cost and `value` ("p50", "p99"), the cheapest first."""
+    best: list[Result] = []
+    for result in sorted(results, key=lambda r: (r.cost, getattr(r, value))):
+        if not best or getattr(result, value) < getattr(best[-1], value):
+            best.append(result)
+    return best
+
+
+def pareto_of_each(results: list[Result]) -> list[Result]:
+    """Return, of each of FRONTIER, the results that none of its own undercuts in both cost and p99 wait."""
+    return [best for name in FRONTIER for best in pareto([r for r in results if r.policy.split(",")[0] == name], "p99")]
 
 
 def arrivals_of(problem: Problem, trace: Trace) -> list[tuple[Floats, Floats]]:
@@ -159,6 +191,7 @@ def run(problem: Problem, trace: Trace, policy: Autoscaler, options: Options) ->
         seed=options.seed,
         refusals=options.refusals,
         interruptions=options.interruptions,
+        ladder=policy.ladder,
     )
     _begin(fleet)
     series = Series()
@@ -172,7 +205,7 @@ def run(problem: Problem, trace: Trace, policy: Autoscaler, options: Options) ->
         if fleet.now > end and fleet.done:
             break
     fleet.finish()
-    return _result(policy.name, fleet, series)
+    return _result(policy.name, fleet, series, options)
 
 
 def _begin(fleet: Fleet) -> None:
@@ -191,7 +224,7 @@ def _sample(fleet: Fleet, series: Series) -> None:
     series.idle.append(fleet.idle_gpus())
 
 
-def _result(name: str, fleet: Fleet, series: Series) -> Result:
+def _result(name: str, fleet: Fleet, series: Series, options: Options) -> Result:
     arrived = np.concatenate([np.array(queue.at) for queue in fleet.queues])
     waits = np.concatenate([queue.waits for queue in fleet.queues])
     never = waits == NEVER
@@ -206,9 +239,11 @@ def _result(name: str, fleet: Fleet, series: Series) -> Result:
         p99=float(np.quantile(waits, 0.99)),
         longest=float(waits.max()),
         gpu_hours=fleet.paid_gpu_seconds / 3600,
-        cost=fleet.cost,
+        cost=fleet.cost + fleet.standby_gib_seconds / 3600 * options.memory_price,
         utilization=busy / fleet.paid_gpu_seconds if fleet.paid_gpu_seconds else 0.0,
         actions=fleet.actions,
+        starts=fleet.starts,
+        standby_gib_hours=fleet.standby_gib_seconds / 3600,
         series=series,
         waits=waits,
         arrivals=arrived,

@@ -142,7 +142,7 @@ def naive(problem, kind="restored", required=None):
                         for i, _ in mine
                         if (pools[i].region, pools[i].zone) != zone
                     ]
-                    rows.row(rest, low=policy.zone_loss * float(required.median[j, t]))
+                    rows.row(rest, low=policy.zone_loss * float(required.typical[j, t]))
         for group in required.groups:
             terms = [(("h", j, t), each) for j, each in group.relief.items()]
             for i, w in sizes:

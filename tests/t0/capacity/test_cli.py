@@ -32,7 +32,12 @@ def test_a_file_needs_no_subcommand(words):
 
 def test_tables_for_people():
     text = typed(EXAMPLE, "--explain", "--exact").stdout
-    for words in ("What a faster start saves", "integer program", "gap", "hot spare"):
+    for words in (
+        "What a faster start saves",
+        "integer program",
+        "gap",
+        "no spare replica, for a start of 2.1s",
+    ):
         assert words in text
 
 

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.t0
 
 TEXT = """
 pools:
-  - {name: east-a, gpu: H100, gpus: 8, memory: 80, region: east, zone: a, price: 24, quota: 2}
-  - {name: west-a, gpu: H100, gpus: 8, memory: 80, region: west, zone: a, price: 22, quota: 1}
+  - {name: east-a, gpu: H100, gpus: 8, memory: 80, region: east, zone: a, price: 24, boot: 0s, quota: 2}
+  - {name: west-a, gpu: H100, gpus: 8, memory: 80, region: west, zone: a, price: 22, boot: 0s, quota: 1}
 quotas:
   - {name: h100, gpu: H100, gpus: 400}
 services:
@@ -137,9 +137,9 @@ def test_the_message_is_one_line_with_the_code(problem):
 
 FLEET = """
 pools:
-  - {name: east-a, gpu: H100, gpus: 8, memory: 80, region: east, zone: a, price: 24, quota: 4, supply: 6}
-  - {name: east-b, gpu: H100, gpus: 8, memory: 80, region: east, zone: b, price: 25, quota: 4, supply: 6}
-  - {name: west-a, gpu: L40S, gpus: 4, memory: 48, region: west, zone: a, price: 6, quota: 10, supply: 10}
+  - {name: east-a, gpu: H100, gpus: 8, memory: 80, region: east, zone: a, price: 24, quota: 4, supply: 6, boot: 0s}
+  - {name: east-b, gpu: H100, gpus: 8, memory: 80, region: east, zone: b, price: 25, quota: 4, supply: 6, boot: 0s}
+  - {name: west-a, gpu: L40S, gpus: 4, memory: 48, region: west, zone: a, price: 6, quota: 10, supply: 10, boot: 0s}
 quotas:
   - {name: h100-all, gpu: H100, gpus: 64}
 services:

@@ -22,6 +22,7 @@ pools:
     region: east
     price: 24.0 $/h
     quota: 4
+    boot: 0s
 services:
   - name: chat
     gpus: 4
@@ -63,41 +64,41 @@ CASES = [
     ("price: 24.0 $/h", "price: 24 parsecs", "wrong-unit", 9, "pools[0].price"),
     ("memory: 80GiB", "memory: 80s", "wrong-unit", 7, "pools[0].memory"),
     ("memory: 80GiB", "memory: 81920", "out-of-range", 7, "pools[0].memory"),
-    ("target_wait: 2s", "target_wait: 2GiB", "wrong-unit", 16, "services[0].target_wait"),
-    ("cold: [97s, 2m]", "cold: [97000]", "out-of-range", 17, "services[0].lead_time.cold[0]"),
-    ("cold: [97s, 2m]", "cold: []", "empty", 17, "services[0].lead_time.cold"),
-    ("quantile: 90%", "quantile: 90", "wrong-unit", 19, "demand.quantile"),
+    ("target_wait: 2s", "target_wait: 2GiB", "wrong-unit", 17, "services[0].target_wait"),
+    ("cold: [97s, 2m]", "cold: [97000]", "out-of-range", 18, "services[0].lead_time.cold[0]"),
+    ("cold: [97s, 2m]", "cold: []", "empty", 18, "services[0].lead_time.cold"),
+    ("quantile: 90%", "quantile: 90", "wrong-unit", 20, "demand.quantile"),
     ("quota: 4", "quota: 4.5", "wrong-type", 10, "pools[0].quota"),
     ("quota: 4", "quota: .nan", "not-a-number", 10, "pools[0].quota"),
     ("quota: 4", "quotta: 4", "unknown-field", 10, "pools[0].quotta"),
     ("quota: 4", "price: 4", "repeated-field", 10, "pools[0].price"),
     ("gpus: 8", "gpus: 0", "out-of-range", 6, "pools[0].gpus"),
     ("gpus: 8", "gpus: true", "wrong-type", 6, "pools[0].gpus"),
-    ("{H100: 3/s}", "{A100: 3/s}", "unknown-name", 14, "services[0].rate.A100"),
-    ("{H100: 3/s}", "0", "out-of-range", 14, "services[0].rate"),
-    ("memory: 70GiB", "regions: [mars]", "unknown-name", 15, "services[0].regions[0]"),
-    ("memory: 70GiB", "memory: 141GiB", "no-pool", 12, "services[0]"),
-    ("0.9: [7, 8]", "0.9: [4, 8]", "out-of-order", 21, "demand.forecast.chat.0.9"),
-    ("0.9: [7, 8]", "0.9: [7]", "unequal-length", 21, "demand.forecast.chat.0.9"),
-    ("0.9: [7, 8]", "p50: [7, 8]", "repeated-field", 21, "demand.forecast.chat.p50"),
-    (", 0.9: [7, 8]", "", "too-few", 21, "demand.forecast.chat"),
-    ("chat: {p50", "chatt: {p50", "unknown-name", 21, "demand.forecast.chatt"),
-    ("headroom: 10%", "headroom: 1%", "out-of-range", 23, "policy"),
-    ("quantile: 90%", "quantile: 100%", "out-of-range", 19, "demand.quantile"),
-    ("quantile: 90%", "quantile: 99%", "out-of-range", 21, "demand.forecast.chat"),
+    ("{H100: 3/s}", "{A100: 3/s}", "unknown-name", 15, "services[0].rate.A100"),
+    ("{H100: 3/s}", "0", "out-of-range", 15, "services[0].rate"),
+    ("memory: 70GiB", "regions: [mars]", "unknown-name", 16, "services[0].regions[0]"),
+    ("memory: 70GiB", "memory: 141GiB", "no-pool", 13, "services[0]"),
+    ("0.9: [7, 8]", "0.9: [4, 8]", "out-of-order", 22, "demand.forecast.chat.0.9"),
+    ("0.9: [7, 8]", "0.9: [7]", "unequal-length", 22, "demand.forecast.chat.0.9"),
+    ("0.9: [7, 8]", "p50: [7, 8]", "repeated-field", 22, "demand.forecast.chat.p50"),
+    (", 0.9: [7, 8]", "", "too-few", 22, "demand.forecast.chat"),
+    ("chat: {p50", "chatt: {p50", "unknown-name", 22, "demand.forecast.chatt"),
+    ("headroom: 10%", "headroom: 1%", "out-of-range", 24, "policy"),
+    ("quantile: 90%", "quantile: 100%", "out-of-range", 20, "demand.quantile"),
+    ("quantile: 90%", "quantile: 99%", "out-of-range", 22, "demand.forecast.chat"),
     ("quota: 4", "quota: .inf", "not-a-number", 10, "pools[0].quota"),
     ("quota: 4", "<<: {quota: 4}", "unknown-field", 10, "pools[0].<<"),
     ("quota: 4", "quota: !!python/name:os.system 4", "wrong-type", 10, "pools[0].quota"),
     ("price: 24.0 $/h", "price: !strange 24", "wrong-type", 9, "pools[0].price"),
     ("price: 24.0 $/h", "price: 24 EUR/h", "wrong-unit", 9, "pools[0].price"),
-    ("{H100: 3/s}", "1e300", "out-of-range", 14, "services[0].rate"),
-    ("p50: [5, 6]", "p50: [-5, 6]", "negative", 21, "demand.forecast.chat.p50[0]"),
-    ("memory: 70GiB", "regions: []", "empty", 15, "services[0].regions"),
-    ("memory: 70GiB", "regions: east", "wrong-type", 15, "services[0].regions"),
-    ("memory: 70GiB", "probability: 1.0", "out-of-range", 15, "services[0].probability"),
-    ("cold: [97s, 2m]", "cold: 10d", "out-of-range", 17, "services[0].lead_time.cold"),
+    ("{H100: 3/s}", "1e300", "out-of-range", 15, "services[0].rate"),
+    ("p50: [5, 6]", "p50: [-5, 6]", "negative", 22, "demand.forecast.chat.p50[0]"),
+    ("memory: 70GiB", "regions: []", "empty", 16, "services[0].regions"),
+    ("memory: 70GiB", "regions: east", "wrong-type", 16, "services[0].regions"),
+    ("memory: 70GiB", "probability: 1.0", "out-of-range", 16, "services[0].probability"),
+    ("cold: [97s, 2m]", "cold: 10d", "out-of-range", 18, "services[0].lead_time.cold"),
     ("version: 1", "version: " + "[" * 1000, "not-yaml", None, ""),
-    ("policy:", "pools:", "repeated-field", 22, "pools"),
+    ("policy:", "pools:", "repeated-field", 23, "pools"),
     ("version: 1", "version: 2", "unknown-version", 1, "version"),
     ("version: 1", "version: [1", "not-yaml", 2, ""),
 ]
@@ -117,7 +118,7 @@ def test_one_error_with_line_and_field(old, new, code, line, where):
 def test_two_services_of_one_name():
     start = GOOD.index("  - name: chat")
     end = GOOD.index("demand:")
-    with pytest.raises(InputError, match=r"plan\.yaml:18: services\[1\]: chat is named already on line 12") as caught:
+    with pytest.raises(InputError, match=r"plan\.yaml:19: services\[1\]: chat is named already on line 13") as caught:
         problem(GOOD[:end] + GOOD[start:end] + GOOD[end:])
     assert caught.value.code == "repeated-name"
 

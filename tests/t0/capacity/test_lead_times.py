@@ -40,7 +40,7 @@ def test_the_journal_is_sorted_by_time_and_filtered(tmp_path):
 
 
 PLAN = """
-pools: [{name: a, gpu: H100, gpus: 8, memory: 80, region: east, price: 24}]
+pools: [{name: a, gpu: H100, gpus: 8, memory: 80, region: east, price: 24, boot: 0s}]
 services: [{name: llama-8b, gpus: 1, rate: 2%s}]
 demand: {forecast: {llama-8b: {0.5: [1], 0.9: [2]}}}
 """
@@ -139,7 +139,7 @@ def test_a_plan_reads_them_and_what_the_file_says_comes_first(tmp_path, monkeypa
     monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path))
     (tmp_path / "lead-times.jsonl").write_text(start("cold", 90) + "\n" + start("restored", 1.5) + "\n")
     text = """
-pools: [{name: a, gpu: H100, gpus: 8, memory: 80, region: east, price: 24}]
+pools: [{name: a, gpu: H100, gpus: 8, memory: 80, region: east, price: 24, boot: 0s}]
 services: [{name: s, gpus: 1, rate: 2, lead_time: {from: $QUICKTHAW_HOME/lead-times.jsonl, model: m%s}}]
 demand: {forecast: {s: {0.5: [1], 0.9: [2]}}}
 """

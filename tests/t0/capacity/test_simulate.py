@@ -12,7 +12,7 @@ from capacity.inputs.load import load
 from capacity.inputs.trace import Trace, read
 from capacity.model import Demand, Forecast, Policy, Pool, Problem, Service
 from capacity.simulation import simulate
-from capacity.simulation.fleet import Fleet
+from capacity.simulation.fleet import Fleet, Replica
 from capacity.simulation.policies import Autoscaler, Buffered, Hpa, Past, Program
 
 pytestmark = pytest.mark.t0
@@ -249,15 +249,28 @@ def test_synthetic_days_are_what_was_asked_for(tmp_path):
 
 @pytest.mark.slow  # three seconds of drawing
 def test_the_plot_is_written_twice_and_the_same(tmp_path):
-    from capacity.simulation.plot import draw
+    from capacity import plot
 
     trace = synthetic.generate(synthetic.Day(("s",), 800, 0.5, seed=4))
     results = [simulate.run(problem(), trace, policy, simulate.Options()) for policy in policies()[3:]]
-    png, svg = draw(results, tmp_path / "one", title="a day")
+
+    def write(name):
+        return plot.write(
+            tmp_path / name,
+            "a <day>",
+            lambda page: page.print("the tables"),
+            plot.frontier([replace(r, policy="plan, x") for r in results], ["plan"]),
+            plot.over_time(results, "a day"),
+        )
+
+    png, svg, html = write("one")
     assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    again = draw(results, tmp_path / "two", title="a day")[1]
-    assert svg.read_bytes() == again.read_bytes()
-    assert len(list(tmp_path.iterdir())) == 4
+    assert svg.read_bytes() == write("two")[1].read_bytes()
+    page = html.read_text()
+    assert page.count("<svg") == 2
+    assert "the tables" in page
+    assert "a &lt;day&gt;" in page
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 @pytest.mark.slow
@@ -276,3 +289,79 @@ def test_the_real_trace():
     assert restored.gpu_hours < hpa.gpu_hours
     assert restored.gpu_hours < cold.gpu_hours
     assert restored.unserved == 0
+
+
+def with_standby(memory=10.0, host=25.0, **changes):
+    made = problem(**changes)
+    service = replace(made.services[0], standby=(0.5,), standby_memory=memory)
+    return replace(made, services=(service,), pools=(replace(made.pools[0], host_memory=host),))
+
+
+def resting_fleet(trace, made, ladder=True):
+    one = Fleet(
+        made, simulate.arrivals_of(made, trace), "restored", seed=1, refusals=0.0, interruptions=0.0, ladder=ladder
+    )
+    one.start_instances(0, 1, booted=True)
+    one.start_replica(0, warm=True)
+    one.advance(1.0)
+    one.stop_replica(0)
+    one.advance(2.0)
+    return one
+
+
+@pytest.mark.parametrize(
+    ("ladder", "host", "rung", "wait"),
+    [(True, 25.0, "standby", 0.5), (True, 9.0, "restored", 2.0), (False, 25.0, "restored", 2.0)],
+)
+def test_a_replica_in_standby_frees_its_gpu_and_wakes_in_its_own_time(ladder, host, rung, wait):
+    one = resting_fleet(requests([0.0, 11.0]), with_standby(host=host), ladder)
+    assert one.instances[0][0].free == 1
+    one.advance(11.0)
+    one.start_replica(0)
+    one.advance(20.0)
+    assert one.starts[rung] == 1
+    assert one.queues[0].waits.tolist() == [0.0, wait]
+    assert one.standby_gib_seconds == pytest.approx(10.0 * 9.0 if rung == "standby" else 0.0)
+
+
+def test_the_oldest_standby_makes_room_and_an_instance_that_goes_takes_its_own_along():
+    made = with_standby()
+    one = resting_fleet(requests([0.0]), made)
+    host = one.instances[0][0]
+    for _ in range(3):
+        replica = Replica(0, [host], 0.0, 1.0, [-1])
+        one._rest(replica)
+        one.advance(one.now + 1.0)
+    assert [since for _, since in host.resting] == [3.0, 4.0]
+    one.start_instances(0, 1, booted=True)
+    one.stop_empty(0, 1)
+    assert one.instances[0] == [host]  # the one without standby went first
+    one.stop_empty(0, 1)
+    assert host.resting == []
+    assert one.standby_gib_seconds == pytest.approx(10.0 * (1 + 2 + 2 + 1))
+
+
+def test_the_ladder_waits_no_longer_and_costs_what_its_memory_costs():
+    burst = np.arange(0, 60, 0.2)
+    trace = requests(np.concatenate([burst, burst + 300, burst + 600]))
+    made = with_standby()
+    made = replace(made, policy=replace(made.policy, hysteresis=replace(made.policy.hysteresis, hold_down=30.0)))
+    assert [p.name for p in simulate.default_policies(made)][-1] == "lp ladder"
+    free, dear = (
+        simulate.run(made, trace, Program(ladder=True), simulate.Options(memory_price=price)) for price in (0.0, 2.0)
+    )
+    assert free.starts["standby"] > 0
+    assert dear.cost == pytest.approx(free.cost + 2.0 * free.standby_gib_hours)
+    assert "restored" in free.starts
+
+
+def test_wait_against_cost_for_the_three():
+    trace = synthetic.generate(synthetic.Day(("s",), 60, 0.02, seed=4))
+    found = simulate.frontier(problem(), trace, simulate.Options())
+    for name in simulate.FRONTIER:
+        mine = [r for r in found if r.policy.split(",")[0] == name]
+        assert mine
+        best = simulate.pareto(mine, "p99")
+        assert all(a.cost < b.cost and a.p99 > b.p99 for a, b in zip(best, best[1:], strict=False))
+        assert all(any(b.cost <= r.cost and b.p99 <= r.p99 for b in best) for r in mine)
+    assert len(simulate.pareto_of_each(found)) <= len(found)

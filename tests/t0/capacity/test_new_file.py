@@ -1,0 +1,150 @@
+"""`quickthaw plan init`: a file that plans, from flags or answers; what is missing is named in one run."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from capacity.cli import plan
+from capacity.errors import InputError
+from capacity.inputs import new_file, prices
+from capacity.inputs.load import load
+
+pytestmark = pytest.mark.t0
+
+
+def typed(*words, code=0, **options):
+    result = CliRunner().invoke(plan, [str(word) for word in words], **options)
+    assert result.exit_code == code, result.output + result.stderr
+    return result
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+def trace(path, seconds=7200):
+    rows = "".join(f"2026-01-05T{s // 3600:02d}:{s // 60 % 60:02d}:{s % 60:02d},10,10\n" for s in range(seconds))
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows)
+    return path
+
+
+MODEL = "/models/llama-8b,gpus=1,rate=3.5/s,cold=97s 105s,restored=1.9s"
+
+
+def test_one_model_two_types_and_a_trace(tmp_path):
+    file = tmp_path / "sub" / "plan.yaml"
+    file.parent.mkdir()
+    words = (
+        "--model",
+        MODEL,
+        "--gpu",
+        "H100,boot=170s 190s",
+        "--gpu",
+        "g6e.xlarge,boot=60s,quota=30",
+        "--region",
+        "east",
+    )
+    said = typed("init", file, *words, "--trace", trace(tmp_path / "week.csv"), "--steps", 3).stdout
+    assert "bins of" in said
+    text = file.read_text()
+    assert prices.SOURCE in text
+    assert "path: ../week.csv" in text
+    problem = load(file)
+    assert [(p.name, p.gpu, p.gpus, p.price, p.boot) for p in problem.pools] == [
+        ("p5.48xlarge-east", "H100", 8, 98.32, (170.0, 190.0)),
+        ("g6e.xlarge-east", "L40S", 1, 1.861, (60.0,)),
+    ]
+    assert (problem.services[0].cold, problem.services[0].target_wait) == ((97.0, 105.0), 5.0)
+    assert problem.demand.steps == 3
+    answer = typed(file).stdout.splitlines()[0]
+    assert answer.startswith("Hold 1 × g6e.xlarge (0 GPUs idle) now: $1.86/h on average."), answer
+    assert "is there already" in typed("init", file, *words, code=2).stderr
+    typed("init", file, *words, "--trace", tmp_path / "week.csv", "--force")
+
+
+def test_everything_that_is_missing_is_named_in_one_run(tmp_path):
+    said = typed("init", tmp_path / "p.yaml", "--model", "chat", "--gpu", "B300", code=2).stderr.splitlines()
+    wanted = ("gpus=", "price=", "boot=", "gpus=", "rate=", "demand=", "cold=", "restored=")
+    assert len(said) == len(wanted)
+    for line, word in zip(said, wanted, strict=True):
+        assert line.startswith("quickthaw: missing-option: --")
+        assert word in line
+    both = typed("init", tmp_path / "p.yaml", code=2).stderr
+    assert "--model" in both and "--gpu" in both
+    assert not (tmp_path / "p.yaml").exists()
+    assert "known: name=…" in typed("init", tmp_path / "p.yaml", "--model", "chat,gpu=1", code=2).stderr
+    wrong = typed(
+        "init", tmp_path / "p.yaml", "--model", "chat,gpus=none,rate=3s", "--gpu", "H100,boot=1GiB", code=2
+    ).stderr
+    for word in ("expected a count", "'3s' is a duration", "'1GiB' is a memory"):
+        assert word in wrong
+
+
+def test_what_was_measured_here_is_found(tmp_path, home):
+    entry = {"model": "/models/chat", "engine": "vllm", "at": "2026-01-01T00:00:00+00:00"}
+    lines = [entry | {"kind": kind, "seconds": s} for kind, s in (("cold", 90), ("restored", 1.5), ("restored", 1.7))]
+    (home / "lead-times.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    wake = entry | {"seconds": 0.4, "enter_s": 1.0, "memory_bytes": 70 * 2**30, "gpu_bytes": 0}
+    (home / "wake-times.jsonl").write_text(json.dumps(wake) + "\n")
+    file = tmp_path / "p.yaml"
+    typed("init", file, "--model", "/models/chat,gpus=1,rate=2,demand=3,peak=4", "--gpu", "H100,boot=60s")
+    assert "measured on this host: 1 cold, median 90s; 2 restored, median 1.6s" in file.read_text()
+    service = load(file).services[0]
+    assert (service.cold, service.restored) == ((90.0,), (1.5, 1.7))
+    assert (service.standby, service.standby_memory) == ((0.4,), 70.0)
+
+
+def test_questions_in_a_terminal(tmp_path):
+    """Every question has one answer; an empty one ends a list, or takes the default."""
+    answers = {
+        "A model": "/models/chat",
+        "A GPU": "8xB300",
+        "8xB300: GPUs": "8",
+        "8xB300: price": "60",
+        "8xB300: how long": "170s 190s",
+        "A CSV": "",
+        "/models/chat: GPUs": "4",
+        "/models/chat: what": "2/s",
+        "/models/chat: requests": "3",
+        "/models/chat: seconds of cold": "97s",
+        "/models/chat: seconds of restored": "2s",
+    }
+    asked = []
+
+    def ask(question, default):
+        asked.append(question)
+        if "empty: no more" in question:
+            return ""
+        found = [answer for start, answer in answers.items() if question.startswith(start)]
+        return {"9 of 10 are below": "5"}.get(question[question.find("(") + 1 : -1], found[0] if found else default)
+
+    text, problem = new_file.compose(tmp_path / "p.yaml", new_file.Answers([], []), ask)
+    assert problem.pools[0].boot == (170.0, 190.0)
+    assert problem.services[0].target_wait == 5.0
+    assert problem.demand.forecasts["chat"].values == ((3.0,), (5.0,))
+    assert "price: 60 $/h\n" in text
+    assert len(asked) == len(set(asked))
+
+
+def test_prices_of_ones_own(tmp_path):
+    table = tmp_path / "prices.csv"
+    table.write_text("instance,gpu,gpus,price,memory,region\nbig,H100,8,16 $/h,80GiB,west\n")
+    file = tmp_path / "p.yaml"
+    words = ("--model", MODEL + ",demand=1,peak=2", "--gpu", "H100,boot=60s", "--prices", table)
+    typed("init", file, *words, "--region", "west")
+    assert load(file).pools[0].price == 16.0
+    assert "# prices.csv" in file.read_text()
+    table.write_text("instance,gpu,gpus,price\nbig,H100,8,x\nsmall,H100,0,1\n")
+    with pytest.raises(InputError) as caught:
+        prices.offers(table)
+    assert [error.line for error in caught.value.all] == [2, 3]
+    table.write_text("instance,gpu\n")
+    with pytest.raises(InputError, match="no column gpus, price"):
+        prices.offers(table)
+    with pytest.raises(InputError, match="cannot be read"):
+        prices.offers(Path(tmp_path / "none.csv"))

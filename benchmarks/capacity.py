@@ -238,7 +238,8 @@ def trace_section(path):
     problem, requests = load(REPO / "examples" / "plan_trace.yaml"), trace.read(path)
     options = simulate.Options()
     results = [
-        simulate.run(problem, requests, p, options) for p in simulate.default_policies(problem) + simulate.restored_baselines()
+        simulate.run(problem, requests, p, options)
+        for p in simulate.default_policies(problem) + simulate.restored_baselines()
     ]
     rows = {"as_in_the_file": report.simulation_json(results, [])["policies"]}
     rows["at_equal_p99"] = report.simulation_json(simulate.equal_wait(problem, requests, options, results), [])[

@@ -24,6 +24,7 @@ setup-fast:
 
 test: setup
 	@setup/system.sh test-packages.txt
+	@setup/kubernetes.sh || echo "no helm: the tests of the chart are skipped" >&2
 	# A test that fails while two workers keep the machine busy is run once more, alone; a second failure counts.
 	$(PYTEST) $(call REPORT,parts) -n 2 --dist loadgroup tests/t0 tests/t1 || $(PYTEST) $(call REPORT,parts-again) --last-failed tests/t0 tests/t1
 	$(PYTEST) $(call REPORT,engines) tests/t2 tests/gpu || $(PYTEST) $(call REPORT,engines-again) --last-failed tests/t2 tests/gpu
@@ -52,12 +53,14 @@ IMAGE ?= quickthaw-$(ENGINE)
 IMAGE_ARGS = BASE=$(BASE) ENGINE=$(ENGINE) $(foreach name,PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_NO_INDEX,$(if $($(name)),$(name)=$($(name))))
 image:
 	@[ -n "$(BASE)" ] || { echo "image: give the engine's image: make image BASE=vllm/vllm-openai:v0.32.0 ENGINE=vllm" >&2; exit 2; }
+	@case "$(ENGINE)" in vllm | sglang) ;; *) echo "image: ENGINE is vllm or sglang, not $(ENGINE)" >&2; exit 2 ;; esac
 	@$(MAKE) --no-print-directory wheels
 	$(CONTAINER) build -f deploy/container/Containerfile $(addprefix --build-arg ,$(IMAGE_ARGS)) --build-arg PYTHONS="$(PYTHONS)" -t $(IMAGE) .
 
-# Builds an image and runs it in real containers, with the engine's double.
+# Builds an image and runs it in real containers, and the chart's pods, with the engine's double.
 image-test: setup-fast
 	@setup/system.sh test-packages.txt
+	@setup/kubernetes.sh || echo "no helm: the tests of the chart are skipped" >&2
 	$(PYTEST) tests/t1/deploy
 
 clean:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.kits.image_kit import Images, wheels
+from tests.kits.image_kit import wheels
+from tests.kits.pod_kit import Pods
 
 
 @pytest.fixture(scope="session")
@@ -14,7 +15,7 @@ def context(tmp_path_factory):
 @pytest.fixture(scope="session")
 def images(double, context):
     """Return podman with the image IMAGE, whose engine is vLLM."""
-    made = Images(double)
+    made = Pods(double)
     try:
         made.build(context, ENGINE="vllm")
         yield made

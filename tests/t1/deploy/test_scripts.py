@@ -70,3 +70,41 @@ def test_a_copy_that_was_killed_is_made_anew(environment, tmp_path):
     done = run(environment / "bin" / "copy-into", target)
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(target / "bin")) == sorted(os.listdir(BIN)) and not (target / ".bin").exists()
+
+
+def test_pull_snapshot_fetches_what_the_arguments_select_and_never_keeps_a_pod_from_starting(environment, tmp_path, monkeypatch):
+    """With a double of `quickthaw` itself: which words it gets, and what becomes of its failures."""
+    program = environment / "bin" / "pull-snapshot"
+    script = '[ "$1 $2" = "snapshot $FAILS" ] && exit 1; echo "$@" >>"$0.said"; [ "$2" = pull ] || echo NAME'
+    (environment / "bin" / "quickthaw").write_text(f"#!/bin/sh\n{script}\n")
+    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "home"))
+    said = tmp_path / "quickthaw" / "bin" / "quickthaw.said"
+
+    def pull(fails=""):
+        monkeypatch.setenv("FAILS", fails)
+        said.unlink(missing_ok=True)
+        done = run(program, "vllm", "--model", "a b")
+        assert done.returncode == 0 and done.stdout == ""
+        return done.stderr, said.read_text().splitlines() if said.exists() else []
+
+    monkeypatch.delenv("QUICKTHAW_SNAPSHOT_STORE", raising=False)
+    assert "names no store" in pull()[0]
+    monkeypatch.setenv("QUICKTHAW_SNAPSHOT_STORE", "/store")
+    assert pull() == ("", ["snapshot key vllm --model a b", "snapshot pull NAME /store"])
+    for step in ("key", "pull"):
+        assert "the engine starts without waiting for it" in pull(step)[0]
+    (tmp_path / "home" / "snapshots" / "NAME").mkdir(parents=True)
+    (tmp_path / "home" / "snapshots" / "NAME" / "manifest.json").touch()
+    assert pull() == ("quickthaw: pull-snapshot: NAME is here already\n", ["snapshot key vllm --model a b"])
+
+
+def test_an_image_of_an_engine_that_is_none_is_refused():
+    """Before anything is built."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    for arguments, named in ((("BASE=x", "ENGINE=tgi"), "not tgi"), ((), "give the engine")):
+        done = subprocess.run(["make", "image", *arguments], cwd=REPO, env=env, capture_output=True, text=True, timeout=20, check=False)
+        assert done.returncode == 2 and named in done.stderr, done.stderr
+    check = (REPO / "deploy" / "container" / "Containerfile").read_text().split("RUN ", 1)[1].split("\\\n")[0]
+    for engine, code in (("vllm", 0), ("sglang", 0), ("tgi", 2), ("", 2)):
+        done = subprocess.run(["sh", "-c", check], env={**env, "ENGINE": engine}, capture_output=True, timeout=20, check=False)
+        assert done.returncode == code

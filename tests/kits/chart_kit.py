@@ -1,0 +1,230 @@
+"""The chart of deploy/helm: rendered by helm, and held against the schemas of what it renders."""
+
+import functools
+import json
+import subprocess
+
+import importlib_resources
+import jsonschema
+import kubernetes_validate
+import pytest
+import referencing
+import yaml
+
+from plugin.runtime.config import state_home
+from tests.kits.launch_rig import REPO
+
+CHART = REPO / "deploy" / "helm" / "quickthaw"
+KUSTOMIZE = REPO / "deploy" / "kustomize"
+EXAMPLE = CHART / "ci" / "example-values.yaml"
+VERSIONS = ("1.30.0", kubernetes_validate.latest_version())
+"""The oldest version of Kubernetes that the chart is for, and the newest whose schemas are here."""
+
+
+def program(name):
+    """Return helm or kubectl as setup/kubernetes.sh installed it; skip the test where it could not."""
+    found = state_home() / "kubernetes" / name
+    if not found.exists():
+        pytest.skip(f"no {name}: setup/kubernetes.sh installs it")
+    return found
+
+
+def run(*words, code=0):
+    """Run a command to its end; return what it printed: its errors if `code` is not 0."""
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code, (words, done.stdout[-2000:], done.stderr[-3000:])
+    return done.stderr if code else done.stdout
+
+
+class Chart:
+    """Renders the chart; `folder` takes the files of values."""
+
+    def __init__(self, folder):
+        self.helm, self.folder = program("helm"), folder
+
+    def _words(self, values, release, namespace):
+        file = self.folder / "values.yaml"
+        file.write_text(json.dumps(values))
+        return [self.helm, "template", release, CHART, "-f", file, "-n", namespace, "--kube-version", VERSIONS[0]]
+
+    def render(self, values, release="release", namespace="models"):
+        """Return the objects."""
+        text = run(*self._words(values, release, namespace))
+        return [item for item in yaml.safe_load_all(text) if item]
+
+    def refusal(self, values):
+        """Return why helm renders nothing of these values."""
+        return run(*self._words(values, "release", "models"), code=1)
+
+
+def one(objects, kind, component=None):
+    """Return the only object of a kind."""
+    found = [
+        item
+        for item in objects
+        if item["kind"] == kind
+        and component in (None, item["metadata"]["labels"].get("app.kubernetes.io/component"))
+    ]
+    assert len(found) == 1, [item["metadata"]["name"] for item in found]
+    return found[0]
+
+
+# The schemas
+
+
+@functools.cache
+def _definitions(version):
+    of = importlib_resources.files("kubernetes_validate") / "kubernetes-json-schema" / f"v{version}-local-strict"
+    parsed = json.loads((of / "_definitions.json").read_text())
+    return of, referencing.Resource.from_contents(parsed) @ referencing.Registry()
+
+
+@functools.cache
+def _validator(version, kind, api):
+    # as kubernetes_validate.validate does it, which reads all definitions for each object
+    folder, definitions = _definitions(version)
+    group, _, of_group = api.rpartition("/")
+    name = "-".join((kind, *([group.partition(".")[0]] if group else []), of_group)).lower()
+    schema = json.loads((folder / f"{name}.json").read_text())
+    registry = referencing.Resource.from_contents(schema) @ definitions
+    return jsonschema.Draft202012Validator(schema, registry=registry)
+
+
+_WORDS = {"type": "object", "additionalProperties": {"type": "string"}}
+_SECRET = {
+    "type": "object",
+    "required": ["key"],
+    "additionalProperties": False,
+    "properties": {"name": {"type": "string"}, "key": {"type": "string"}, "optional": {"type": "boolean"}},
+}
+_INT = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+_DURATION = {"type": "string", "pattern": r"^(0|(([0-9]+)y)?(([0-9]+)w)?(([0-9]+)d)?(([0-9]+)h)?(([0-9]+)m)?(([0-9]+)s)?(([0-9]+)ms)?)$"}
+_SELECTOR = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {"matchLabels": _WORDS, "matchExpressions": {"type": "array"}},
+}
+# What the published CustomResourceDefinitions say of the fields that the chart uses, in our words; every other field is refused.
+_SPECS = {
+    ("keda.sh/v1alpha1", "ScaledObject"): {
+        "type": "object",
+        "required": ["scaleTargetRef", "triggers"],
+        "additionalProperties": False,
+        "properties": {
+            "scaleTargetRef": {
+                "type": "object",
+                "required": ["name"],
+                "additionalProperties": False,
+                "properties": {name: {"type": "string"} for name in ("apiVersion", "kind", "name", "envSourceContainerName")},
+            },
+            **dict.fromkeys(
+                ("minReplicaCount", "maxReplicaCount", "idleReplicaCount", "cooldownPeriod", "pollingInterval"), _INT
+            ),
+            "triggers": {
+                "type": "array",
+                "minItems": 1,
+                "items": {
+                    "type": "object",
+                    "required": ["type", "metadata"],
+                    "additionalProperties": False,
+                    "properties": {"type": {"const": "prometheus"}, "name": {"type": "string"}, "metadata": {
+                        "type": "object",
+                        "required": ["serverAddress", "query", "threshold"],
+                        "additionalProperties": False,
+                        "properties": {
+                            name: {"type": "string", "minLength": 1}
+                            for name in ("serverAddress", "query", "threshold", "activationThreshold")
+                        },
+                    }},
+                },
+            },
+        },
+    },
+    ("monitoring.coreos.com/v1", "PodMonitor"): {
+        "type": "object",
+        "required": ["selector"],
+        "additionalProperties": False,
+        "properties": {
+            "selector": _SELECTOR,
+            "podTargetLabels": {"type": "array", "items": {"type": "string"}},
+            "podMetricsEndpoints": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {
+                        "port": {"type": "string"},
+                        "path": {"type": "string"},
+                        "interval": _DURATION,
+                        "authorization": {
+                            "type": "object",
+                            "additionalProperties": False,
+                            "properties": {"type": {"type": "string"}, "credentials": _SECRET},
+                        },
+                    },
+                },
+            },
+        },
+    },
+    ("monitoring.coreos.com/v1", "PrometheusRule"): {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            "groups": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "required": ["name"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "name": {"type": "string", "minLength": 1},
+                        "interval": _DURATION,
+                        "rules": {
+                            "type": "array",
+                            "items": {
+                                "type": "object",
+                                "required": ["expr"],
+                                "additionalProperties": False,
+                                "properties": {
+                                    "alert": {"type": "string"},
+                                    "expr": {"type": ["string", "integer"]},
+                                    "for": _DURATION,
+                                    "labels": _WORDS,
+                                    "annotations": _WORDS,
+                                },
+                            },
+                        },
+                    },
+                },
+            }
+        },
+    },
+}  # fmt: skip
+
+
+def validate(item, version):
+    """Raise jsonschema.ValidationError unless an API server of this version would take the object as it is."""
+    key = item["apiVersion"], item["kind"]
+    if key not in _SPECS:
+        _validator(version, key[1], key[0]).validate(item)
+        return
+    assert set(item) == {"apiVersion", "kind", "metadata", "spec"}, set(item)
+    jsonschema.Draft202012Validator(_SPECS[key]).validate(item["spec"])
+
+
+def charts_own(item):
+    """Return an object without what only helm puts into it."""
+    made = json.loads(json.dumps(item))
+
+    def strip(part):
+        if isinstance(part, dict):
+            for name in ("helm.sh/chart", "app.kubernetes.io/managed-by", "app.kubernetes.io/version"):
+                part.pop(name, None)
+            for value in part.values():
+                strip(value)
+        elif isinstance(part, list):
+            for value in part:
+                strip(value)
+
+    strip(made)
+    return made

@@ -1,0 +1,304 @@
+"""deploy/helm/quickthaw: what helm renders is what API servers take, fits together, and refuses values that cannot be meant."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+from tests.kits.chart_kit import CHART, EXAMPLE, KUSTOMIZE, VERSIONS, Chart, charts_own, one, program, run, validate
+from tests.kits.commands import command_named, options_of
+from tests.kits.launch_rig import REPO
+
+pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("chart")]
+
+IMAGE = {"repository": "registry.example/vllm", "tag": "1"}
+MODEL = {"image": IMAGE, "model": "/models/llama"}
+
+
+@pytest.fixture(scope="module")
+def chart(tmp_path_factory):
+    return Chart(tmp_path_factory.mktemp("chart"))
+
+
+def model(**settings):
+    """The values of a chart with one model."""
+    return {"models": {"llama": {**MODEL, **settings}}}
+
+
+EVERYTHING = {
+    "fullnameOverride": "llm",
+    "imagePullSecrets": [{"name": "registry"}],
+    "serviceAccount": {"create": False, "name": "engines"},
+    "admin": {"port": 9999, "tokenSecret": {"name": "quickthaw-admin", "key": "token"}},
+    "networkPolicy": {
+        "clients": [{"namespaceSelector": {"matchLabels": {"team": "chat"}}}],
+        "admin": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}],
+    },
+    "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+    "prometheusRule": {"enabled": True},
+    "dashboard": {"enabled": True},
+    "defaults": {"nodeSelector": {"gpu": "h100"}, "options": {"idle-timeout": "10m", "verify": "always", "egress": False}},
+    "models": {
+        "llama": {
+            **MODEL,
+            "image": {"repository": "registry.example/vllm", "digest": "sha256:" + "0" * 64},
+            "args": ["--max-model-len", "8192"],
+            "resources": {"limits": {"nvidia.com/gpu": 1}, "requests": {"memory": "64Gi"}},
+            "fuseResource": "squat.ai/fuse",
+            "snapshot": {"store": "s3://bucket/quickthaw", "make": "job"},
+            "privileges": "restore",
+            "autoscaling": {"enabled": True, "prometheus": "http://prometheus.monitoring:9090", "minReplicas": 0},
+            "env": [{"name": "OMP_NUM_THREADS", "value": "8"}],
+            "envFrom": [{"secretRef": {"name": "hub-token"}}],
+            "podLabels": {"team": "chat"},
+            "podAnnotations": {"sidecar.istio.io/inject": "false"},
+            "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+            "topologySpreadConstraints": [
+                {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway"}
+            ],
+            "priorityClassName": "serving",
+            "runtimeClassName": "nvidia",
+        },
+        "qwen": {
+            "image": {"repository": "lmsysorg/sglang", "tag": "v0.5.23", "pullPolicy": "Always"},
+            "quickthawImage": "registry.example/quickthaw:1",
+            "engine": "sglang",
+            "model": "Qwen/Qwen3-8B",
+            "port": 30000,
+            "replicas": 3,
+            "disruptionBudget": {"maxUnavailable": "30%"},
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
+            "modelCache": {"type": "pvc", "storageClassName": "nfs", "size": "1Ti"},
+            "nodeSelector": {"gpu": "l40s"},
+        },
+    },
+}  # fmt: skip
+MATRIX = {
+    "no model": {},
+    "least": model(),
+    "everything": EVERYTHING,
+    "asleep at first": model(replicas=0),
+    "replicas left alone": {"defaults": {"replicas": None}, **model()},
+    "command": {"models": {"llama": {"image": IMAGE, "command": ["vllm", "serve", "/models/llama"]}}},
+    "no privileges": model(privileges="none", snapshot={"store": "s3://bucket/a", "make": "none"}),
+    "restore": model(privileges="restore", snapshot={"store": "gs://bucket/a", "pull": False, "make": "job"}),
+    "copied": model(quickthawImage="quickthaw:1", snapshot={"store": "/store"}, privileges="restore"),
+    "claims": model(state={"type": "pvc"}, modelCache={"type": "pvc", "existingClaim": "models"}),
+    "nothing kept": model(state={"type": "emptyDir"}, modelCache={"type": "none"}, disruptionBudget={"enabled": False}),
+    "volumes": model(
+        volumes=[{"name": "m", "hostPath": {"path": "/models"}}], volumeMounts=[{"name": "m", "mountPath": "/models"}]
+    ),
+    "host network": model(hostNetwork=True),
+    "no policy": {**model(), "networkPolicy": {"enabled": False}, "nameOverride": "q"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX.keys())
+def test_every_object_is_as_the_schemas_say_and_they_fit_together(chart, values):
+    objects = chart.render(values)
+    for item in objects:
+        for version in VERSIONS:
+            validate(item, version)
+        assert item["metadata"]["namespace"] == "models"
+        assert {"app.kubernetes.io/name", "app.kubernetes.io/instance", "helm.sh/chart"} <= set(item["metadata"]["labels"])
+        assert len(item["metadata"]["name"]) <= 63
+    keys = [(item["kind"], item["metadata"]["name"]) for item in objects]
+    assert len(set(keys)) == len(keys)
+    pods = {item["metadata"]["name"]: item["spec"]["template"] for item in objects if item["kind"] == "Deployment"}
+    others = [item["spec"]["template"] for item in objects if item["kind"] == "Job"]
+    others += [item for item in objects if item["kind"] == "Pod"]
+    assert len(pods) == len(values.get("models", {}))
+    for item in objects:
+        spec = item["spec"] if item["kind"] in ("Deployment", "PodDisruptionBudget", "Service", "NetworkPolicy", "PodMonitor") else {}
+        selector = spec.get("selector") or spec.get("podSelector")
+        if selector is None:
+            continue
+        chosen = selector.get("matchLabels", selector).items()
+        found = {name for name, pod in pods.items() if chosen <= pod["metadata"]["labels"].items()}
+        assert found == ({item["metadata"]["name"]} if item["kind"] in ("Deployment", "PodDisruptionBudget", "Service") else set(pods))
+        assert not any(chosen <= pod["metadata"]["labels"].items() for pod in others)
+        if item["kind"] == "Service":
+            ports = {port["name"] for port in pods[item["metadata"]["name"]]["spec"]["containers"][0]["ports"]}
+            assert {port["targetPort"] for port in spec["ports"]} <= ports
+    for pod in [*pods.values(), *others]:
+        volumes = {volume["name"] for volume in pod["spec"].get("volumes", [])}
+        for container in [*pod["spec"]["containers"], *pod["spec"].get("initContainers", [])]:
+            assert {mount["name"] for mount in container.get("volumeMounts", [])} <= volumes
+            names = [variable["name"] for variable in container.get("env", [])]
+            assert len(set(names)) == len(names)
+        assert pod["spec"]["automountServiceAccountToken"] is False
+
+
+def test_a_model_takes_the_defaults_and_sets_its_own(chart):
+    objects = chart.render(EVERYTHING)
+    llama, qwen = sorted(
+        (item["spec"] for item in objects if item["kind"] == "Deployment"), key=lambda spec: spec.get("replicas", 0)
+    )
+    assert "replicas" not in llama and qwen["replicas"] == 3
+    assert llama["template"]["spec"]["nodeSelector"] == {"gpu": "h100"}
+    assert qwen["template"]["spec"]["nodeSelector"] == {"gpu": "l40s"}
+    env = {one["name"]: one.get("value") for one in llama["template"]["spec"]["containers"][0]["env"]}
+    assert env["QUICKTHAW_IDLE_TIMEOUT"] == "10m" and env["QUICKTHAW_EGRESS"] == "false"
+    assert env["QUICKTHAW_SNAPSHOT"] == "0" and env["QUICKTHAW_SNAPSHOT_STORE"] == "s3://bucket/quickthaw"
+    assert one(chart.render(model(replicas=0)), "Deployment")["spec"]["replicas"] == 0
+    assert "replicas" not in one(chart.render(MATRIX["replicas left alone"]), "Deployment")["spec"]
+    assert [i["kind"] for i in chart.render(MATRIX["nothing kept"]) if i["kind"] == "PodDisruptionBudget"] == []
+
+
+def test_job_and_pods_and_pull_select_one_snapshot(chart):
+    """The engine's words, the image, the variables and the privileges are those of one launch."""
+    objects = chart.render(EVERYTHING)
+    job = one(objects, "Job")["spec"]["template"]["spec"]
+    (pods,) = [
+        item["spec"]["template"]["spec"]
+        for item in objects
+        if item["kind"] == "Deployment" and item["metadata"]["name"] == "llm-llama"
+    ]
+    (engine,), (maker,) = pods["containers"], job["containers"]
+    pulls = [*pods["initContainers"], *job["initContainers"]]
+    assert [one["name"] for one in pulls] == ["pull-snapshot"] * 2
+    for container in (maker, *pulls):
+        for part in ("args", "image", "env", "envFrom", "volumeMounts", "resources"):
+            assert container[part] == engine[part], part
+    assert maker["securityContext"]["capabilities"] == engine["securityContext"]["capabilities"]
+    assert maker["securityContext"]["seccompProfile"] == {"type": "Unconfined"}
+    assert engine["securityContext"]["seccompProfile"]["localhostProfile"] == "quickthaw.json"
+    for name in ("nodeSelector", "tolerations", "volumes", "serviceAccountName", "runtimeClassName"):
+        assert job[name] == pods[name]
+    assert all(one["securityContext"]["capabilities"] == {"drop": ["ALL"]} for one in pulls)
+
+
+def test_other_arguments_are_another_job_and_the_same_are_the_same(chart):
+    def job(**more):
+        return one(chart.render(model(snapshot={"store": "s3://a/b", "make": "job"}, **more)), "Job")["metadata"]["name"]
+
+    names = {job(), job(replicas=2), job(args=["--seed", "1"]), job(env=[{"name": "A", "value": "b"}])}
+    assert len(names) == 3 and job() in names
+
+
+REFUSED = {
+    "typo": ({**model(), "modles": {}}, "modles"),
+    "typo of a model": (model(replica=2), "replica"),
+    "no image": ({"models": {"llama": {"model": "/m"}}}, "image.repository"),
+    "no model": ({"models": {"llama": {"image": IMAGE}}}, "give model"),
+    "both": (model(command=["vllm", "serve", "x"]), "not both"),
+    "engine": (model(engine="tgi"), "engine"),
+    "name": ({"models": {"Llama_3": MODEL}}, "Llama_3"),
+    "privileges": (model(privileges="all"), "privileges"),
+    "port": (model(port=70000), "port"),
+    "replicas": (model(replicas=-1), "replicas"),
+    "option": (model(options={"idle-timout": "10m"}), "idle-timout"),
+    "option of the chart": (model(options={"snapshot-store": "s3://a/b"}), "snapshot-store"),
+    "store": (model(snapshot={"store": "bucket"}), "store"),
+    "job without a store": (model(snapshot={"make": "job"}), "needs snapshot.store"),
+    "job and claim": (model(snapshot={"make": "job", "store": "/s"}, state={"type": "pvc"}), "state.type: pvc"),
+    "two pods, one claim": (model(replicas=2, state={"type": "pvc"}), "one pod at a time"),
+    "relative path": (model(state={"path": "var"}), "path"),
+    "no Prometheus": (model(autoscaling={"enabled": True}), "Prometheus"),
+    "two that scale": (
+        model(replicas=5, autoscaling={"enabled": True, "prometheus": "http://p"}),
+        "leave replicas out",
+    ),
+    "fuse": (model(fuseResource="/dev/fuse"), "fuseResource"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "named"), REFUSED.values(), ids=REFUSED.keys())
+def test_wrong_values_are_refused_by_name(chart, values, named):
+    assert named in chart.refusal(values)
+
+
+def test_the_schema_knows_the_options_of_launch():
+    """The options that the chart sets by values of its own are no `options`; a new one may be given by `env` until it is there."""
+    own = {"admin-listen", "admin-token", "admin-prefix", "snapshot-store", "replicas", "snapshot"}
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    known = set(schema["definitions"]["settings"]["properties"]["options"]["propertyNames"]["enum"])
+    options = {}
+    for option in options_of(command_named("launch")):
+        name = next((word for word in option.opts if word.startswith("--")), "").removeprefix("--")
+        if name and not option.hidden and isinstance(option.envvar, str):
+            options[name] = option.envvar
+    assert len(known) > 30 and known <= set(options) - own
+    assert [name for name in known if options[name] != "QUICKTHAW_" + name.upper().replace("-", "_")] == []
+
+
+def exported():
+    """The metrics that the proxy exports, as Prometheus stores them."""
+    import asyncio
+
+    from plugin.proxy.admin.endpoints import status_document
+    from plugin.proxy.admin.metrics import exposition
+    from plugin.proxy.pool.pool import ReplicaPool
+    from plugin.proxy.server import ProxyServer
+
+    text = exposition(asyncio.run(status_document(ProxyServer(ReplicaPool())))).decode()
+    for name, kind in re.findall(r"^# TYPE (\w+) (\w+)", text, re.MULTILINE):
+        yield from (f"{name}_{end}" for end in ("bucket", "sum", "count")) if kind == "histogram" else (name,)
+
+
+LABELS = {"pool", "replica", "phase", "kind", "code", "outcome", "source", "le"}
+ADDED = {"namespace", "pod", "app_kubernetes_io_instance", "quickthaw_dev_model"}
+"""By Prometheus, and by the PodMonitor's podTargetLabels."""
+
+
+def test_dashboard_alerts_and_scaler_ask_for_metrics_that_exist(chart):
+    objects = chart.render(EVERYTHING)
+    dashboard = json.loads(one(objects, "ConfigMap")["data"]["quickthaw.json"])
+    said = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    said += [one["query"]["query"] for one in dashboard["templating"]["list"] if one["type"] == "query"]
+    said += [rule["expr"] for group in one(objects, "PrometheusRule")["spec"]["groups"] for rule in group["rules"]]
+    said += [trigger["metadata"]["query"] for trigger in one(objects, "ScaledObject")["spec"]["triggers"]]
+    known, used = set(exported()), set()
+    for query in said:
+        names = set(re.findall(r"\bquickthaw_(?!dev_)\w+", query))
+        assert names and names <= known, (query, names - known)
+        used |= names
+        labels = set(re.findall(r"(\w+)\s*=~?\"", query))
+        labels |= {name for words in re.findall(r"by \(([^)]*)\)", query) for name in re.split(r",\s*", words)}
+        assert labels <= LABELS | ADDED, (query, labels)
+        assert query.count("(") == query.count(")") and query.count("{") == query.count("}")
+    left = {name for name in known - used if not name.endswith(("_sum", "_count")) and name != "quickthaw_proxy_held_requests_total"}
+    assert left == set(), "on no panel"
+    targets = one(objects, "PodMonitor")["spec"]["podTargetLabels"]
+    assert {re.sub(r"\W", "_", label) for label in targets} <= ADDED
+
+
+def test_lint_finds_nothing():
+    for more in ([], ["-f", EXAMPLE]):
+        said = run(program("helm"), "lint", "--strict", CHART, *more)
+        assert "[ERROR]" not in said and "[WARNING]" not in said, said
+
+
+def test_the_notes_say_how_it_goes_on(chart):
+    notes = {}
+    for name in ("no model", "least", "no privileges", "restore"):
+        words = chart._words(MATRIX[name], "release", "models")
+        words[1:2] = ["install", "--dry-run=client"]
+        notes[name] = run(*words[:-2]).partition("NOTES:")[2]
+    assert "No model yet" in notes["no model"]
+    assert "http://release-quickthaw-llama.models:8000/v1" in notes["least"] and "on each node" in notes["least"]
+    assert "no snapshots" in notes["no privileges"] and "made by a Job" in notes["restore"]
+
+
+def test_chart_and_package_have_one_version():
+    said = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    (version,) = re.findall(r'^version = "(.*)"', (REPO / "pyproject.toml").read_text(), re.MULTILINE)
+    assert said["version"] == said["appVersion"] == version
+
+
+def test_the_kustomize_base_is_what_the_chart_renders(chart):
+    rendered = chart.render(yaml.safe_load(EXAMPLE.read_text()), release="quickthaw", namespace="default")
+    wanted = {
+        (item["kind"], item["metadata"]["name"]): charts_own(item)
+        for item in rendered
+        if "helm.sh/hook" not in item["metadata"].get("annotations", {})
+    }
+    for item in wanted.values():
+        del item["metadata"]["namespace"]
+    text = run(program("kubectl"), "kustomize", KUSTOMIZE)
+    found = {(item["kind"], item["metadata"]["name"]): item for item in yaml.safe_load_all(text)}
+    assert found == wanted
+    for item in found.values():
+        for version in VERSIONS:
+            validate(item, version)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,10 +45,10 @@ def prepare(settings: LaunchSettings) -> tuple[Engine, Criu | None, Capabilities
     capabilities.log_off()
     if host.state_folder and host.state_folder not in capabilities.off().values():
         log.warning("nothing new is kept: %s", host.state_folder)
-    if settings.strict and capabilities.off():
-        raise LauncherError(
-            "capability-off", f"--strict, and {', '.join(capabilities.off())} are off here; see quickthaw doctor"
-        )
+    # --no-mount: lazy weights are not asked for
+    lacking = (capabilities if settings.mount else replace(capabilities, mount=None)).off()
+    if settings.strict and lacking:
+        raise LauncherError("capability-off", f"--strict, and {', '.join(lacking)} are off here; see quickthaw doctor")
     return engine, host.criu, capabilities, weights
 
 

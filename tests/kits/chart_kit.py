@@ -62,8 +62,7 @@ def one(objects, kind, component=None):
     found = [
         item
         for item in objects
-        if item["kind"] == kind
-        and component in (None, item["metadata"]["labels"].get("app.kubernetes.io/component"))
+        if item["kind"] == kind and component in (None, item["metadata"]["labels"].get("app.kubernetes.io/component"))
     ]
     assert len(found) == 1, [item["metadata"]["name"] for item in found]
     return found[0]
@@ -98,7 +97,10 @@ _SECRET = {
     "properties": {"name": {"type": "string"}, "key": {"type": "string"}, "optional": {"type": "boolean"}},
 }
 _INT = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
-_DURATION = {"type": "string", "pattern": r"^(0|(([0-9]+)y)?(([0-9]+)w)?(([0-9]+)d)?(([0-9]+)h)?(([0-9]+)m)?(([0-9]+)s)?(([0-9]+)ms)?)$"}
+_DURATION = {
+    "type": "string",
+    "pattern": r"^(0|(([0-9]+)y)?(([0-9]+)w)?(([0-9]+)d)?(([0-9]+)h)?(([0-9]+)m)?(([0-9]+)s)?(([0-9]+)ms)?)$",
+}
 _SELECTOR = {
     "type": "object",
     "additionalProperties": False,

@@ -33,6 +33,8 @@ if "create" in words:
         json.dump(config, write)
 os.execvp("runc", ["runc", *words])
 """
+_KEEP_INIT = {"io.podman.annotations.init.container.type": "always"}
+"""podman else removes an init container, with what it said."""
 _PAUSE = "#include <signal.h>\n#include <unistd.h>\nint main(void) { signal(SIGTERM, _exit); for (;;) pause(); }\n"
 
 
@@ -160,7 +162,7 @@ class Pods(Images):
         """The pod as podman takes it: with the base image's own files, and without what podman would do otherwise."""
         made = json.loads(json.dumps(pod))
         made |= {"apiVersion": "v1", "kind": "Pod"}
-        made["metadata"] = {"name": name, "labels": pod["metadata"]["labels"], "annotations": {}}
+        made["metadata"] = {"name": name, "labels": pod["metadata"]["labels"], "annotations": dict(_KEEP_INIT)}
         spec = made["spec"]
         spec["restartPolicy"] = "Never"
         shown = dict.fromkeys(("/usr", sys.base_prefix))
@@ -174,7 +176,7 @@ class Pods(Images):
                 container.setdefault("volumeMounts", []).append(
                     {"name": f"base-{number}", "mountPath": target, "readOnly": True}
                 )
-            for part in ("startupProbe", "readinessProbe", "livenessProbe", "lifecycle", "resources"):
+            for part in ("startupProbe", "readinessProbe", "livenessProbe", "lifecycle", "resources", "ports"):
                 container.pop(part, None)
             profile = container["securityContext"].pop("seccompProfile")
             said = {"Unconfined": "unconfined", "RuntimeDefault": "runtime/default"}.get(profile["type"])
@@ -182,7 +184,9 @@ class Pods(Images):
                 # deploy/container/seccomp.json is copied under this name
                 assert profile["localhostProfile"] == "quickthaw.json"
                 said = "localhost/seccomp.json"
-            made["metadata"]["annotations"][f"container.seccomp.security.alpha.kubernetes.io/{container['name']}"] = said
+            made["metadata"]["annotations"][f"container.seccomp.security.alpha.kubernetes.io/{container['name']}"] = (
+                said
+            )
         return made
 
     def play(self, name, pod):
@@ -212,7 +216,5 @@ class Pods(Images):
             run(*self.words, "pod", "rm", "--force", "--time=1", name)
 
     def said(self, container):
-        done = subprocess.run(
-            [*self.words, "logs", container], capture_output=True, text=True, timeout=30, check=False
-        )
+        done = subprocess.run([*self.words, "logs", container], capture_output=True, text=True, timeout=30, check=False)
         return done.stdout + done.stderr

@@ -101,7 +101,9 @@ def test_every_object_is_as_the_schemas_say_and_they_fit_together(chart, values)
         for version in VERSIONS:
             validate(item, version)
         assert item["metadata"]["namespace"] == "models"
-        assert {"app.kubernetes.io/name", "app.kubernetes.io/instance", "helm.sh/chart"} <= set(item["metadata"]["labels"])
+        assert {"app.kubernetes.io/name", "app.kubernetes.io/instance", "helm.sh/chart"} <= set(
+            item["metadata"]["labels"]
+        )
         assert len(item["metadata"]["name"]) <= 63
     keys = [(item["kind"], item["metadata"]["name"]) for item in objects]
     assert len(set(keys)) == len(keys)
@@ -110,13 +112,21 @@ def test_every_object_is_as_the_schemas_say_and_they_fit_together(chart, values)
     others += [item for item in objects if item["kind"] == "Pod"]
     assert len(pods) == len(values.get("models", {}))
     for item in objects:
-        spec = item["spec"] if item["kind"] in ("Deployment", "PodDisruptionBudget", "Service", "NetworkPolicy", "PodMonitor") else {}
+        spec = (
+            item["spec"]
+            if item["kind"] in ("Deployment", "PodDisruptionBudget", "Service", "NetworkPolicy", "PodMonitor")
+            else {}
+        )
         selector = spec.get("selector") or spec.get("podSelector")
         if selector is None:
             continue
         chosen = selector.get("matchLabels", selector).items()
         found = {name for name, pod in pods.items() if chosen <= pod["metadata"]["labels"].items()}
-        assert found == ({item["metadata"]["name"]} if item["kind"] in ("Deployment", "PodDisruptionBudget", "Service") else set(pods))
+        assert found == (
+            {item["metadata"]["name"]}
+            if item["kind"] in ("Deployment", "PodDisruptionBudget", "Service")
+            else set(pods)
+        )
         assert not any(chosen <= pod["metadata"]["labels"].items() for pod in others)
         if item["kind"] == "Service":
             ports = {port["name"] for port in pods[item["metadata"]["name"]]["spec"]["containers"][0]["ports"]}
@@ -171,7 +181,9 @@ def test_job_and_pods_and_pull_select_one_snapshot(chart):
 
 def test_other_arguments_are_another_job_and_the_same_are_the_same(chart):
     def job(**more):
-        return one(chart.render(model(snapshot={"store": "s3://a/b", "make": "job"}, **more)), "Job")["metadata"]["name"]
+        return one(chart.render(model(snapshot={"store": "s3://a/b", "make": "job"}, **more)), "Job")["metadata"][
+            "name"
+        ]
 
     names = {job(), job(replicas=2), job(args=["--seed", "1"]), job(env=[{"name": "A", "value": "b"}])}
     assert len(names) == 3 and job() in names
@@ -258,7 +270,11 @@ def test_dashboard_alerts_and_scaler_ask_for_metrics_that_exist(chart):
         labels |= {name for words in re.findall(r"by \(([^)]*)\)", query) for name in re.split(r",\s*", words)}
         assert labels <= LABELS | ADDED, (query, labels)
         assert query.count("(") == query.count(")") and query.count("{") == query.count("}")
-    left = {name for name in known - used if not name.endswith(("_sum", "_count")) and name != "quickthaw_proxy_held_requests_total"}
+    left = {
+        name
+        for name in known - used
+        if not name.endswith(("_sum", "_count")) and name != "quickthaw_proxy_held_requests_total"
+    }
     assert left == set(), "on no panel"
     targets = one(objects, "PodMonitor")["spec"]["podTargetLabels"]
     assert {re.sub(r"\W", "_", label) for label in targets} <= ADDED

@@ -26,7 +26,10 @@ class Cluster:
         self.pods = []
 
     def render(self, node, **settings):
-        mine = [{"name": "model", "hostPath": {"path": str(self.rig.model)}}, {"name": "store", "hostPath": {"path": str(self.store)}}]
+        mine = [
+            {"name": "model", "hostPath": {"path": str(self.rig.model)}},
+            {"name": "store", "hostPath": {"path": str(self.store)}},
+        ]
         variables = {**self.rig.watch.environment, "QUICKTHAW_SHARED_STEP": "1"}
         model = {
             "image": {"repository": IMAGE, "pullPolicy": "Never"},
@@ -71,7 +74,9 @@ def test_cold_then_restored_on_another_node_then_scaled(cluster):
     assert "the engine starts without waiting for it" in first.text()
     first.probe("startupProbe")
     answer = first.ask()
-    assert first.off() == {"lazy weights": first.off().get("lazy weights")}, first.ours()  # /dev/fuse takes a device plugin
+    assert first.off() == {"lazy weights": first.off().get("lazy weights")}, (
+        first.ours()
+    )  # /dev/fuse takes a device plugin
     for name in ("readinessProbe", "livenessProbe"):
         first.probe(name, limit_s=5)
     assert 'quickthaw_proxy_replica_phase{phase="serving",pool=' in first.metrics()
@@ -85,8 +90,16 @@ def test_cold_then_restored_on_another_node_then_scaled(cluster):
     assert "is here already" in third.text()
     assert third.ask() == answer and third.phases()[0][:2] == RESTORED, third.text()
     assert {pod.ask() == answer for pod in (first, second, third)} == {True}
-    command = ["nsenter", f"--net=/proc/{third.pid()}/ns/net", sys.executable, CHART / "files" / "completion.py", "http://127.0.0.1:8000"]
-    said = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60, check=True)  # as `helm test` does
+    command = [
+        "nsenter",
+        f"--net=/proc/{third.pid()}/ns/net",
+        sys.executable,
+        CHART / "files" / "completion.py",
+        "http://127.0.0.1:8000",
+    ]
+    said = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, timeout=60, check=True
+    )  # as `helm test` does
     assert said.stdout.startswith("double: ") or str(cluster.rig.model) in said.stdout, said
 
 

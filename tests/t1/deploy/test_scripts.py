@@ -72,7 +72,9 @@ def test_a_copy_that_was_killed_is_made_anew(environment, tmp_path):
     assert sorted(os.listdir(target / "bin")) == sorted(os.listdir(BIN)) and not (target / ".bin").exists()
 
 
-def test_pull_snapshot_fetches_what_the_arguments_select_and_never_keeps_a_pod_from_starting(environment, tmp_path, monkeypatch):
+def test_pull_snapshot_fetches_what_the_arguments_select_and_never_keeps_a_pod_from_starting(
+    environment, tmp_path, monkeypatch
+):
     """With a double of `quickthaw` itself: which words it gets, and what becomes of its failures."""
     program = environment / "bin" / "pull-snapshot"
     script = '[ "$1 $2" = "snapshot $FAILS" ] && exit 1; echo "$@" >>"$0.said"; [ "$2" = pull ] || echo NAME'
@@ -102,9 +104,13 @@ def test_an_image_of_an_engine_that_is_none_is_refused():
     """Before anything is built."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     for arguments, named in ((("BASE=x", "ENGINE=tgi"), "not tgi"), ((), "give the engine")):
-        done = subprocess.run(["make", "image", *arguments], cwd=REPO, env=env, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(
+            ["make", "image", *arguments], cwd=REPO, env=env, capture_output=True, text=True, timeout=20, check=False
+        )
         assert done.returncode == 2 and named in done.stderr, done.stderr
     check = (REPO / "deploy" / "container" / "Containerfile").read_text().split("RUN ", 1)[1].split("\\\n")[0]
     for engine, code in (("vllm", 0), ("sglang", 0), ("tgi", 2), ("", 2)):
-        done = subprocess.run(["sh", "-c", check], env={**env, "ENGINE": engine}, capture_output=True, timeout=20, check=False)
+        done = subprocess.run(
+            ["sh", "-c", check], env={**env, "ENGINE": engine}, capture_output=True, timeout=20, check=False
+        )
         assert done.returncode == code

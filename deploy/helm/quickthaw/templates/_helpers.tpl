@@ -115,6 +115,10 @@ quickthaw.dev/model: {{ .name | quote }}
 - name: QUICKTHAW_REHEARSE
   value: "1"
 {{- end }}
+{{- if not (or .m.fuseResource (hasKey .m.options "mount")) }}
+- name: QUICKTHAW_MOUNT
+  value: "0"
+{{- end }}
 {{- range $key, $value := .m.options }}
 - name: QUICKTHAW_{{ $key | upper | replace "-" "_" }}
   value: {{ $value | toString | quote }}

@@ -3,6 +3,8 @@
 import functools
 import json
 import subprocess
+import tempfile
+from pathlib import Path
 
 import importlib_resources
 import jsonschema
@@ -230,3 +232,19 @@ def charts_own(item):
 
     strip(made)
     return made
+
+
+def kustomize_base(chart):
+    """Return what deploy/kustomize has to be, by kinds: the chart's example, without what only helm needs."""
+    found = {}
+    for item in chart.render(yaml.safe_load(EXAMPLE.read_text()), release="quickthaw", namespace="default"):
+        if "helm.sh/hook" not in item["metadata"].get("annotations", {}):
+            found[item["kind"]] = made = charts_own(item)
+            del made["metadata"]["namespace"]
+    return found
+
+
+if __name__ == "__main__":  # python -m tests.kits.chart_kit: write the files of deploy/kustomize again
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, item in kustomize_base(Chart(Path(folder))).items():
+            (KUSTOMIZE / f"{kind.lower()}.yaml").write_text(yaml.safe_dump(item, sort_keys=False, width=140))

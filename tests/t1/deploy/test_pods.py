@@ -5,6 +5,7 @@ A node is a state folder here. The engine is the double; podman plays the pods, 
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -56,7 +57,8 @@ class Cluster:
     def close(self):
         """Stop all pods; return their exit codes."""
         pods, self.pods = self.pods, []
-        return [pod.close() for pod in pods]
+        with ThreadPoolExecutor() as threads:
+            return list(threads.map(lambda pod: pod.close(), pods))
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != P
 
 from launchers.bare import free_port  # noqa: E402
 from plugin.runtime.config import state_home  # noqa: E402
+from plugin.runtime.signals import unwind  # noqa: E402
 from tests.kits.launch_rig import environment, model  # noqa: E402
 
 TARGET_S = 1.0
@@ -74,25 +75,28 @@ def first_start(python: Path, folder: Path, home: Path) -> tuple[float, int]:
         text=True,
     ) as process:
         assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith("quickthaw: loading"):
-                loading = time.monotonic() - began
-            if re.match("quickthaw: (warming|trimming)", line):
-                written = sum(
-                    file.stat().st_blocks * 512
-                    for part in home.iterdir()
-                    if part.name not in ("mounts", "criu")  # what the mount shows is the model itself
-                    for file in part.rglob("*")
-                    if file.is_file()
-                )
-                break
-        process.send_signal(signal.SIGTERM)
-        process.stderr.read()
+        try:
+            for line in process.stderr:
+                if line.startswith("quickthaw: loading"):
+                    loading = time.monotonic() - began
+                if re.match("quickthaw: (warming|trimming)", line):
+                    written = sum(
+                        file.stat().st_blocks * 512
+                        for part in home.iterdir()
+                        if part.name not in ("mounts", "criu")  # what the mount shows is the model itself
+                        for file in part.rglob("*")
+                        if file.is_file()
+                    )
+                    break
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.stderr.read()
     return loading, written
 
 
 def main() -> None:
     """Run the benchmark."""
+    unwind()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=int, default=30)
     parser.add_argument("--runs", type=int, default=3)

@@ -35,6 +35,7 @@ sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != P
 
 from lazyfs.api import import_directory, mount  # noqa: E402
 from lazyfs.mount import kernel  # noqa: E402
+from plugin.runtime.signals import unwind  # noqa: E402
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from lazyfs_link import download, far_origin, origin_name  # noqa: E402
@@ -459,6 +460,7 @@ PARTS = ("local", "second", "remote", "first-byte", "memory", "sharing", "peers"
 
 
 def main() -> None:
+    unwind()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
     parser.add_argument("--megabytes", type=int, default=1024, help="size of the model file")

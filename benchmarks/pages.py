@@ -45,6 +45,7 @@ from launchers.base import ENGINE_SITE  # noqa: E402
 from launchers.client import Client  # noqa: E402
 from launchers.engine_site import engine_site  # noqa: E402
 from plugin.runtime.config import state_home  # noqa: E402
+from plugin.runtime.signals import unwind  # noqa: E402
 from plugin.runtime.steps.engine_output import Output  # noqa: E402
 from plugin.runtime.steps.paging import map_pages  # noqa: E402
 
@@ -180,6 +181,7 @@ def mapped_bytes(folder: Path) -> dict[str, int]:
 
 def main() -> None:
     """Measure and print."""
+    unwind()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("--runs", type=int, default=5)

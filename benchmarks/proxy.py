@@ -50,6 +50,7 @@ sys.path.insert(0, str(ROOT))
 
 from plugin.bench.client import free_port  # noqa: E402
 from plugin.proxy.descriptor_limit import raise_files  # noqa: E402
+from plugin.runtime.signals import unwind  # noqa: E402
 
 # -- starting and stopping ---------------------------------------------------------------------------
 
@@ -310,6 +311,7 @@ def held_part(up: int, ports: Ports, peer: Ports) -> tuple[dict[str, Any], list[
 
 
 def main() -> None:
+    unwind()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", default="latency,throughput,streams,cancel,held,body,imports")

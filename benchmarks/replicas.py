@@ -34,6 +34,7 @@ sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != P
 from checkpoint.snapshot.library import Library  # noqa: E402
 from plugin.bench.client import service_port, stream_completion  # noqa: E402
 from plugin.runtime.config import state_home  # noqa: E402
+from plugin.runtime.signals import unwind  # noqa: E402
 
 TARGET, TARGET_VERIFY = 2.5, 0.15
 LIMIT_S = 300.0
@@ -53,19 +54,21 @@ def restore(name: str, replicas: int, verify: str = "auto", ask: bool = False) -
     ) as process:
         assert process.stderr is not None
         said = []
-        for line in process.stderr:
-            said.append(line)
-            if re.match(r"quickthaw: (replica \d+: )?serving ", line):
-                served.append(time.monotonic() - began)
-                if len(served) == replicas:
+        try:
+            for line in process.stderr:
+                said.append(line)
+                if re.match(r"quickthaw: (replica \d+: )?serving ", line):
+                    served.append(time.monotonic() - began)
+                    if len(served) == replicas:
+                        break
+                if "failed" in line or time.monotonic() - began > LIMIT_S:
                     break
-            if "failed" in line or time.monotonic() - began > LIMIT_S:
-                break
-        if ask and len(served) == replicas:
-            stream_completion(port, Library(state_home()).load(name).model, began, 8, LIMIT_S)
-        process.send_signal(signal.SIGTERM)
-        process.stderr.read()
-        process.wait(60)
+            if ask and len(served) == replicas:
+                stream_completion(port, Library(state_home()).load(name).model, began, 8, LIMIT_S)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.stderr.read()
+            process.wait(60)
     if len(served) < replicas:
         raise SystemExit(f"only {len(served)} of {replicas} served:\n" + "".join(said[-15:]))
     return served
@@ -128,6 +131,7 @@ def show(found: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run and print."""
+    unwind()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("replicas", type=int, nargs="?", default=4)

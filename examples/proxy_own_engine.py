@@ -25,7 +25,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.tracker = PhaseTracker()
-        self.pool = ReplicaPool(wake=self.wake, sleep=self.sleep, idle_timeout_s=0.5)
+        self.pool = ReplicaPool(wake=self.wake, sleep=self.sleep, sleep_after_s=0.5)
         self.replica = self.pool.add("engine", self.tracker)
         self.server: asyncio.Server | None = None
 

@@ -359,6 +359,13 @@ class Engine(abc.ABC):
         The engine must be idle. Raises EngineFailed (trim-busy) otherwise.
         """
 
+    def drop_cache(self, client: Client) -> None:
+        """Empty the KV cache and release its pages, for standby; nothing else need be prepared as for a snapshot.
+
+        The engine must be idle. Raises EngineFailed (trim-busy) otherwise.
+        """
+        self.trim(client)
+
     def name_weights(self, client: Client) -> None:  # noqa: B027 - nothing to do if the canary does it
         """Have our hooks record the weights' addresses (launchers/control.py).
 

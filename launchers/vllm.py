@@ -201,17 +201,36 @@ class Vllm(Engine):
             ) from error
 
     def trim(self, client: Client) -> None:
-        """Reset the prefix cache, then drop the pages in every worker (plugin/engine/vllm_hooks.py).
+        """Reset the prefix cache, then trim every worker (plugin/engine/vllm_hooks.py).
 
         Raises EngineFailed (trim-busy).
         """
+        self._reset_prefix_cache(client)
+        self._call_workers(client, "quickthaw_trim")
+
+    def drop_cache(self, client: Client) -> None:
+        """Reset the prefix cache, then drop its pages in every worker: a trim would also search for the weights' addresses.
+
+        Raises EngineFailed (trim-busy).
+        """
+        self._reset_prefix_cache(client)
+        try:
+            self._call_workers(client, "quickthaw_drop_cache")
+        except EngineFailed as error:
+            if error.code != "engine-refused":
+                raise
+            self._call_workers(client, "quickthaw_trim")  # its snapshot was taken before there was the other method
+
+    def _reset_prefix_cache(self, client: Client) -> None:
         if self._control(client, 30.0, call="reset_prefix_cache") is False:
             raise EngineFailed("trim-busy", "vLLM did not reset its prefix cache; a request is still running")
-        self._control(client, 90.0, call="collective_rpc", method="quickthaw_trim", timeout=60)
+
+    def _call_workers(self, client: Client, method: str) -> None:
+        self._control(client, 90.0, call="collective_rpc", method=method, timeout=60)
 
     def name_weights(self, client: Client) -> None:
         """Use the workers' own method (plugin/engine/vllm_hooks.py)."""
-        self._control(client, 90.0, call="collective_rpc", method="quickthaw_name_weights", timeout=60)
+        self._call_workers(client, "quickthaw_name_weights")
 
     def reload_weights(self, client: Client, model: str) -> None:
         """Use vLLM's own reload, from the path it was started with."""

@@ -219,7 +219,7 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
     quickthaw launch vllm --model /models/llama --port 8000
     quickthaw launch -- /opt/sglang/bin/python -m sglang.launch_server --model-path /models/qwen
     quickthaw launch --engine-python /opt/sglang/bin/python sglang --model-path /models/qwen --port 30000
-    quickthaw launch --idle-timeout 10m --replicas 2 vllm --model /models/llama
+    quickthaw launch --sleep-after 10m --replicas 2 vllm --model /models/llama
     docker run … --entrypoint quickthaw IMAGE launch vllm --model /models/llama
     """
     import launchers

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import socket
 import ssl
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +26,7 @@ _where = using(
     option(
         "--url",
         default="http://127.0.0.1:8000",
-        help="Where quickthaw listens: its public port, or that of --admin-listen.",
+        help="Where quickthaw listens: its public port, that of --admin-listen, or the socket of --uds as unix:/path.",
     ),
     option("--admin-token", help="The admin token. The variable keeps it out of process lists."),
     option("--admin-prefix", default="/-", help="Where its admin endpoints are."),
@@ -35,19 +37,41 @@ class Refused(click.ClickException):
     """quickthaw refused, or could not be asked."""
 
 
+class _UnixConnection(http.client.HTTPConnection):
+    """A connection to a UNIX socket."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        """Connect to the socket's file. Raises OSError."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def _connection(url: str, limit_s: float) -> tuple[http.client.HTTPConnection, str]:
+    """Return a connection to a URL, and the folder before its paths. Raises UsageError, ValueError or OSError."""
+    parts = urlsplit(url)
+    if parts.scheme == "unix" and parts.path:
+        return _UnixConnection(os.path.abspath(url.removeprefix("unix:").removeprefix("//")), limit_s), ""
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise click.UsageError(f"{url!r} is not http://HOST:PORT, https://HOST:PORT or unix:/PATH")
+    if parts.scheme == "http":
+        return http.client.HTTPConnection(parts.hostname, parts.port, timeout=limit_s), parts.path.rstrip("/")
+    context = ssl.create_default_context()
+    made = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=limit_s, context=context)
+    return made, parts.path.rstrip("/")
+
+
 def call(url: str, method: str, path: str, token: str | None, limit_s: float) -> dict[str, Any]:
     """Send one request to an admin endpoint and return its document. Raises Refused with the code of the answer."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise click.UsageError(f"{url!r} is not http://HOST:PORT or https://HOST:PORT")
     try:
-        connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=limit_s)
-        if parts.scheme == "https":
-            context = ssl.create_default_context()
-            connection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=limit_s, context=context)
+        connection, folder = _connection(url, limit_s)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
-            connection.request(method, parts.path.rstrip("/") + path, headers=headers)
+            connection.request(method, folder + path, headers=headers)
             answer = connection.getresponse()
             text = answer.read()
         finally:

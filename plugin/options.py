@@ -84,7 +84,7 @@ def _grace(_: click.Context, __: click.Parameter, value: float | None) -> float:
 
 
 def variable(name: str) -> str:
-    """Return the variable that an option reads: `--idle-timeout` and `idle_timeout` give QUICKTHAW_IDLE_TIMEOUT."""
+    """Return the variable that an option reads: `--sleep-after` and `sleep_after` give QUICKTHAW_SLEEP_AFTER."""
     return PREFIX + name.lstrip("-").replace("-", "_").upper()
 
 
@@ -234,16 +234,17 @@ log_options = (
 
 serving = (
     option(
-        "--idle-timeout",
-        type=Duration(),
-        default="0",
-        help="Stop the engine after this time without a request; the next request wakes it. 0: never.",
-    ),
-    option(
         "--standby-after",
         type=Duration(),
         default="0",
         help="Freeze the engine with its memory after this time without a request; the next one continues it at once. 0: never.",
+    ),
+    option(
+        "--sleep-after",
+        type=Duration(),
+        default="0",
+        old=["--idle-timeout"],
+        help="End the engine after this time without a request; the next request starts it again. 0: never.",
     ),
     option(
         "--wake-on",
@@ -430,7 +431,7 @@ def replica_settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
         "lazy_restore": options["lazy"],
         "verify": options["verify"],
         "trust_keys": options["trust_key"],
-        "idle_timeout_s": options["idle_timeout"],
+        "sleep_after_s": options["sleep_after"],
         "standby_after_s": options["standby_after"],
         "grace_s": options["grace"],
         "silence_limit_s": options["silence_timeout"],

@@ -166,7 +166,7 @@ def demo(engine: str, keep: bool) -> int:
     with contextlib.suppress(CheckpointError):
         library.remove(name)
     logs = Path(tempfile.mkdtemp(prefix="quickthaw-demo-"))
-    options = ["--snapshot-name", name, "--idle-timeout", "1.5s", "--engine-python", str(setting.python)]
+    options = ["--snapshot-name", name, "--sleep-after", "1.5s", "--engine-python", str(setting.python)]
     argv = [
         sys.executable,
         "-m",
@@ -193,7 +193,7 @@ def demo(engine: str, keep: bool) -> int:
         snapshot = library.load(name)
         story.say(f"  first answer: [italic]{cold_text.strip()!r}[/italic]\n")
         story.say(
-            "[bold]2. No requests; the engine is stopped[/bold] (--idle-timeout), and nothing runs behind the port"
+            "[bold]2. No requests; the engine is stopped[/bold] (--sleep-after), and nothing runs behind the port"
         )
         _wait_asleep(port)
         story.say(f"  [green]✓[/green] asleep: {_engine_processes(process.pid)} engine processes\n")

@@ -1,7 +1,8 @@
 """The vLLM plugin (entry-point group vllm.general_plugins): loaded in the API server, the engine core and every worker.
 
-It adds two methods to the workers, called through vLLM's own `/collective_rpc`. `quickthaw_trim` drops the KV cache's
-pages and reports the weights' areas; `quickthaw_name_weights` only reports them. The plugin may be loaded more than
+It adds three methods to the workers, called through vLLM's own `/collective_rpc`. `quickthaw_drop_cache` drops the KV
+cache's pages; `quickthaw_trim` also reports the weights' areas and trims the process; `quickthaw_name_weights` only
+reports them. The plugin may be loaded more than
 once in a process, as vLLM's contract requires.
 """
 
@@ -13,10 +14,16 @@ import sys
 from . import control, joining, memory, own_compile_cache, packed_weights
 
 
-def _trim(self):
+def _drop_cache(self):
     """Drop the KV cache's pages in this worker and return the bytes dropped. The prefix cache has been reset by then."""
     runner = getattr(self, "worker", self).model_runner
-    dropped = memory.discard(_flat(getattr(runner, "kv_caches", ())))
+    return memory.discard(_flat(getattr(runner, "kv_caches", ())))
+
+
+def _trim(self):
+    """Drop what a snapshot need not hold and return the bytes of KV cache dropped."""
+    runner = getattr(self, "worker", self).model_runner
+    dropped = _drop_cache(self)
     _name_weights(self)
     if control.excludes_weights():
         control.answer("weights", str(memory.drop_weights(runner.get_model())))
@@ -110,6 +117,7 @@ def register():
 
     control.install()
     own_compile_cache.take_over_model_infos()
+    WorkerBase.quickthaw_drop_cache = _drop_cache
     WorkerBase.quickthaw_trim = _trim
     WorkerBase.quickthaw_name_weights = _name_weights
     with contextlib.suppress(ImportError, AttributeError):

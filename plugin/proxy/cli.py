@@ -36,7 +36,7 @@ Examples:
   quickthaw proxy --listen :8000 --upstream http://127.0.0.1:8001
 \b
   # start the engine when a request comes, stop it after ten idle minutes
-  quickthaw proxy --upstream http://127.0.0.1:8001 --idle-timeout 10m \\
+  quickthaw proxy --upstream http://127.0.0.1:8001 --sleep-after 10m \\
       --wake 'exec vllm serve my-model --port 8001' --ready-model my-model
 \b
   # several models, at most one awake
@@ -83,7 +83,7 @@ def _read_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
         is_eager=True,
         callback=_read_file,
-        help="A YAML file of several models; it may set the options below too, as idle_timeout: 10m.",
+        help="A YAML file of several models; it may set the options below too, as sleep_after: 10m.",
     ),
     option(
         "--import",
@@ -189,7 +189,7 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
             from plugin.proxy.endpoints.models import ModelRouter, Models, load
 
             config = load(options["config"])
-            owner = Models(config, options["idle_timeout"], options["standby_after"])
+            owner = Models(config, options["sleep_after"], options["standby_after"])
             pools = owner.pools
             target = ModelRouter(config, pools)
         else:
@@ -203,7 +203,7 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
                 ready_model=options["ready_model"],
                 api_key=options["api_key"] or None,
                 wake_limit_s=options["wake_timeout"],
-                idle_timeout_s=options["idle_timeout"] or None,
+                sleep_after_s=options["sleep_after"] or None,
                 facts=Facts(model=options["ready_model"] or ""),
             )
             owner = Endpoint("default", spec)

@@ -22,7 +22,7 @@ class LaunchSettings:
       decides by measured rates.
     - name: the snapshot's name, if the user gave one.
     - named: serve exactly the snapshot `name`, or fail (`quickthaw restore`).
-    - idle_timeout_s: 0 never sleeps.
+    - sleep_after_s: 0 never sleeps.
     - standby_after_s: 0 never goes to standby.
     - trim: False leaves the KV cache in the snapshot (to measure what excluding it gains).
     - snapshot_store: URL of the store for snapshots that this host lacks, and for compile caches.
@@ -56,7 +56,7 @@ class LaunchSettings:
     lazy_restore: bool = True
     trim: bool = True
     verify: str = "auto"
-    idle_timeout_s: float = 0.0
+    sleep_after_s: float = 0.0
     standby_after_s: float = 0.0
     start_timeout_s: float = 1800.0
     grace_s: float = 30.0
@@ -78,7 +78,7 @@ class LaunchSettings:
         if self.restore_concurrency < 0:
             raise ValueError(f"--restore-concurrency must not be negative, not {self.restore_concurrency}")
         if (
-            min(self.idle_timeout_s, self.standby_after_s, self.grace_s, self.silence_limit_s) < 0
+            min(self.sleep_after_s, self.standby_after_s, self.grace_s, self.silence_limit_s) < 0
             or self.start_timeout_s <= 0
         ):
             raise ValueError("times must not be negative, and --start-timeout must be above 0")

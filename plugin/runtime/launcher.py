@@ -325,10 +325,10 @@ class Launch:
         moves = Moves(self.replicas, self._start_one, self._restart_clock)
         self._pool = moves.pool = pool = ReplicaPool(
             history=history_for(self.settings),
-            wake=moves.wake if self.settings.idle_timeout_s or self.settings.standby_after_s else None,
+            wake=moves.wake if self.settings.sleep_after_s or self.settings.standby_after_s else None,
             sleep=moves.sleep,
             standby=moves.standby,
-            idle_timeout_s=self.settings.idle_timeout_s or None,
+            sleep_after_s=self.settings.sleep_after_s or None,
             standby_after_s=self.settings.standby_after_s or None,
             speculative=self._shares_steps,
         )

@@ -60,7 +60,7 @@ def test_plain_restores_work_too(rig):
 
 
 def test_a_request_to_a_sleeping_engine_wakes_it(rig):
-    with rig.running("--idle-timeout", "1", limit_s=120.0) as (port, answer, _, _):
+    with rig.running("--sleep-after", "1", limit_s=120.0) as (port, answer, _, _):
         limit = time.monotonic() + 60
         while measure.status(port)["pools"][0]["replicas"][0]["phase"] != "asleep":
             assert time.monotonic() < limit

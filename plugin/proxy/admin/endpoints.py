@@ -53,7 +53,8 @@ def pool_document(pool: ReplicaPool) -> dict[str, Any]:
         "sleeps": pool.sleeper.sleeps,
         "standbys": pool.sleeper.standbys,
         "failed_starts": pool.waker.failed_starts,
-        "idle_timeout_s": pool.idle_timeout_s,
+        "sleep_after_s": pool.sleep_after_s,
+        "idle_timeout_s": pool.sleep_after_s,  # its former name, for one version
         "standby_after_s": pool.standby_after_s,
         "idle_s": round(time.monotonic() - pool.last_active, 3),
         "woken_by_requests": pool.waker.hook is not None and pool.started_here,

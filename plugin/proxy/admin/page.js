@@ -179,7 +179,7 @@ function drawPool(card, pool, doc) {
     model: pool.model && pool.model !== title ? pool.model : "", engine: pool.engine === title ? "" : pool.engine,
     snapshot: pool.snapshot ? pool.snapshot.name : "", snapshotSize: pool.snapshot && pool.snapshot.bytes ? bytes(pool.snapshot.bytes) : "",
     where: one ? where(replica, doc) : "", memory: one ? memory(replica) : "see its replicas", gpu: one ? gpu(pool, replica) : "",
-    sleep: pool.idle_timeout_s ? `after ${span(pool.idle_timeout_s)} without a request${phase === "serving" && !pool.outstanding && pool.idle_s >= 5 ? `, idle for ${span(pool.idle_s)}` : ""}` : "",
+    sleep: pool.sleep_after_s ? `after ${span(pool.sleep_after_s)} without a request${phase === "serving" && !pool.outstanding && pool.idle_s >= 5 ? `, idle for ${span(pool.idle_s)}` : ""}` : "",
     usual: Object.keys(pool.usual).length > 0, replicas: several,
   });
   const dot = card.querySelector(".state .dot");

@@ -70,7 +70,7 @@ class EndpointSpec:
     """The engine's key, for these two checks."""
     wake_limit_s: float = 600.0
     sleep_limit_s: float = 60.0
-    idle_timeout_s: float | None = None
+    sleep_after_s: float | None = None
     standby_after_s: float | None = None
     """Of one that `restores`: it goes to standby when it was idle for so long, and to make room."""
     environment: tuple[tuple[str, str], ...] = ()
@@ -126,7 +126,7 @@ class Endpoint:
             wake=self._wake if room is None else room(name, self._wake),
             sleep=self._sleep if spec.can_sleep else None,
             standby=self._standby if spec.restores else None,
-            idle_timeout_s=spec.idle_timeout_s,
+            sleep_after_s=spec.sleep_after_s,
             standby_after_s=spec.standby_after_s,
             wake_limit_s=(spec.wake_limit_s + 5.0) if room is None else 86400.0,
             sleep_limit_s=spec.sleep_limit_s + _STOP_GRACE_S + 5.0,

@@ -64,7 +64,7 @@ def _model(
     if model.get("checkEndpoint", "/health") != "/health":
         found["ready_path"] = "/" if model["checkEndpoint"] == "none" else model["checkEndpoint"]
     if model.get("ttl"):
-        found["idle_timeout"] = model["ttl"]
+        found["sleep_after"] = model["ttl"]
     if model.get("useModelName"):
         found["served_name"] = model["useModelName"]
     if model.get("aliases"):

@@ -81,7 +81,7 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     ready_model: str | None = None
     api_key: str | None = None
     """The key that the engine wants, for the readiness check; a snapshot's restore gets it for its canary."""
-    idle_timeout: Seconds | None = None
+    sleep_after: Seconds | None = None
     standby_after: Seconds | None = None
     """Of a snapshot: time without a request after which its engine is frozen with its memory; it also makes room that way."""
     wake_timeout: Seconds = Seconds(600.0)
@@ -98,7 +98,7 @@ SETTINGS = frozenset(
         "listen",
         "root_path",
         "workers",
-        "idle_timeout",
+        "sleep_after",
         "standby_after",
         "grace",
         "hold_timeout",
@@ -123,7 +123,8 @@ SETTINGS = frozenset(
 """Keys of the file that are options of `quickthaw proxy`, by their names (plugin/options.py)."""
 _LISTS = ("deny", "allow", "wake_on")
 """Those that may be repeated; the file may give one without a list."""
-_OLD_KEYS = {"drain": "evict_grace"}
+_OLD_KEYS = {"drain": "evict_grace", "idle_timeout": "sleep_after"}
+_OLD_MODEL_KEYS = {"idle_timeout": "sleep_after"}
 
 
 class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -162,11 +163,20 @@ def _read(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
             return llama_swap.convert(document, lambda text: warn(f"{path}: {text}"))
         except ValueError as exc:
             raise ValueError(f"{path}: {exc}") from exc
-    for old, new in _OLD_KEYS.items():
-        if old in document:
-            warn(f"{path}: {old} is now {new}; the next version drops the old name")
-            document.setdefault(new, document.pop(old))
+    _rename(document, _OLD_KEYS, f"{path}: ", warn)
+    models = document.get("models")
+    for name, model in models.items() if isinstance(models, dict) else ():
+        if isinstance(model, dict):
+            _rename(model, _OLD_MODEL_KEYS, f"{path}: model {name!r}: ", warn)
     return document
+
+
+def _rename(keys: dict[str, Any], old_names: dict[str, str], where: str, warn: Callable[[str], None]) -> None:
+    """Give old keys their current names, with a warning. A current key that is there too takes precedence."""
+    for old, new in old_names.items():
+        if old in keys:
+            warn(f"{where}{old} is now {new}; the next version drops the old name")
+            keys.setdefault(new, keys.pop(old))
 
 
 def settings_in(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
@@ -216,10 +226,10 @@ def load(path: Path) -> Config:
     return config
 
 
-def spec_of(model: ModelConfig, idle_timeout: float, standby_after: float = 0.0) -> EndpointSpec:
+def spec_of(model: ModelConfig, sleep_after: float, standby_after: float = 0.0) -> EndpointSpec:
     """Return the endpoint for a model's configuration, choosing the port of a command. The times are the command's, in seconds."""
     standby = model.standby_after if model.standby_after is not None else standby_after
-    idle = model.idle_timeout if model.idle_timeout is not None else idle_timeout
+    idle = model.sleep_after if model.sleep_after is not None else sleep_after
     wake, upstream, environment = model.wake, model.upstream, dict[str, str]()
     if model.rehearse is not None:
         environment["QUICKTHAW_REHEARSE"] = str(int(model.rehearse))
@@ -252,7 +262,7 @@ def spec_of(model: ModelConfig, idle_timeout: float, standby_after: float = 0.0)
         ready_model=model.ready_model,
         api_key=model.api_key,
         wake_limit_s=model.wake_timeout,
-        idle_timeout_s=idle or None,
+        sleep_after_s=idle or None,
         standby_after_s=(standby or None) if model.snapshot is not None else None,
         environment=tuple(environment.items()),
         # The port differs on each run; the model is the same.
@@ -267,8 +277,8 @@ def spec_of(model: ModelConfig, idle_timeout: float, standby_after: float = 0.0)
 class Models:
     """Own the endpoints of all models, and the limit that they share."""
 
-    def __init__(self, config: Config, idle_timeout: float = 0.0, standby_after: float = 0.0) -> None:
-        """`idle_timeout` and `standby_after` (seconds; 0 never) apply to models that set none."""
+    def __init__(self, config: Config, sleep_after: float = 0.0, standby_after: float = 0.0) -> None:
+        """`sleep_after` and `standby_after` (seconds; 0 never) apply to models that set none."""
         from plugin.records.lead_times import history_of_snapshot  # only this mode needs what it imports
 
         room = AwakeLimit(config.max_awake, config.evict, config.min_awake, config.evict_grace)
@@ -276,7 +286,7 @@ class Models:
         for name, model in config.models.items():
             endpoint = Endpoint(
                 name,
-                spec_of(model, idle_timeout, standby_after),
+                spec_of(model, sleep_after, standby_after),
                 room=room.guard,
                 history=history_of_snapshot(model.snapshot),
             )

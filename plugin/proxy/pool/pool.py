@@ -54,7 +54,7 @@ class ReplicaPool:
         standby: Callable[[], Awaitable[None]] | None = None,
         suspect: Callable[[Replica, str], None] | None = None,
         history: History | None = None,
-        idle_timeout_s: float | None = None,
+        sleep_after_s: float | None = None,
         standby_after_s: float | None = None,
         speculative: bool = False,
         wake_limit_s: float = 1800.0,
@@ -65,7 +65,7 @@ class ReplicaPool:
         self.name = name
         self.replicas: dict[str, Replica] = {}
         self.history = history or History()
-        self.idle_timeout_s, self.standby_after_s = idle_timeout_s, standby_after_s
+        self.sleep_after_s, self.standby_after_s = sleep_after_s, standby_after_s
         self.speculative = speculative
         self.max_held = 4096
         self.max_hold_s = 3600.0

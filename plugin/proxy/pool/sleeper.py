@@ -31,7 +31,7 @@ class SleepingPool(Protocol):
 
     name: str
     replicas: dict[str, Replica]
-    idle_timeout_s: float | None
+    sleep_after_s: float | None
     standby_after_s: float | None
     last_active: float
     busy_elsewhere: Callable[[], int]
@@ -115,7 +115,7 @@ class Sleeper:
     @property
     def watches(self) -> bool:
         """Return True if the pool goes to standby or to sleep when it is idle."""
-        return self.pool.idle_timeout_s is not None or self.pool.standby_after_s is not None
+        return self.pool.sleep_after_s is not None or self.pool.standby_after_s is not None
 
     @property
     def in_standby(self) -> bool:
@@ -177,6 +177,10 @@ class Sleeper:
     async def _evict(self, rung: Rung, until: float, wanted: Callable[[], bool]) -> None:
         if rung.hook is None:
             raise StartFailed(f"no-way-to-{rung.name}", f"{self.pool.name} cannot be put to {rung.name}")
+        while self.task is not None and rung.ends_engine and not self._rung.ends_engine:
+            await asyncio.wait((self.task,))  # standby is under way, which keeps what this move must end
+            if self.pool.waking:
+                raise StartFailed("busy", f"{self.pool.name} is waking for a request")
         if self.task is None:
             if rung.pause.left_s and rung.failure is not None:
                 raise rung.failure.fresh()
@@ -280,10 +284,10 @@ class Sleeper:
     async def watch_idle(self) -> None:
         """Put the pool in standby, then to sleep, whenever it was idle for as long. Runs until the server's shutdown cancels it.
 
-        `standby_after_s` and `idle_timeout_s` of the pool are in seconds from the last request; None never.
+        `standby_after_s` and `sleep_after_s` of the pool are in seconds from the last request; None never.
         """
         pool = self.pool
-        standby_s, sleep_s = (math.inf if s is None else s for s in (pool.standby_after_s, pool.idle_timeout_s))
+        standby_s, sleep_s = (math.inf if s is None else s for s in (pool.standby_after_s, pool.sleep_after_s))
         while True:
             idle, serving = time.monotonic() - pool.last_active, pool.ready() is not None
             if pool.outstanding or pool.held or pool.busy_elsewhere() or not (serving or self.in_standby):

@@ -30,7 +30,7 @@ log = logging.getLogger("quickthaw")
 LIFE_LIMIT_S = 10.0
 """Seconds within which the server of an engine that continues must answer; it answers within milliseconds."""
 BUSY = ("trim-busy",)
-"""Errors of a trim for which the engine does not go to standby; after any other, its KV cache stays."""
+"""Errors of the drop for which the engine does not go to standby; after any other, its KV cache stays."""
 
 
 @dataclass
@@ -60,7 +60,7 @@ def enter(replica: RestoreContext, running: Running) -> Frozen:
     sandbox = running.place
     if not isinstance(sandbox, Sandbox):
         raise EngineFailed("standby-no-sandbox", "an engine outside a sandbox cannot be frozen; see quickthaw doctor")
-    _trim(replica, running)
+    _drop_cache(replica, running)
     on_gpu = _leave_gpu(replica, running, sandbox)
     freezer = running.freezer = running.freezer or Freezer(sandbox.init_pid)
     try:
@@ -95,10 +95,10 @@ def _check_whole(frozen: Frozen) -> None:
         raise Failed("engine-died", "a process of the engine was killed in standby")
 
 
-def _trim(replica: RestoreContext, running: Running) -> None:
+def _drop_cache(replica: RestoreContext, running: Running) -> None:
     """Drop the KV cache where the engine offers it. Raises LauncherError (trim-busy) if a request still runs."""
     try:
-        replica.engine.trim(running.client)
+        replica.engine.drop_cache(running.client)
     except LauncherError as error:
         if error.code in BUSY:
             raise

@@ -2,7 +2,10 @@
 
 import http.client
 import io
+import socket
+import threading
 
+import click
 import pytest
 
 from plugin import models
@@ -32,6 +35,34 @@ def refusal(monkeypatch, status, body):
     with pytest.raises(models.Refused) as caught:
         models.call("http://127.0.0.1:8000", "GET", "/-/status", None, 1.0)
     return str(caught.value)
+
+
+def test_a_quickthaw_at_a_unix_socket_is_reached(tmp_path):
+    path = tmp_path / "engine.sock"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+
+        def answer():
+            client, _ = listening.accept()
+            with client:
+                got.append(client.recv(4096))
+                client.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n{"pools":[]}')
+
+        got = []
+        server = threading.Thread(target=answer)
+        server.start()
+        assert models.call(f"unix:{path}", "GET", "/-/status", "secret", 5.0) == {"pools": []}
+        server.join()
+    assert got[0].startswith(b"GET /-/status HTTP/1.1\r\n") and b"Authorization: Bearer secret" in got[0]
+    with pytest.raises(models.Refused, match="not-reached: no quickthaw answers at unix:"):
+        models.call(f"unix://{path}", "GET", "/-/status", None, 5.0)
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "unix:", "here", "http://"])
+def test_what_is_no_address_is_refused(url):
+    with pytest.raises(click.UsageError, match="is not http://HOST:PORT"):
+        models.call(url, "GET", "/-/status", None, 5.0)
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def test_an_old_name_takes_the_same_values(given):
         ("launch", ["vllm"], "QUICKTHAW_NAME", "x", ("snapshot_name", "x")),
         ("launch", ["vllm"], "QUICKTHAW_RESTORES_AT_ONCE", "3", ("restore_concurrency", 3)),
         ("restore", ["s"], "QUICKTHAW_TRUST_KEYS", "/a:/b", ("trust_key", (Path("/a"), Path("/b")))),
-        ("proxy", [], "QUICKTHAW_PROXY_IDLE_TIMEOUT", "10m", ("idle_timeout", 600.0)),
+        ("proxy", [], "QUICKTHAW_PROXY_IDLE_TIMEOUT", "10m", ("sleep_after", 600.0)),
         ("proxy", [], "QUICKTHAW_PROXY_DRAIN", "5", ("grace", 5.0)),
         ("proxy", [], "QUICKTHAW_TOKEN", "t", ("admin_token", "t")),
         ("launch", ["vllm"], "QUICKTHAW_SHRINK", "no", ("trim", False)),
@@ -180,7 +180,7 @@ def test_old_variables_work_with_a_warning(command, words, name, value, expected
 
 
 def test_a_command_started_by_proxy_gets_none_of_its_variables():
-    names = ("IDLE_TIMEOUT", "ADMIN_LISTEN", "OWN_LISTEN", "DRAIN", "PROXY_DRAIN", "PROXY_IDLE_TIMEOUT")
+    names = ("SLEEP_AFTER", "IDLE_TIMEOUT", "ADMIN_LISTEN", "OWN_LISTEN", "DRAIN", "PROXY_DRAIN", "PROXY_IDLE_TIMEOUT")
     inherited = {"QUICKTHAW_LOG_FORMAT": "json", "QUICKTHAW_API_KEY": "k", "PATH": "/bin"}
     environment = {f"QUICKTHAW_{name}": "x" for name in names} | inherited
     consume_variables(command_named("proxy"), environment)
@@ -189,7 +189,7 @@ def test_a_command_started_by_proxy_gets_none_of_its_variables():
 
 def test_launch_ignores_proxys_old_variables():
     result, seen = run(command_named("launch"), "vllm", env={"QUICKTHAW_PROXY_IDLE_TIMEOUT": "10m"})
-    assert seen["idle_timeout"] == 0.0 and "warning" not in result.output
+    assert seen["sleep_after"] == 0.0 and "warning" not in result.output
 
 
 def test_a_kubernetes_service_variable_is_no_port():
@@ -214,7 +214,7 @@ def test_an_invalid_address_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    "option", ["--idle-timeout", "--grace", "--hold-timeout", "--upstream-timeout", "--body-timeout", "--wake-timeout"]
+    "option", ["--sleep-after", "--grace", "--hold-timeout", "--upstream-timeout", "--body-timeout", "--wake-timeout"]
 )
 def test_a_duration_takes_a_unit_and_a_plain_number_is_seconds(option):
     for text, value in (("90s", 90.0), ("10m", 600.0), ("1h", 3600.0), ("90", 90.0), ("0.5", 0.5)):
@@ -266,7 +266,7 @@ def test_every_serving_option_reaches_the_proxy():
 
     _, options = run(command_named("proxy"))
     Settings(**settings_of(Seen(options)))
-    assert EVERY - seen == {"idle_timeout", "standby_after", "log_level", "log_format", "quiet"}
+    assert EVERY - seen == {"sleep_after", "standby_after", "log_level", "log_format", "quiet"}
 
 
 def test_all_options_of_the_three_commands_support_old_names():

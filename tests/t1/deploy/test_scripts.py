@@ -44,8 +44,8 @@ def run(*argv, programs=None):
     ("words", "command"),
     [
         ("launch -- vllm serve m", "vllm serve m"),
-        ("launch --idle-timeout 10m --snapshot-name vllm -- vllm serve m", "vllm serve m"),
-        ("launch --idle-timeout 10m vllm --model m", "vllm serve --model m"),
+        ("launch --sleep-after 10m --snapshot-name vllm -- vllm serve m", "vllm serve m"),
+        ("launch --sleep-after 10m vllm --model m", "vllm serve --model m"),
         ("launch vllm serve m", "vllm serve m"),
         ("launch --quiet sglang --model-path m", "python3 -m sglang.launch_server --model-path m"),
     ],

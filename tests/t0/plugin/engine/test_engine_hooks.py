@@ -14,6 +14,7 @@ import pytest
 from launchers.base import Engine
 from launchers.canary import JOINED, canary_id
 from launchers.errors import EngineFailed
+from launchers.vllm import Vllm
 from plugin.engine import control, joining, packed_weights, sglang_hooks, vllm_hooks
 
 pytestmark = pytest.mark.t0
@@ -200,3 +201,25 @@ def test_only_sglangs_first_canary_names_the_weights(monkeypatch):
     for identifier, count in (("the user's", 0), (canary_id(False), 1), (canary_id(False), 1)):
         sglang_hooks._after_ingest([SimpleNamespace(rid=identifier)], scheduler)
         assert written == ["areas"] * count
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_vllm_drops_its_cache_without_a_search_for_weights_unless_its_hooks_are_older(monkeypatch, old):
+    vllm, calls = Vllm(), []
+
+    def control(client, timeout_s, **asked):
+        calls.append(asked.get("method") or asked["call"])
+        if old and calls[-1] == "quickthaw_drop_cache":
+            raise EngineFailed("engine-refused", "no control call")
+
+    monkeypatch.setattr(vllm, "_control", control)
+    vllm.drop_cache(None)
+    assert calls == ["reset_prefix_cache", "quickthaw_drop_cache", *["quickthaw_trim"] * old]
+
+
+def test_vllms_hook_drops_the_pages_of_the_cache_only(monkeypatch):
+    dropped = []
+    monkeypatch.setattr(vllm_hooks.memory, "discard", lambda tensors: dropped.extend(tensors) or 7)
+    monkeypatch.setattr(vllm_hooks, "_name_weights", lambda worker: pytest.fail("it searches for weights"))
+    worker = SimpleNamespace(model_runner=SimpleNamespace(kv_caches=[["a", None], "b"]))
+    assert vllm_hooks._drop_cache(worker) == 7 and dropped == ["a", "b"]

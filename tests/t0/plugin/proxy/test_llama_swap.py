@@ -42,7 +42,7 @@ def test_a_file_of_llama_swap_is_read_as_ours(tmp_path):
     assert config.max_awake == 1 and config.min_awake == 0
     llama, qwen, docker = (config.models[name] for name in ("llama", "qwen", "docker"))
     command = "exec env CUDA_VISIBLE_DEVICES=0 'NAME=a b' /opt/llama-server --port ${PORT} -m /models/llama.gguf"
-    assert (llama.command, llama.aliases, llama.idle_timeout, llama.served_name) == (
+    assert (llama.command, llama.aliases, llama.sleep_after, llama.served_name) == (
         command,
         ("gpt-4o-mini",),
         300,

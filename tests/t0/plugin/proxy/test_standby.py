@@ -84,7 +84,7 @@ def test_only_a_serving_replica_stands_by_and_it_wakes_or_sleeps():
 
 def test_an_idle_pool_goes_down_the_ladder_and_a_request_brings_it_up():
     async def check():
-        engine = Engine(standby_after_s=0.05, idle_timeout_s=0.2)
+        engine = Engine(standby_after_s=0.05, sleep_after_s=0.2)
         async with watched(engine):
             await until(lambda: engine.tracker.phase is Phase.ASLEEP)
             assert engine.moves == ["standby", "sleep"]
@@ -119,7 +119,7 @@ def test_a_request_that_arrives_on_the_way_waits_and_is_answered_afterwards():
 
 def test_a_pool_that_cannot_stand_by_still_goes_to_sleep():
     async def check():
-        engine = Engine(refuses={"standby"}, standby_after_s=0.02, idle_timeout_s=0.3)
+        engine = Engine(refuses={"standby"}, standby_after_s=0.02, sleep_after_s=0.3)
         async with watched(engine):
             await until(lambda: engine.tracker.phase is Phase.ASLEEP)
         assert engine.moves == ["standby", "sleep"], "a failed standby is tried again after a pause of its own"
@@ -141,6 +141,40 @@ def test_adapters_are_kept_in_standby_and_keep_the_engine_from_sleep():
         engine.tracker.to(Phase.FAILED)
         await asyncio.sleep(0.01)
         assert not engine.replica.adapters_loaded
+
+    asyncio.run(check())
+
+
+def test_a_sleep_that_is_asked_for_on_the_way_to_standby_follows_it():
+    async def check():
+        engine = Engine()
+        engine.gate.clear()
+        moving = asyncio.ensure_future(engine.pool.sleeper.standby())
+        await until(lambda: engine.moves == ["standby"])
+        asked = asyncio.ensure_future(act(engine.pool, "sleep"))
+        await asyncio.sleep(0.02)
+        assert not asked.done()
+        engine.gate.set()
+        assert await moving and await asked == "asleep"
+        assert engine.moves == ["standby", "sleep"]
+
+    asyncio.run(check())
+
+
+def test_a_request_on_the_way_to_standby_wins_over_a_sleep_that_is_asked_for():
+    async def check():
+        engine = Engine()
+        engine.gate.clear()
+        moving = asyncio.ensure_future(engine.pool.sleeper.standby())
+        await until(lambda: engine.moves == ["standby"])
+        asked = asyncio.ensure_future(act(engine.pool, "sleep"))
+        waiting = asyncio.ensure_future(engine.pool.acquire())
+        await asyncio.sleep(0.02)
+        engine.gate.set()
+        with pytest.raises(StartFailed) as refused:
+            await asked
+        assert refused.value.code == "busy" and await moving and (await waiting).name == "r0"
+        assert engine.moves == ["standby", "wake"]
 
     asyncio.run(check())
 

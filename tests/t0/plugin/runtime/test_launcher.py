@@ -33,7 +33,7 @@ class Replica:
 
 
 def test_only_the_last_failed_start_ends_the_launch():
-    launch = Launch(SimpleNamespace(idle_timeout_s=None, restore_concurrency=3), None, None)
+    launch = Launch(SimpleNamespace(sleep_after_s=None, restore_concurrency=3), None, None)
     launch.replicas = replicas = [Replica() for _ in range(3)]
     threading.Thread(target=launch._start_all, daemon=True).start()
     for replica in replicas[:0:-1]:
@@ -47,7 +47,7 @@ def test_only_the_last_failed_start_ends_the_launch():
 
 
 def test_with_restore_concurrency_1_the_next_replica_starts_after_a_failure():
-    launch = Launch(SimpleNamespace(idle_timeout_s=None, restore_concurrency=1), None, None)
+    launch = Launch(SimpleNamespace(sleep_after_s=None, restore_concurrency=1), None, None)
     launch.replicas = replicas = [Replica() for _ in range(3)]
     for replica in replicas[1:]:
         replica.fail.set()
@@ -60,7 +60,7 @@ def test_with_restore_concurrency_1_the_next_replica_starts_after_a_failure():
 
 
 def test_a_stop_as_a_start_ends_leaves_the_engine_to_the_shutdown():
-    launch = Launch(SimpleNamespace(idle_timeout_s=None, restore_concurrency=1), None, None)
+    launch = Launch(SimpleNamespace(sleep_after_s=None, restore_concurrency=1), None, None)
     graces = []
 
     class Started(Replica):
@@ -77,7 +77,7 @@ def test_a_stop_as_a_start_ends_leaves_the_engine_to_the_shutdown():
 def test_a_canary_expects_a_client_that_the_proxy_has_not_accepted_yet(monkeypatch):
     monkeypatch.setenv("QUICKTHAW_SHARED_STEP", "1")
     sock = bind("127.0.0.1", 0)
-    launch = Launch(SimpleNamespace(idle_timeout_s=None, restore_concurrency=1), sock, None)
+    launch = Launch(SimpleNamespace(sleep_after_s=None, restore_concurrency=1), sock, None)
     assert not launch._expects()
     with socket.create_connection(sock.getsockname()):
         assert launch._expects()
@@ -94,7 +94,7 @@ def test_a_canary_expects_a_client_that_the_proxy_has_not_accepted_yet(monkeypat
 
 def launch_of(replicas):
     """Return a launch of doubles whose engines end when `died` is called with their code."""
-    settings = SimpleNamespace(idle_timeout_s=None, restore_concurrency=4, replicas=len(replicas))
+    settings = SimpleNamespace(sleep_after_s=None, restore_concurrency=4, replicas=len(replicas))
     launch = Launch(settings, None, None)
     launch.replicas = replicas
     for replica in replicas:
@@ -159,14 +159,14 @@ def test_a_signal_reported_twice_while_the_loop_starts_counts_once(monkeypatch):
     """`launch` ended with 130, as after a second signal, when SIGTERM arrived between the loop's start and its handlers."""
     ended = []
     monkeypatch.setattr("os._exit", ended.append)
-    launch = Launch(SimpleNamespace(idle_timeout_s=None, restore_concurrency=1), None, None)
+    launch = Launch(SimpleNamespace(sleep_after_s=None, restore_concurrency=1), None, None)
     launch._signalled(early=True)
     launch._signalled()
     assert ended == []
     launch._early_signal_at -= 2.0
     launch._signalled()
     assert ended == [130]
-    launch = Launch(SimpleNamespace(idle_timeout_s=None, restore_concurrency=1), None, None)
+    launch = Launch(SimpleNamespace(sleep_after_s=None, restore_concurrency=1), None, None)
     launch._signalled()
     launch._signalled()
     assert ended == [130, 130]
@@ -175,7 +175,7 @@ def test_a_signal_reported_twice_while_the_loop_starts_counts_once(monkeypatch):
 @pytest.mark.parametrize("signalled", [True, False])
 def test_the_grace_is_for_a_stop_from_outside(signalled):
     """In a container it is 24 h: an engine that died for good must not keep the launch that long for a client that reads nothing."""
-    launch = Launch(SimpleNamespace(idle_timeout_s=None, restore_concurrency=1, grace_s=86400.0), None, None)
+    launch = Launch(SimpleNamespace(sleep_after_s=None, restore_concurrency=1, grace_s=86400.0), None, None)
     graces = []
 
     async def shutdown(grace_s):

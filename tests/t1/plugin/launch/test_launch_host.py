@@ -259,7 +259,7 @@ def test_a_restore_that_cannot_keep_what_it_learns_serves(outside, small_disk):
         for _ in range(4):  # past the moment at which the working set would be kept
             assert started.ask() == answer
         assert "failed" not in started.ours()
-    with outside.running("--idle-timeout", "1s") as started:
+    with outside.running("--sleep-after", "1s") as started:
         assert started.ask() == answer
         started.wait_for("quickthaw: asleep")
         assert started.ask() == answer

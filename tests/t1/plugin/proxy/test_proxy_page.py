@@ -71,7 +71,7 @@ def test_the_page_follows_one_engine_from_asleep_to_gone_and_back(tmp_path):
 
     async def main():
         async with upstream() as up, browser(tmp_path / "profile") as page:
-            async with proxy(wake=never, idle_timeout_s=600) as rig:
+            async with proxy(wake=never, sleep_after_s=600) as rig:
                 replica = rig.add("a", up.port, phase=Phase.ASLEEP)
                 rig.pool.facts = lambda: QWEN
                 measured(rig.pool, Kind.COLD, COLD)
@@ -137,8 +137,8 @@ def test_the_page_follows_one_engine_from_asleep_to_gone_and_back(tmp_path):
 @asynccontextmanager
 async def two_models() -> AsyncIterator[tuple[list[ReplicaPool], str]]:
     pools = [
-        ReplicaPool(name="qwen", wake=never, idle_timeout_s=600),
-        ReplicaPool(name="smol", wake=never, idle_timeout_s=600),
+        ReplicaPool(name="qwen", wake=never, sleep_after_s=600),
+        ReplicaPool(name="smol", wake=never, sleep_after_s=600),
     ]
 
     class Both:

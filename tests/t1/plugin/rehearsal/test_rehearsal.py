@@ -104,7 +104,7 @@ def test_a_launch_rehearses_its_snapshot_and_pushes_it(launch_rig, tmp_path):
         assert mark_of(rig) is not None
 
 
-@pytest.mark.parametrize("option", ["--standby-after", "--idle-timeout"])
+@pytest.mark.parametrize("option", ["--standby-after", "--sleep-after"])
 def test_an_engine_that_rests_at_once_is_rehearsed_too(launch_rig, option):
     rig = launch_rig
     with rig.running("--rehearse", option, "0.3s") as started:

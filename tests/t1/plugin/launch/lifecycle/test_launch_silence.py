@@ -81,7 +81,7 @@ def test_an_engine_killed_by_a_signal_during_its_start_gives_a_shells_code(launc
 
 @pytest.mark.slow
 def test_without_a_snapshot_no_engine_sleeps_and_it_is_logged_once(launch_rig):
-    with launch_rig.running("--no-snapshot", "--idle-timeout", "0.3s") as started:
+    with launch_rig.running("--no-snapshot", "--sleep-after", "0.3s") as started:
         started.ask()
         started.wait_for("did not go to sleep")
         time.sleep(2.5)

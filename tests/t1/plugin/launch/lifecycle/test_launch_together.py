@@ -168,7 +168,7 @@ def test_a_request_while_a_new_model_is_read_starts_no_second_engine(launch_rig)
     for index in range(9000):  # reading them takes a while, before the first phase that starts a process
         (tokenizer / f"{index}.txt").write_text(str(index))
     more = ["--tokenizer-path", str(tokenizer)]
-    with rig.running("--idle-timeout", "60s", "--no-snapshot", arguments=more) as started:
+    with rig.running("--sleep-after", "60s", "--no-snapshot", arguments=more) as started:
         started.ask()
         assert [phases[:3] for phases in started.phases()] == [["mounting", "starting", "loading"]]
         (mounting,) = (span["took_s"] for span in started.status()[0]["timeline"] if span["phase"] == "mounting")

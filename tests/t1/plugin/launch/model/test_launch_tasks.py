@@ -113,7 +113,7 @@ def test_an_engine_without_a_tokenizer_is_asked_in_token_ids(rig_of, engine):
 def test_an_embedding_wakes_a_sleeping_engine(rig_of):
     engine, arguments, path, _ = KINDS["SGLang, embeddings"]
     rig = rig_of(engine)
-    with rig.running("--idle-timeout", "0.5", arguments=arguments) as started:
+    with rig.running("--sleep-after", "0.5", arguments=arguments) as started:
         first = ask(started, path)
         limit = time.monotonic() + 60
         while started.status()[0]["phase"] != "asleep":

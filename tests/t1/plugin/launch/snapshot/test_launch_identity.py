@@ -134,7 +134,7 @@ def test_an_engine_with_loaded_adapters_is_not_put_to_sleep(launch_rig):
     def load(started, name):
         return call(started.port, "POST", "/load_lora_adapter", {"lora_name": name, "lora_path": "/loras/sql"})[0]
 
-    with launch_rig.running("--idle-timeout", "0.3") as started:
+    with launch_rig.running("--sleep-after", "0.3") as started:
         started.ask()
         started.wait_serving()
         started.wait_for("asleep")  # it sleeps, and wakes again

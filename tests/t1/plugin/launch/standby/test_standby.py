@@ -64,7 +64,7 @@ def test_the_cache_leaves_the_memory(rig):
         assert held and held > 4 << 20, "its weights stay, and are counted"
         assert act(started, "wake") == (200, {"name": "default", "phase": "serving"})
         calls = started.facts()["worker"]["calls"]
-        assert ["flush_cache"] in calls or ["collective_rpc", "quickthaw_trim"] in calls
+        assert ["flush_cache"] in calls or ["collective_rpc", "quickthaw_drop_cache"] in calls
 
 
 def test_without_cgroups_signals_freeze_it(rig_of):
@@ -178,7 +178,7 @@ def test_a_request_during_the_way_to_standby_is_answered(rig_of):
 
 def test_from_standby_to_sleep_to_a_restore(rig_of):
     rig = rig_of("vllm")
-    with rig.running("--standby-after", "0.2", "--idle-timeout", "1") as started:
+    with rig.running("--standby-after", "0.2", "--sleep-after", "1") as started:
         answer = started.ask()
         wait_phase(started, "standby")
         wait_phase(started, "asleep")

@@ -39,7 +39,7 @@ def test_a_request_wakes_an_engine_once_and_again_after_its_sleep(workers):
         "--workers",
         workers,
     ]
-    with command(*arguments, "--idle-timeout", "0.5") as (_, url):
+    with command(*arguments, "--sleep-after", "0.5") as (_, url):
         with ThreadPoolExecutor(12) as pool:
             got = list(pool.map(lambda n: call(f"{url}/v1/x?{n}", {"n": n}), range(12)))
         assert {status for status, _ in got} == {200}
@@ -160,7 +160,7 @@ def test_url_hooks_wake_and_put_to_sleep():
             arguments = ["--upstream", base, "--wake-url", f"{base}/wake", "--sleep-url", f"{base}/sleep"]
 
             def use() -> None:
-                with command(*arguments, "--idle-timeout", "0.2", "--deny", "/wake", "--deny", "/sleep") as (_, url):
+                with command(*arguments, "--sleep-after", "0.2", "--deny", "/wake", "--deny", "/sleep") as (_, url):
                     assert call(f"{url}/v1/x")[0] == 200
                     eventually(lambda: ("POST", "/sleep") in calls, "put to sleep")
                     eventually(
@@ -325,7 +325,7 @@ def test_the_admin_prefix_and_json_logs(tmp_path):
 def test_probes_neither_keep_an_engine_awake_nor_wake_it(workers):
     port = free_port()
     arguments = ["--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), "--workers", workers]
-    with command(*arguments, "--idle-timeout", "0.5") as (_, url):
+    with command(*arguments, "--sleep-after", "0.5") as (_, url):
         pid = call(f"{url}/v1/x", {})[1]["pid"]
 
         def probed_to_sleep() -> bool:

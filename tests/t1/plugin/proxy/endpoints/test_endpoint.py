@@ -52,7 +52,7 @@ def test_a_sleeping_engine_with_a_healthy_page_is_woken(by):
                     verb: post + f' c.request("POST", "{path}"); c.getresponse().read()\''
                     for verb, path in (("wake", "/wake_up"), ("sleep", "/sleep"))
                 }
-            spec = EndpointSpec(tcp("127.0.0.1", up.port), idle_timeout_s=0.1, **how)
+            spec = EndpointSpec(tcp("127.0.0.1", up.port), sleep_after_s=0.1, **how)
             async with in_front_of(spec) as (rig, endpoint):
                 assert endpoint.tracker.phase is Phase.SERVING, "found up"
                 for turn in range(2):
@@ -160,7 +160,7 @@ def test_an_ineffective_sleep_command_keeps_the_engine_serving(how):
         word = f"272.{free_port()}"
         async with upstream() as up:
             sleep = "exit 3" if how == "fails" else f"sleep {word}"
-            spec = EndpointSpec(tcp("127.0.0.1", up.port), sleep=sleep, idle_timeout_s=0.05)
+            spec = EndpointSpec(tcp("127.0.0.1", up.port), sleep=sleep, sleep_after_s=0.05)
             async with in_front_of(spec) as (rig, endpoint):
                 if how == "fails":
                     await until(lambda: rig.pool.sleeper.pause.failures >= 2)

@@ -171,10 +171,23 @@ def test_the_upstream_timeout_is_set_for_all_and_for_each_model(tmp_path):
     assert Duration().convert("0", None, None) == 0.0
 
 
+def test_old_keys_work_with_a_warning_and_a_current_one_takes_precedence(tmp_path):
+    from plugin.proxy.endpoints.models import load, settings_in
+
+    text = "models: {a: {command: x, idle_timeout: 90}, b: {command: x, idle_timeout: 1, sleep_after: 2}}\nidle_timeout: 10m"
+    file, warned = Path(models_file(tmp_path, text)), []
+    assert settings_in(file, warned.append) == {"sleep_after": "10m"}
+    found = load(file).models
+    assert (found["a"].sleep_after, found["b"].sleep_after) == (90.0, 2.0)
+    places = [line.removeprefix(f"{file}: ").partition(";")[0] for line in warned]
+    old = "idle_timeout is now sleep_after"
+    assert places == [old, f"model 'a': {old}", f"model 'b': {old}"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_model_with_loaded_adapters_stays_awake(tmp_path, workers):
-    config = red_or_blue(tmp_path, red_more=", idle_timeout: 0.3")
+    config = red_or_blue(tmp_path, red_more=", sleep_after: 0.3")
     with command("--config", config, "--workers", workers) as (_, url):
         assert call(f"{url}/v1/load_lora_adapter?model=red", {"lora_name": "sql", "lora_path": "/l"})[0] == 200
         time.sleep(1.0)

@@ -65,7 +65,7 @@ def gone_at_last(pid: int):
 @pytest.mark.slow
 def test_the_next_proxy_takes_over_the_engine_of_a_killed_one(home):
     port = free_port()
-    arguments = ["--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), "--idle-timeout", "0.5"]
+    arguments = ["--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), "--sleep-after", "0.5"]
     pid = killed(arguments)
     said: list[str] = []
     with gone_at_last(pid):

@@ -210,7 +210,7 @@ def test_a_failed_sleep_is_retried_with_growing_pauses(caplog):
             tries.append(time.monotonic())
             raise OSError("no")
 
-        async with upstream() as up, proxy(sleep=sleep, idle_timeout_s=0.02) as rig:
+        async with upstream() as up, proxy(sleep=sleep, sleep_after_s=0.02) as rig:
             rig.add("r0", up.port)
             await until(lambda: len(tries) == 2)
             await asyncio.sleep(0.3)
@@ -234,7 +234,7 @@ def test_a_trickling_body_ends_after_a_total_limit(how):
             slept.set()
 
         settings = Settings(body_total_s=0.4, body_timeout_s=3000, body_buffer=1024)
-        async with upstream() as up, proxy(settings, sleep=sleep, idle_timeout_s=0.2) as rig:
+        async with upstream() as up, proxy(settings, sleep=sleep, sleep_after_s=0.2) as rig:
             size = 10 if how == "trickles" else 100_000
             phase = Phase.SERVING if how == "trickles" else Phase.MOUNTING
             rig.add("r", up.port, phase=phase)

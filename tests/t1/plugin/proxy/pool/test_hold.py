@@ -291,7 +291,7 @@ def test_an_idle_engine_sleeps_and_wakes_without_losing_a_request(proxy):
                 await asyncio.sleep(0.01)
                 rig.trackers["a"].to(Phase.ASLEEP)
 
-            async with proxy(wake=wake, sleep=sleep, idle_timeout_s=0.02) as rig:
+            async with proxy(wake=wake, sleep=sleep, sleep_after_s=0.02) as rig:
                 rig.add("a", up.port)
                 done = 0
 

@@ -21,7 +21,8 @@ def facts_of(snapshot: Snapshot) -> Facts:
     engine = recorded.get("engine", {}).get("version") or snapshot.engine
     gpus = tuple(str(gpu["name"]) for gpu in recorded.get("host", {}).get("gpus", ()))
     size = sum(file.size for file in snapshot.files.values())
-    return Facts(_short(snapshot.model), str(engine), snapshot.name, size, gpus)
+    on_gpu = sum(snapshot.gpu.memory.values())
+    return Facts(_short(snapshot.model), str(engine), snapshot.name, size, gpus, on_gpu)
 
 
 def facts_of_named(name: str | None) -> Facts:

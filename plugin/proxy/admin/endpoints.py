@@ -46,6 +46,8 @@ def pool_document(pool: ReplicaPool) -> dict[str, Any]:
         "engine": facts.engine,
         "snapshot": {"name": facts.snapshot, "bytes": facts.snapshot_bytes or None} if facts.snapshot else None,
         "gpus": list(facts.gpus),
+        "gpu_memory_bytes": facts.gpu_memory or None,
+        "wake_s": 0.0 if serves(pool) else left_s,
         "ready": serves(pool),
         "held": pool.held,
         "outstanding": pool.outstanding,

@@ -1,13 +1,13 @@
-"""Several models behind one port: choose a request's endpoint, limit how many are awake (`awake_limit`).
+"""Several models behind one port: choose a request's endpoint, limit how many are awake (`admission`).
 
 The configuration is a YAML file (`Config`); unknown keys are refused. A request's model comes from the JSON body's
 `model`, a multipart form's field, `?model=` in the query (WebSockets), or the file's `default`. To find it, bodies are
 buffered (up to `max_body`).
 
-Guarantees: at most `max_awake` models are awake or waking. A model goes to standby or to sleep only when it answers no request, and
-new requests for it wait for its next wake. While it has requests, it stays awake for at least `min_awake_s`, so that
-two models in demand alternate instead of thrashing. A model that still answers after `evict_grace`, or fails to sleep,
-continues to serve, and the requests that need its place get an error.
+Guarantees: at most `max_awake` models are awake or waking, and together they take at most `gpu_memory`. A model goes to
+standby or to sleep only when it answers no request, and new requests for it wait for its next wake. While it has requests,
+it stays awake for at least `min_awake_s`, so that two models in demand alternate instead of thrashing. A model that still
+answers after `evict_grace`, or fails to sleep, continues to serve, and the requests that need its place get an error.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import secrets
 import shlex
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs, unquote
@@ -26,9 +27,10 @@ import msgspec
 from plugin.bench.client import free_port
 from plugin.options import invalid, limit, seconds
 from plugin.proxy.endpoints import llama_swap
-from plugin.proxy.endpoints.awake_limit import AwakeLimit
+from plugin.proxy.endpoints.admission import Admission, Member
 from plugin.proxy.endpoints.endpoint import Endpoint, EndpointSpec
 from plugin.proxy.endpoints.forms import form_field
+from plugin.proxy.endpoints.sizes import Bytes
 from plugin.proxy.errors import ClientFault, Unavailable
 from plugin.proxy.http.address import from_url
 from plugin.proxy.http.client import Client
@@ -53,7 +55,7 @@ class Limit(Seconds):
 
 def _times(kind: type, value: object) -> Any:
     """Decode a type that msgspec does not know. Raises ValueError."""
-    if not issubclass(kind, Seconds) or isinstance(value, bool) or not isinstance(value, (int, float, str)):
+    if not issubclass(kind, Seconds | Bytes) or isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise invalid(value)
     return kind(kind.read(str(value)))
 
@@ -89,6 +91,8 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Maximum time that the engine may send nothing while it answers; None uses the option --upstream-timeout."""
     priority: int = 0
     """Models with a lower priority are put to sleep first."""
+    gpu_memory: Bytes | None = None
+    """GPU memory that it takes while it is awake; None: of a snapshot, what it held at its dump, of others unknown."""
     rehearse: bool | None = None
     """--rehearse of the launch or restore that it starts; None leaves that to QUICKTHAW_REHEARSE."""
 
@@ -133,6 +137,8 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     models: dict[str, ModelConfig]
     max_awake: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Maximum number of models awake at once; 0 is no limit."""
+    gpu_memory: Bytes = Bytes(0)
+    """GPU memory that the models awake may take together; 0 is no limit."""
     evict: Literal["lru", "priority"] = "lru"
     """Order of sleeping: `lru` is the longest idle first; `priority` is the lowest priority first, then the longest idle."""
     min_awake: Seconds = Seconds(5.0)
@@ -219,8 +225,13 @@ def load(path: Path) -> Config:
                 raise ValueError(f"{path}: {alias!r} names both {names[alias]!r} and {name!r}")
             names[alias] = name
         able = model.upstream is None or model.sleep or model.sleep_url
-        if config.max_awake and not able:
-            raise ValueError(f"{path}: with max_awake, model {name!r} needs `sleep` or `sleep_url`")
+        for limit_name in ("max_awake", "gpu_memory"):
+            if getattr(config, limit_name) and not able:
+                raise ValueError(f"{path}: with {limit_name}, model {name!r} needs `sleep` or `sleep_url`")
+        if config.gpu_memory and model.gpu_memory is None and model.snapshot is None:
+            raise ValueError(f"{path}: model {name!r} needs its own gpu_memory, as the file limits it; 0 for none")
+        if config.gpu_memory and (model.gpu_memory or 0) > config.gpu_memory:
+            raise ValueError(f"{path}: gpu_memory of model {name!r} is more than that of all models")
     if config.default is not None and config.default not in names:
         raise ValueError(f"{path}: the default {config.default!r} is not one of the models")
     return config
@@ -249,6 +260,7 @@ def spec_of(model: ModelConfig, sleep_after: float, standby_after: float = 0.0) 
             wake = "exec " + shlex.join([*own_module("plugin.restore"), *options, model.snapshot or ""])
     from plugin.records.about import facts_of_named  # only this mode needs what it imports
 
+    facts = facts_of_named(model.snapshot)
     ready_path = (
         "/-/ready?strict=1" if model.snapshot is not None and model.ready_path == "/health" else model.ready_path
     )
@@ -270,7 +282,7 @@ def spec_of(model: ModelConfig, sleep_after: float, standby_after: float = 0.0) 
         restores=model.snapshot is not None,
         admin_token=environment.get("QUICKTHAW_ADMIN_TOKEN"),
         exclusive_port=model.upstream is None,
-        facts=facts_of_named(model.snapshot),
+        facts=facts if model.gpu_memory is None else replace(facts, gpu_memory=model.gpu_memory),
     )
 
 
@@ -281,7 +293,7 @@ class Models:
         """`sleep_after` and `standby_after` (seconds; 0 never) apply to models that set none."""
         from plugin.records.lead_times import history_of_snapshot  # only this mode needs what it imports
 
-        room = AwakeLimit(config.max_awake, config.evict, config.min_awake, config.evict_grace)
+        room = Admission(config.max_awake, config.evict, config.min_awake, config.evict_grace, config.gpu_memory)
         self.endpoints: dict[str, Endpoint] = {}
         for name, model in config.models.items():
             endpoint = Endpoint(
@@ -291,7 +303,12 @@ class Models:
                 history=history_of_snapshot(model.snapshot),
             )
             self.endpoints[name] = endpoint
-            room.endpoints.append((endpoint, model.priority))
+            needed = endpoint.spec.facts.gpu_memory
+            if config.gpu_memory and needed > config.gpu_memory:
+                raise ValueError(
+                    f"model {name!r} takes {needed / 1e9:.1f} GB of GPU memory, more than gpu_memory allows"
+                )
+            room.add(Member(endpoint, model.priority, needed))
         self._relieving: asyncio.Task[None] | None = None
 
     @property

@@ -15,3 +15,5 @@ class Facts:
     snapshot_bytes: int = 0
     gpus: tuple[str, ...] = ()
     """The GPUs that the engine sees, by the driver's names."""
+    gpu_memory: int = 0
+    """Bytes of GPU memory that it takes while it is awake, as configured or as its snapshot says."""

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from plugin.proxy.admin.actions import act, pool_named
-from plugin.proxy.endpoints import awake_limit
+from plugin.proxy.endpoints import admission
+from plugin.proxy.endpoints.admission import Admission, Member
+from plugin.proxy.endpoints.sizes import Bytes
 from plugin.proxy.errors import ClientFault, ProxyError, StartFailed
 from plugin.proxy.http.address import from_url
 from plugin.proxy.pool.facts import Facts
@@ -259,6 +261,19 @@ def test_available_is_what_this_containers_limit_leaves_or_unknown_where_the_hos
     assert memory_room() == memory.Room((1 << 30) + (1 << 20), 4 << 30)
 
 
+async def noop():
+    pass
+
+
+def admitting(engines, needs=None, **limits):
+    """Admission of these engines; `needs`: the GPU memory of each."""
+    found = Admission(**{"limit": 0, "order": "lru", "min_awake_s": 0.0, "drain_s": 1.0} | limits)
+    for name, engine in engines.items():
+        endpoint = SimpleNamespace(name=name, pool=engine.pool, tracker=engine.tracker)
+        found.add(Member(endpoint, gpu_memory=(needs or {}).get(name, 0)))
+    return found
+
+
 def test_a_restore_that_needs_the_memory_of_others_puts_them_to_sleep(monkeypatch):
     async def check():
         engines = {name: Engine(name) for name in ("wanted", "old", "new")}
@@ -266,18 +281,82 @@ def test_a_restore_that_needs_the_memory_of_others_puts_them_to_sleep(monkeypatc
             assert await engine.pool.sleeper.standby()
         engines["old"].pool.last_active -= 100
         free = iter([10, 30])
-        monkeypatch.setattr(awake_limit, "memory_room", lambda: memory.Room(next(free), 100))
-        limit = awake_limit.AwakeLimit(0, "lru", 0.0, 1.0)
-        limit.endpoints = [(SimpleNamespace(name=n, pool=e.pool, tracker=e.tracker), 0) for n, e in engines.items()]
-        await limit._free_memory("wanted")
+        monkeypatch.setattr(admission, "memory_room", lambda: memory.Room(next(free), 100))
+        limit = admitting(engines)
+        wanted = limit.guard("wanted", noop)
+        await wanted()
         assert engines["old"].tracker.phase is Phase.STANDBY, "it is in standby itself and needs no more than it has"
         engines["wanted"].pool.facts = lambda: Facts(snapshot_bytes=20)
         engines["wanted"].tracker.to(Phase.ASLEEP)
-        await limit._free_memory("wanted")
+        await wanted()
         phases = {name: str(engine.tracker.phase) for name, engine in engines.items()}
         assert phases == {"wanted": "asleep", "old": "asleep", "new": "standby"}
-        monkeypatch.setattr(awake_limit, "memory_room", lambda: None)
-        await limit._free_memory("wanted")
+        monkeypatch.setattr(admission, "memory_room", lambda: None)
+        await wanted()
         assert engines["new"].tracker.phase is Phase.STANDBY, "a host that does not say is not short"
 
     asyncio.run(check())
+
+
+def test_models_awake_take_no_more_gpu_memory_than_there_is():
+    async def check():
+        needs = {"wanted": 50, "small": 20, "large": 60, "cpu": 0}
+        engines = {name: Engine(name) for name in needs}
+        for age, name in enumerate(("cpu", "small", "large")):  # the first was idle for longest
+            engines[name].pool.last_active -= 100 - age
+            engines[name].pool.sleeper.evicts_to_standby = True
+        engines["wanted"].tracker.to(Phase.ASLEEP)
+        limit = admitting(engines, needs, gpu_memory=100)
+        await limit.guard("wanted", noop)()
+        phases = {name: str(engine.tracker.phase) for name, engine in engines.items()}
+        assert phases == {"wanted": "asleep", "small": "standby", "large": "standby", "cpu": "serving"}
+        engines["wanted"].tracker.to(Phase.MOUNTING)  # it wakes
+        await limit.guard("small", noop)()
+        waiting = asyncio.ensure_future(limit.guard("large", noop)())
+        await asyncio.sleep(0.1)
+        assert not waiting.done(), "what starts is waited for"
+        engines["wanted"].tracker.to(Phase.FAILED)
+        await waiting
+
+    asyncio.run(check())
+
+
+def test_a_model_that_keeps_its_gpu_memory_is_named_to_who_needs_it():
+    async def check():
+        engines = {"wanted": Engine("wanted"), "stays": Engine("stays", refuses={"sleep", "standby"})}
+        engines["wanted"].tracker.to(Phase.ASLEEP)
+        limit = admitting(engines, {"wanted": 50, "stays": 60}, gpu_memory=100)
+        with pytest.raises(ProxyError, match="GPU memory together, and stays did not go to sleep") as refused:
+            await limit.guard("wanted", noop)()
+        assert refused.value.code == "no-room"
+
+    asyncio.run(check())
+
+
+def test_what_moves_from_a_gpu_into_host_memory_needs_room_there(monkeypatch):
+    async def check():
+        engines = {name: Engine(name) for name in ("moves", "rests")}
+        assert await engines["rests"].pool.sleeper.standby()
+        rooms = iter([memory.Room(20, 100), memory.Room(80, 100)])
+        monkeypatch.setattr(admission, "memory_room", lambda: next(rooms))
+        admitting(engines, {"moves": 60})
+        engines["moves"].pool.facts = lambda: Facts(snapshot_bytes=70, gpu_memory=60)
+        engines["moves"].replica.memory_bytes = 10
+        assert await engines["moves"].pool.sleeper.standby()
+        assert engines["rests"].tracker.phase is Phase.ASLEEP
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("80GB", 80 * 10**9), ("24 GiB", 24 << 30), ("1.5kb", 1500), ("0", 0), ("0.0", 0), ("512mib", 512 << 20)],
+)
+def test_a_size_has_a_unit(text, found):
+    assert Bytes.read(text) == found
+
+
+@pytest.mark.parametrize("text", ["80", "GB", "-1GB", "80 ib", "1e3GB", "80GB 1", "nan", ""])
+def test_a_size_without_a_unit_is_refused(text):
+    with pytest.raises(ValueError, match="is not a size"):
+        Bytes.read(text)

@@ -100,6 +100,40 @@ def test_a_probe_without_a_model_tells_whether_any_model_accepts_requests(tmp_pa
 
 
 @pytest.mark.slow
+def test_models_share_the_gpu_memory(tmp_path):
+    config = models_file(
+        tmp_path,
+        f"""
+gpu_memory: 80GB
+min_awake: 0
+models:
+  large: {{command: "{engine("${PORT}", "large")}", gpu_memory: 60GB}}
+  small: {{command: "{engine("${PORT}", "small")}", gpu_memory: 20GB}}
+  third: {{command: "{engine("${PORT}", "third")}", gpu_memory: 30GB}}
+  cpu:   {{command: "{engine("${PORT}", "cpu")}", gpu_memory: 0}}
+""",
+    )
+    with command("--config", config) as (_, url):
+
+        def phases() -> dict[str, str]:
+            return {m["id"]: m["phase"] for m in call(f"{url}/v1/models")[1]["data"]}
+
+        for name in ("large", "cpu", "small"):
+            assert call(f"{url}/v1/x", {"model": name})[1]["name"] == name
+        assert phases() == {"large": "serving", "small": "serving", "third": "asleep", "cpu": "serving"}
+        assert call(f"{url}/v1/x", {"model": "third"})[1]["name"] == "third"
+        assert phases() == {"large": "asleep", "small": "serving", "third": "serving", "cpu": "serving"}
+        pools = {pool["name"]: pool for pool in call(f"{url}/-/status")[1]["pools"]}
+        assert {name: pool["gpu_memory_bytes"] for name, pool in pools.items()} == {
+            "large": 60 * 10**9,
+            "small": 20 * 10**9,
+            "third": 30 * 10**9,
+            "cpu": None,
+        }
+        assert pools["third"]["wake_s"] == 0.0 < pools["large"]["wake_s"]
+
+
+@pytest.mark.slow
 def test_the_lowest_priority_sleeps_first(tmp_path):
     config = models_file(
         tmp_path,

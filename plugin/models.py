@@ -95,7 +95,9 @@ def call(url: str, method: str, path: str, token: str | None, limit_s: float) ->
 @_where
 @option("--json", "as_json", is_flag=True, help="Print the whole status document.")
 def ps(url: str, admin_token: str | None, admin_prefix: str, as_json: bool) -> None:
-    """List the models of a running quickthaw: the state of each, and what it holds.
+    """List the models of a running quickthaw: the state of each, what it holds, and what it costs to have it back.
+
+    MEMORY and GPU are held now (`-`: unknown); GPU AWAKE is taken while it is awake; WAKE is how long a request would wait.
 
     \b
     quickthaw ps
@@ -105,16 +107,23 @@ def ps(url: str, admin_token: str | None, admin_prefix: str, as_json: bool) -> N
     if as_json:
         click.echo(json.dumps(document, indent=1))
         return
-    rows = [("MODEL", "REPLICA", "STATE", "FOR", "MEMORY", "GPU", "REQUESTS")]
+    click.echo(table(document))
+
+
+def table(document: dict[str, Any]) -> str:
+    """Return the models of a status document as lines of text."""
+    rows = [("MODEL", "REPLICA", "STATE", "FOR", "MEMORY", "GPU", "GPU AWAKE", "WAKE", "REQUESTS")]
     for pool in document["pools"]:
+        wake = "-" if pool.get("wake_s") is None else f"{pool['wake_s']:.2f} s"
         for replica in pool["replicas"]:
             requests = f"{replica['outstanding']} in flight, {pool['held']} waiting"
             held = (_size(replica["memory_bytes"]), _size(replica["gpu_bytes"]))
+            costs = (*held, _size(pool.get("gpu_memory_bytes")), wake)
             since = f"{replica['seconds_in_phase']:.0f} s"
-            rows.append((pool["name"], replica["name"], replica["phase"], since, *held, requests))
+            rows.append((pool["name"], replica["name"], replica["phase"], since, *costs, requests))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    lines = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(lines)
 
 
 def _size(held: int | None) -> str:

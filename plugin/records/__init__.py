@@ -1,1 +1,1 @@
-"""Measurements kept on this host: lead times, restore rates, and the JSON lines format of both."""
+"""Measurements kept on this host: lead times, wake times, restore rates, and the JSON lines format of all."""

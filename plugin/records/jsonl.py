@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from checkpoint.files import write_private
+
 log = logging.getLogger("quickthaw")
-_LINE = 200  # bytes; no line is longer
+_LINE = 400  # bytes; few lines are longer
 
 
 def append(file: Path, line: Mapping[str, Any]) -> None:
@@ -42,3 +44,14 @@ def latest(file: Path, count: int) -> list[dict[str, Any]]:
         if isinstance(entry, dict):
             found.append(entry)
     return found
+
+
+def shorten(file: Path, most_bytes: int, count: int) -> None:
+    """Cut a file of over `most_bytes` to its last `count` lines. A line that another process appends meanwhile may be lost."""
+    try:
+        if file.stat().st_size <= most_bytes:
+            return
+        lines = latest(file, count)
+        write_private(file, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+    except OSError as error:
+        log.warning("%s: %s; it is not shortened", file, error.strerror)

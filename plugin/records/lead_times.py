@@ -9,7 +9,7 @@ import logging
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from plugin.records import jsonl
+from plugin.records import jsonl, wake_times
 from plugin.runtime.config import LaunchSettings, state_home
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def remember(settings: LaunchSettings, kind: str, seconds: float, *, first: bool
 
 
 def lead_times(settings: LaunchSettings) -> dict[str, list[float]]:
-    """Return the latest starts of this engine with this model, in seconds by kind (the arguments of `History`)."""
+    """Return the latest starts and wakes of this engine with this model, in seconds by kind (the arguments of `History`)."""
     found: dict[str, list[float]] = {"cold": [], "restored": [], "first_restore": []}
     for entry in jsonl.latest(settings.home / FILE, KEPT):
         try:
@@ -40,7 +40,7 @@ def lead_times(settings: LaunchSettings) -> dict[str, list[float]]:
                 found["first_restore" if entry.get("first") else entry["kind"]].append(float(entry["seconds"]))
         except (ValueError, KeyError, TypeError):
             continue  # written by another version
-    return found
+    return found | {"woken": wake_times.seconds_of(settings)}
 
 
 def history_for(settings: LaunchSettings) -> History:

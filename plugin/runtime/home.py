@@ -105,6 +105,7 @@ OURS = frozenset(
     {
         "cache", "compile", "criu", "engine-site", "file-digests.json", "index", "lead-times.jsonl", "logs", "model-digests.json",
         "model-digests.lock", "models", "mounts", "restore-rates.jsonl", "run", "snapshots", "store", "traces", "venvs",
+        "wake-times.jsonl",
     }
 )  # fmt: skip
 """What quickthaw keeps in a state folder, beside the notes of its setup (`.setup…`). A folder with nothing else in it is its own."""

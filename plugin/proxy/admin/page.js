@@ -127,7 +127,8 @@ function memory(replica) {
 function gpu(pool, replica) {
   const names = [...new Set(pool.gpus)].map(name => { const n = pool.gpus.filter(other => other === name).length; return n > 1 ? `${n} × ${name}` : name; }).join(", ");
   const held = replica.gpu_bytes !== null ? `${bytes(replica.gpu_bytes)} held` : names && OFF.has(replica.phase) ? "nothing held" : "";
-  return [names, held].filter(Boolean).join(", ") || (pool.engine ? "none" : "");
+  const awake = pool.gpu_memory_bytes && replica.gpu_bytes === null ? `${bytes(pool.gpu_memory_bytes)} while awake` : "";
+  return [names, held, awake].filter(Boolean).join(", ") || (pool.engine ? "none" : "");
 }
 function underWay(pool) {
   const r = pool.replicas.find(r => STARTING.has(r.phase));

@@ -51,6 +51,12 @@ class Frozen:
     freezer: Freezer
     on_gpu: OnGpu | None
 
+    @property
+    def gpu_bytes(self) -> int:
+        """Return the bytes of GPU memory that were given back."""
+        needs = self.on_gpu.needs if self.on_gpu is not None else None
+        return sum(needs.memory.values()) if needs is not None else 0
+
 
 def enter(replica: RestoreContext, running: Running) -> Frozen:
     """Freeze an engine that has no requests, and change the phase to standby.
@@ -90,6 +96,14 @@ def leave(replica: RestoreContext, running: Running, frozen: Frozen) -> None:
     replica.serve()
 
 
+def memory_held(running: Running) -> int:
+    """Return the bytes of host memory that an engine's processes hold; pages of files do not count."""
+    from plugin.proxy.admin.costs import memory_bytes  # needed only in standby
+
+    sandbox = running.place
+    return sum(map(memory_bytes, processes(sandbox.init_pid))) if isinstance(sandbox, Sandbox) else 0
+
+
 def _check_whole(frozen: Frozen) -> None:
     if frozen.freezer.lost():
         raise Failed("engine-died", "a process of the engine was killed in standby")
@@ -116,6 +130,7 @@ def _leave_gpu(replica: RestoreContext, running: Running, sandbox: Sandbox) -> O
         return None
     if replica.multi_gpu():
         raise EngineFailed("standby-multi-gpu", "no driver moves the memory of this launch off its GPUs")
+    _check_host_memory(replica, running, cuda.memory_in_use(driver, processes(sandbox.init_pid)))
     awake = cuda.free_memory(driver)
     moved = OnGpu(driver, excluded=replica.snapshot is not None and replica.snapshot.weights == "excluded")
     moved.offloaded = replica.engine.offload(running.client, replica.command, moved.excluded)
@@ -126,6 +141,26 @@ def _leave_gpu(replica: RestoreContext, running: Running, sandbox: Sandbox) -> O
         _return_after_failure(replica, running, moved)
         raise
     return moved
+
+
+def _check_host_memory(replica: RestoreContext, running: Running, in_use: int) -> None:
+    """Raise EngineFailed (standby-memory-short) if the host has no room for the GPU state, of which `in_use` bytes are known.
+
+    A snapshot's images are what such an engine holds in host memory, without the KV cache.
+    """
+    from plugin.rehearsal.memory import room
+
+    snapshot = replica.snapshot
+    needed = in_use if snapshot is None else max(0, snapshot.image_bytes - memory_held(running))
+    try:
+        found = room()
+    except (OSError, LookupError, ValueError):
+        return  # this host does not say
+    if found.available < needed + found.margin:
+        raise EngineFailed(
+            "standby-memory-short",
+            f"its GPU memory needs {needed >> 20} MiB of host memory, of which {found.available >> 20} MiB are available",
+        )
 
 
 def _return_to_gpu(replica: RestoreContext, running: Running, moved: OnGpu) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from typing import TYPE_CHECKING, Protocol
 
 from checkpoint.errors import CheckpointError
 from launchers.errors import EngineFailed, LauncherError
+from plugin.records import wake_times
 from plugin.runtime.phases import Phase
 from plugin.runtime.standby import engine
 from plugin.runtime.steps.context import RestoreContext
@@ -35,6 +37,7 @@ class Standby:
         """`starting` is held while the replica starts."""
         self._replica, self._starting = replica, starting
         self._frozen: engine.Frozen | None = None
+        self._rest = wake_times.Rest(0.0)
         self.continued = False
         """True if the last start continued an engine in standby."""
         self.moving = threading.Lock()
@@ -51,11 +54,14 @@ class Standby:
             running = replica.running
             if replica.stop_requested or running is None or replica.tracker.phase is not Phase.SERVING:
                 raise EngineFailed("standby-refused", f"the engine is {replica.tracker.phase}")
+            began = time.monotonic()
             try:
-                self._frozen = engine.enter(replica, running)
+                self._frozen = frozen = engine.enter(replica, running)
             except NotResumed:
                 running.kill()
                 raise
+            self._rest = wake_times.Rest(time.monotonic() - began, gpu_bytes=frozen.gpu_bytes)
+            self._rest.memory_bytes = engine.memory_held(running)  # last: a request may be waiting
 
     def leave(self) -> bool:
         """Continue an engine in standby and return True. Return False, with nothing left of it, if there is none or it was lost.
@@ -65,6 +71,7 @@ class Standby:
         replica = self._replica
         frozen, running, self._frozen = self._frozen, replica.running, None
         self.continued = False
+        began = time.monotonic()
         if frozen is None or running is None or replica.tracker.phase is not Phase.STANDBY:
             return False
         try:
@@ -78,6 +85,7 @@ class Standby:
             log.warning("standby-lost: %s; starting the engine again, under the same held requests", error)
             return False
         self.continued = True
+        wake_times.remember(replica.settings, time.monotonic() - began, self._rest)
         return True
 
     def lost(self, code: int) -> None:

@@ -2,6 +2,7 @@
 
 import http.client
 import io
+import re
 import socket
 import threading
 
@@ -87,3 +88,18 @@ def test_the_list_of_models_is_named_only_where_it_helps(monkeypatch):
         for code in (b"model-not-found", b"admin-unauthorized")
     ]
     assert said == ["model-not-found: m; quickthaw ps lists the models", "admin-unauthorized: m"]
+
+
+def test_a_list_says_what_each_model_holds_and_costs():
+    replica = {"name": "r0", "seconds_in_phase": 61.2, "outstanding": 0}
+    awake = replica | {"phase": "serving", "memory_bytes": 2 * 10**9, "gpu_bytes": 60 * 10**9}
+    resting = replica | {"phase": "standby", "memory_bytes": 10**9, "gpu_bytes": None}
+    pools = [
+        {"name": "a", "held": 1, "wake_s": 0.0, "gpu_memory_bytes": 64 * 10**9, "replicas": [awake]},
+        {"name": "b", "held": 0, "wake_s": 0.131, "gpu_memory_bytes": None, "replicas": [resting]},
+        {"name": "c", "held": 0, "replicas": [resting]},  # of an older quickthaw
+    ]
+    columns = [re.split("  +", line) for line in models.table({"pools": pools}).splitlines()]
+    assert columns[0] == ["MODEL", "REPLICA", "STATE", "FOR", "MEMORY", "GPU", "GPU AWAKE", "WAKE", "REQUESTS"]
+    assert columns[1][2:8] == ["serving", "61 s", "2000 MB", "60000 MB", "64000 MB", "0.00 s"]
+    assert columns[2][2:8] == ["standby", "61 s", "1000 MB", "-", "-", "0.13 s"] and columns[3][7] == "-"

@@ -18,16 +18,22 @@ from checkpoint.compatibility.gpu import Gpu
 from checkpoint.criu.binary import Criu
 from checkpoint.errors import Failed
 from checkpoint.snapshot import rehearsal
+from launchers.errors import EngineFailed
+from plugin.proxy.admin.costs import memory_bytes
+from plugin.rehearsal import memory
 from plugin.rehearsal.rehearse import GivenUp, Rehearsal, _Rehearsed, named_settings
 from plugin.runtime.capabilities import Capabilities
 from plugin.runtime.config import LaunchSettings, state_home
 from plugin.runtime.phases import Phase, PhaseTracker
 from plugin.runtime.replica import Replica
+from plugin.runtime.standby import engine as standby_engine
 from plugin.runtime.steps.model_mount import Weights
 from tests.kits.checkpoint.cuda_double import GPU0, TOTAL, Double, wait_until, write
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]
 USED = 1 << 20
+PYTHON_GROWTH = 2 << 20
+"""Bytes that the double's interpreters may allocate after the dump."""
 
 
 def command_line(pid):
@@ -311,6 +317,8 @@ def test_in_standby_no_gpu_memory_is_held(gpu_rig, launch_rig, engine, weights):
         replica.standby()
         assert replica.tracker.phase is Phase.STANDBY
         assert replica._cuda._used() == {GPU0: 0}
+        held = sum(map(memory_bytes, processes_of(replica)))
+        assert 0 < held <= replica.snapshot.image_bytes + PYTHON_GROWTH, "no more than the snapshot's images"
         replica.start()
         assert replica.resting.continued and replica.tracker.phase is Phase.SERVING
         assert replica._cuda._used() == {GPU0: USED}
@@ -334,6 +342,25 @@ def test_a_driver_that_refuses_leaves_the_engine_serving(gpu_rig, operation, cod
         replica.standby()
     assert refused.value.code == code and replica.tracker.phase is Phase.SERVING
     assert worker(replica)["away"] == [] and answer(replica) == expected
+    replica.standby()
+    replica.start()
+    assert answer(replica) == expected
+
+
+@pytest.mark.parametrize("take_snapshot", [True, False])
+def test_an_engine_whose_gpu_state_does_not_fit_into_host_memory_serves_on(gpu_rig, monkeypatch, take_snapshot):
+    replica = gpu_rig("vllm", take_snapshot=take_snapshot)
+    replica.start()
+    expected, calls = answer(replica), len(replica._cuda.changes()) if take_snapshot else 0
+    room = memory.Room(512 << 20, 1 << 30)
+    monkeypatch.setattr(memory, "room", lambda: room)
+    monkeypatch.setattr(standby_engine, "memory_held", lambda running: 0)
+    with pytest.raises(EngineFailed) as refused:
+        replica.standby()
+    assert refused.value.code == "standby-memory-short" and replica.tracker.phase is Phase.SERVING
+    assert worker(replica)["away"] == [] and answer(replica) == expected
+    assert not take_snapshot or len(replica._cuda.changes()) == calls, "nothing was moved"
+    room = memory.Room(2 << 30, 4 << 30)
     replica.standby()
     replica.start()
     assert answer(replica) == expected

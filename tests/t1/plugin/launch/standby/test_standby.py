@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import json
 import os
 import signal
 import threading
@@ -43,8 +44,10 @@ def test_an_idle_engine_stands_by_and_the_next_request_continues_it(rig):
         for _ in range(3):
             wait_phase(started, "standby")
             before = before or engine_pids(started)
-            assert call(started.port, "GET", "/health")[0] == 200
+            for probe in ("/health", "/ping", "/-/ready", "/-/live"):
+                assert call(started.port, "GET", probe)[0] == 200
             assert call(started.port, "GET", "/v1/models")[0] in (200, 503)
+            assert started.get("/-/metrics")
             time.sleep(0.3)
             assert started.status()[0]["phase"] == "standby", "no probe wakes it"
             assert started.ask() == answer
@@ -52,6 +55,8 @@ def test_an_idle_engine_stands_by_and_the_next_request_continues_it(rig):
         assert pool(started)["starts"].keys() <= {"cold", "woken"} and "woken" in pool(started)["starts"]
         assert 'phase="standby"' in started.get("/-/metrics")
         assert "standby-lost" not in started.text()
+    wakes = [json.loads(line) for line in (rig.home / "wake-times.jsonl").read_text().splitlines()]
+    assert len(wakes) == 3 and all(0 < wake["seconds"] < 30 and wake["memory_bytes"] > 4 << 20 for wake in wakes)
 
 
 def test_the_cache_leaves_the_memory(rig):

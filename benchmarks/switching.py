@@ -20,13 +20,17 @@ import time
 from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 
 import click
 
+from checkpoint.sandbox.process_tree import processes
 from checkpoint.snapshot.library import Library
 from plugin.bench import client as measure
 from plugin.bench.presets import Preset, preset
+from plugin.records import wake_times
 from plugin.runtime.config import state_home
+from tests.kits.memory_kit import mapped_from
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 900.0
@@ -114,7 +118,7 @@ def wake(engine: str, runs: int, rest: float) -> None:
             warm: list[float] = []
             found: dict[str, list[float]] = {"standby": [], "sleep": []}
             entering: list[float] = []
-            held: dict[str, int] = {}
+            shared: list[int] = []
             for run in range(runs):
                 for way, took in found.items():
                     if way == "sleep" and run >= max(3, runs // 3):
@@ -126,7 +130,8 @@ def wake(engine: str, runs: int, rest: float) -> None:
                     if way == "standby":
                         entering.append(time.monotonic() - began)
                         time.sleep(rest)
-                        held["standby"] = measure.status(port)["pools"][0]["replicas"][0]["memory_bytes"]
+                        root = measure.status(port)["pools"][0]["replicas"][0]["pid"]
+                        shared.append(mapped_from(processes(root), home / "snapshots")[0])
                     prompt = PROMPTS[run % len(PROMPTS)]
                     answer = ask(port, model, prompt)
                     took.append(answer.first_s)
@@ -139,15 +144,41 @@ def wake(engine: str, runs: int, rest: float) -> None:
         more = statistics.median(found["standby"]) - statistics.median(warm)
         print(f"standby above warm       {more * 1e3:8.1f} ms (target: at most 50)")
         print(f"the way to standby       {spread(entering)}")
-        print(
-            f"memory in standby        {held['standby'] / 1e6:8.0f} MB (the snapshot's images: {images / 1e6:.0f} MB)"
-        )
+        print(f"the wake, by the launch  {spread([wake['seconds'] for wake in rests(home)])}")
+        print_memory(rests(home), images)
+        print(f"shared with its file     {statistics.median(shared) / 1e6:8.0f} MB in the page cache")
+
+
+def rests(home: Path) -> list[dict[str, Any]]:
+    """What the launches of this run recorded of each wake from standby."""
+    return [json.loads(line) for line in (home / wake_times.FILE).read_text().splitlines()]
+
+
+def print_memory(wakes: list[dict[str, Any]], images: int) -> None:
+    """Print what was held in standby, of anonymous and shared memory and swap; target: no more than the snapshot's images."""
+    held = [wake["memory_bytes"] for wake in wakes if wake["memory_bytes"]]
+    most = f"{max(held) / 1e6:.0f} MB at most; target: at most the snapshot's images, {images / 1e6:.0f} MB"
+    print(f"memory in standby        {statistics.median(held) / 1e6:8.0f} MB ({most})")
 
 
 def wait_serving(port: int) -> None:
     """Wait until every replica serves: the first answer comes before the snapshot is taken."""
     while any(r["phase"] != "serving" for p in measure.status(port)["pools"] for r in p["replicas"]):
         time.sleep(0.1)
+
+
+def wait_listening(port: int) -> None:
+    """Wait until a proxy answers, and no longer than 30 s."""
+    limit = time.monotonic() + 30.0
+    while True:
+        try:
+            measure.status(port)
+        except OSError:
+            if time.monotonic() > limit:
+                raise
+            time.sleep(0.05)
+        else:
+            return
 
 
 def check(got: str, wanted: str, when: str) -> None:
@@ -203,17 +234,25 @@ def switch(engine: str, switches: int, starts: int) -> None:
             "started": measured_switches(home, one, models, expected, "started", starts),
         }
         print(f"{engine}, first token of {TOKENS} after a switch, every answer by the right model")
+        if found["started"][0]:
+            print(
+                f"alone     {spread([found['started'][0].pop(0)])}: the engine's own start, nothing to be stopped before"
+            )
         for way, (took, warm) in found.items():
             if took:
                 above = statistics.median(took) - statistics.median(warm)
                 print(f"{way:<10}{spread(took)}; warm {spread(warm)}; above warm {above * 1e3:.0f} ms")
         print("target from standby: at most 100 ms above warm, at the median")
+        print_memory(rests(home), min(Library(home).load(name).image_bytes for name in models))
 
 
 def measured_switches(
     home: Path, one: Preset, models: dict[str, Path], expected: dict[tuple[str, str], str], way: str, count: int
 ) -> tuple[list[float], list[float]]:
-    """Switch `count` times; return the first tokens after a switch, and the warm ones between, in seconds."""
+    """Switch `count` times; return the first tokens after a switch, and the warm ones between, in seconds.
+
+    Of the way `started` the first is the start of an engine beside which none is awake.
+    """
     if not count:
         return [], []
     lines = ["max_awake: 1", "min_awake: 0", "models:"]
@@ -233,12 +272,14 @@ def measured_switches(
     words = ["proxy", "--config", str(config), "--listen", f"127.0.0.1:{port}", "--hold-timeout", "15m"]
     with running(home, one, f"proxy-{way}", words) as command:
         assert command.process is not None
-        for name in models:  # the first of each is a start, and a first restore records its working set
+        for name in models if way != "started" else ():  # a first restore records its working set
             measure.waiting_client(port, name, command.began, LIMIT_S, command.process)
             for _ in range(3):
                 ask(port, name, fresh_prompt())
+        if way == "started":
+            wait_listening(port)
         names = list(models)
-        for number in range(count):
+        for number in range(count + (way == "started")):
             name, prompt = names[number % 2], PROMPTS[number % len(PROMPTS)]
             answer = ask(port, name, prompt)
             took.append(answer.first_s)

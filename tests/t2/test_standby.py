@@ -8,9 +8,16 @@ import pytest
 
 from checkpoint.sandbox.process_tree import processes
 from plugin.bench import client as measure
-from tests.kits.engine_kit import Rig, post, share_state
+from plugin.proxy.admin.costs import memory_bytes
+from tests.kits.engine_kit import NAME, Rig, post, share_state
+from tests.kits.memory_kit import mapped_from
 
 pytestmark = [pytest.mark.t2, pytest.mark.timeout(1200)]
+LONG = "The river runs. " * 150
+LEAST_CACHE = 10 << 20
+"""Of the KV cache of 600 tokens, which takes 14 MB."""
+LEAST_SHARED = 100 << 20
+"""Of SmolLM2's 270 MB of weights, some of which the allocator shares a page with."""
 
 
 def act(port, action):
@@ -23,8 +30,12 @@ def replica(port):
     return measure.status(port)["pools"][0]["replicas"][0]
 
 
-def ask(port, rig):
-    body = {"model": str(rig.preset.model), "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
+def memory_of(pid):
+    return sum(map(memory_bytes, processes(pid)))
+
+
+def ask(port, rig, prompt="The capital of France is"):
+    body = {"model": str(rig.preset.model), "prompt": prompt, "max_tokens": 8, "temperature": 0}
     status, answer = post(port, "/v1/completions", body, timeout_s=120)
     assert status == 200, answer
     return json.loads(answer)["choices"][0]["text"]
@@ -36,12 +47,19 @@ def processor_ticks(pid):
     return sum(int(found[11]) + int(found[12]) for found in fields)
 
 
-def test_an_engine_continues_with_the_same_answers(rig):
+def test_an_engine_continues_with_the_same_answers_and_holds_no_more_than_its_images(rig):
+    images = rig.library.load(NAME).image_bytes
     with rig.running() as (port, _, _, command):
         answer = ask(port, rig)
         for _ in range(3):
+            ask(port, rig, LONG)
+            pid = replica(port)["pid"]
+            serving = memory_of(pid)
             assert act(port, "standby") == "standby"
-            before = processor_ticks(replica(port)["pid"])
+            before, held = processor_ticks(pid), memory_of(pid)
+            assert held <= images and serving - held >= LEAST_CACHE
+            shared, copied = mapped_from(processes(pid), rig.library.path(NAME))
+            assert shared >= LEAST_SHARED > copied, "its weights are the page cache's"
             time.sleep(1.0)
             assert measure.status(port)["pools"][0]["replicas"][0]["phase"] == "standby"
             assert processor_ticks(replica(port)["pid"]) == before

@@ -5,10 +5,13 @@ The engine and the CUDA driver are doubles (tests/programs/engine_double, cuda_d
 real.
 """
 
+import asyncio
 import json
 import logging
 import os
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,10 +19,15 @@ import launchers
 from checkpoint.compatibility import host
 from checkpoint.compatibility.gpu import Gpu
 from checkpoint.criu.binary import Criu
-from checkpoint.errors import Failed
+from checkpoint.cuda import checkpoint as cuda
+from checkpoint.cuda.checkpoint import MARGIN, Needs
+from checkpoint.errors import Failed, Incompatible
 from checkpoint.snapshot import rehearsal
 from launchers.errors import EngineFailed
 from plugin.proxy.admin.costs import memory_bytes
+from plugin.proxy.endpoints.admission import Admission, Member
+from plugin.proxy.http.address import from_url
+from plugin.proxy.pool.pool import ReplicaPool
 from plugin.rehearsal import memory
 from plugin.rehearsal.rehearse import GivenUp, Rehearsal, _Rehearsed, named_settings
 from plugin.runtime.capabilities import Capabilities
@@ -378,3 +386,36 @@ def test_an_engine_whose_gpu_state_does_not_come_back_is_restored(gpu_rig, caplo
         replica.start()
     assert "standby-lost" in caplog.text and "cuda" in caplog.text
     assert replica.restored and not replica.resting.continued and answer(replica) == expected
+
+
+def test_two_models_take_turns_on_a_gpu_that_holds_one(gpu_rig):
+    """Without admission the driver's double has no room for the second, as a driver has none."""
+    write(gpu_rig.gpu / "gpus.json", {GPU0: USED + MARGIN + USED // 2})
+    replicas = {name: gpu_rig("sglang", take_snapshot=False) for name in ("red", "blue")}
+    answers = {}
+    for name, replica in replicas.items():
+        replica.start()
+        answers[name] = answer(replica)
+        replica.standby()
+    with pytest.raises(Incompatible, match="gpu-memory-short"):
+        cuda.check_memory(replicas["red"]._cuda, Needs(2, {GPU0: 2 * USED}))
+
+    async def take_turns():
+        admission = Admission(0, "lru", 0.0, 10.0, gpu_memory=USED + USED // 2)
+        pools = {}
+        for name, replica in replicas.items():
+            start, standby = partial(asyncio.to_thread, replica.start), partial(asyncio.to_thread, replica.standby)
+            pool = pools[name] = ReplicaPool(name=name, wake=admission.guard(name, start), standby=standby)
+            pool.sleeper.evicts_to_standby = True
+            pool.bind(asyncio.get_running_loop())
+            pool.add(name, replica.tracker, from_url("http://127.0.0.1:1"))
+            admission.add(Member(SimpleNamespace(name=name, pool=pool, tracker=replica.tracker), gpu_memory=USED))
+        for number in range(6):
+            name, other = ("red", "blue") if number % 2 else ("blue", "red")
+            taken = await pools[name].acquire(60.0)
+            assert replicas[name]._cuda._used() == {GPU0: USED}
+            assert replicas[other].tracker.phase is Phase.STANDBY and replicas[name].resting.continued
+            assert answer(replicas[name]) == answers[name]
+            pools[name].release(taken)
+
+    asyncio.run(take_turns())

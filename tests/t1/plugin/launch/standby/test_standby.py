@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from checkpoint.sandbox.process_tree import processes
+from plugin.proxy.admin.costs import memory_bytes
 from tests.kits.launch_rig import call
+from tests.kits.memory_kit import mapped_from
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]
 
@@ -70,6 +72,22 @@ def test_the_cache_leaves_the_memory(rig):
         assert act(started, "wake") == (200, {"name": "default", "phase": "serving"})
         calls = started.facts()["worker"]["calls"]
         assert ["flush_cache"] in calls or ["collective_rpc", "quickthaw_drop_cache"] in calls
+
+
+def test_a_restored_engine_in_standby_holds_no_more_than_its_images(rig):
+    """Its weights stay the page cache's, and its KV cache is given back."""
+    rig.take()
+    (name,) = rig.library.names()
+    with rig.running() as started:
+        started.ask()
+        started.wait_serving()
+        for _ in range(2):
+            assert act(started, "standby")[0] == 200
+            held = sum(map(memory_bytes, engine_pids(started)))
+            assert held <= rig.library.load(name).image_bytes
+            shared, copied = mapped_from(engine_pids(started), rig.library.path(name))
+            assert shared > copied, (shared, copied)
+            started.ask()
 
 
 def test_without_cgroups_signals_freeze_it(rig_of):

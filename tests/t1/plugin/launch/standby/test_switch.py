@@ -5,7 +5,9 @@ import os
 import random
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -118,18 +120,31 @@ BROKEN = {
 }
 """Codes of requests that were in an engine when it was killed: whether it ran them is unknown, so they are not sent again. And
 of those whose restore was killed twice."""
+PAUSE_S = 0.02
+"""Mean pause between two requests of a client."""
+
+
+def workers_of(started):
+    """The proxy's own processes that serve its port."""
+    children = (child for task in Path(f"/proc/{started.process.pid}/task").iterdir() for child in read_children(task))
+    return [pid for pid in children if b"plugin.proxy.workers" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def read_children(task):
+    return map(int, (task / "children").read_text().split())
 
 
 def test_requests_for_six_models_with_kills_are_each_answered_once_and_never_by_a_wrong_model(rig_of):
     rig = rig_of("sglang")
     answers = take_all(rig, SIX)
-    draw = random.Random(7)
+    draw, pauses = random.Random(7), random.Random(8)
     asked = [draw.choice(SIX) for _ in range(REQUESTS)]
     results, kills, over = [], [], threading.Event()
     settings = "max_awake: 2\nmin_awake: 0.05"
-    with switching(rig, names=SIX, settings=settings, more=", standby_after: 1h") as started:
+    with switching(rig, "--workers", "2", names=SIX, settings=settings, more=", standby_after: 1h") as started:
 
         def ask(name):
+            time.sleep(pauses.expovariate(1 / PAUSE_S))
             body = {"model": name, "prompt": PROMPT, "max_tokens": 4, "temperature": 0}
             try:
                 results.append((name, *call(started.port, "POST", "/v1/completions", body)))
@@ -141,7 +156,7 @@ def test_requests_for_six_models_with_kills_are_each_answered_once_and_never_by_
                 pids = [pool["replicas"][0]["pid"] for pool in started.pools().values()]
                 command = draw.choice([pid for pid in pids if pid] or [0])
                 inside = [pid for pid in processes(command) if command and os.readlink(f"/proc/{pid}/ns/pid") != OURS]
-                victim = draw.choice([command, *inside[1:]])
+                victim = draw.choice([command, *inside[1:], *workers_of(started)[:1]])
                 if victim:
                     os.kill(victim, signal.SIGKILL)
                     kills.append(victim)
@@ -150,8 +165,8 @@ def test_requests_for_six_models_with_kills_are_each_answered_once_and_never_by_
             while not over.is_set():
                 try:
                     kill()
-                except OSError:
-                    continue  # it had ended by itself
+                except (OSError, http.client.HTTPException):
+                    continue  # it had ended by itself, or the worker that was asked was killed
 
         killer = threading.Thread(target=kill_all)
         killer.start()

@@ -179,8 +179,10 @@ class Sleeper:
             raise StartFailed(f"no-way-to-{rung.name}", f"{self.pool.name} cannot be put to {rung.name}")
         while self.task is not None and rung.ends_engine and not self._rung.ends_engine:
             await asyncio.wait((self.task,))  # standby is under way, which keeps what this move must end
-            if self.pool.waking:
-                raise StartFailed("busy", f"{self.pool.name} is waking for a request")
+            while self.pool.waking:  # for a request that came meanwhile; it is answered first
+                if time.monotonic() > until:
+                    raise StartFailed("busy", f"{self.pool.name} is waking for a request")
+                await asyncio.sleep(0.05)
         if self.task is None:
             if rung.pause.left_s and rung.failure is not None:
                 raise rung.failure.fresh()

@@ -163,7 +163,7 @@ def test_a_sleep_that_is_asked_for_on_the_way_to_standby_follows_it():
     asyncio.run(check())
 
 
-def test_a_request_on_the_way_to_standby_wins_over_a_sleep_that_is_asked_for():
+def test_a_request_on_the_way_to_standby_is_answered_before_a_sleep_that_is_asked_for():
     async def check():
         engine = Engine()
         engine.gate.clear()
@@ -173,10 +173,12 @@ def test_a_request_on_the_way_to_standby_wins_over_a_sleep_that_is_asked_for():
         waiting = asyncio.ensure_future(engine.pool.acquire())
         await asyncio.sleep(0.02)
         engine.gate.set()
-        with pytest.raises(StartFailed) as refused:
-            await asked
-        assert refused.value.code == "busy" and await moving and (await waiting).name == "r0"
-        assert engine.moves == ["standby", "wake"]
+        replica = await waiting
+        assert await moving and not asked.done()
+        await asyncio.sleep(0.1)
+        assert engine.moves == ["standby", "wake"] and not asked.done()
+        engine.pool.release(replica)
+        assert await asked == "asleep" and engine.moves == ["standby", "wake", "sleep"]
 
     asyncio.run(check())
 

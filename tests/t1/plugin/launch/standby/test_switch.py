@@ -157,7 +157,9 @@ def test_requests_for_six_models_with_kills_are_each_answered_once_and_never_by_
                 command = draw.choice([pid for pid in pids if pid] or [0])
                 inside = [pid for pid in processes(command) if command and os.readlink(f"/proc/{pid}/ns/pid") != OURS]
                 victim = draw.choice([command, *inside[1:]])
-                if len(kills) % 40 == 10:  # rarely: a worker that keeps dying is replaced after longer and longer pauses
+                if (
+                    len(kills) % 40 == 10
+                ):  # rarely: a worker that keeps dying is replaced after longer and longer pauses
                     victim = draw.choice(workers_of(started))
                 if victim:
                     os.kill(victim, signal.SIGKILL)

@@ -30,7 +30,7 @@ from plugin.bench import client as measure
 from plugin.bench.presets import Preset, preset
 from plugin.records import wake_times
 from plugin.runtime.config import state_home
-from tests.kits.memory_kit import mapped_from
+from tests.kits.memory_kit import mapped_pages
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 900.0
@@ -131,7 +131,7 @@ def wake(engine: str, runs: int, rest: float) -> None:
                         entering.append(time.monotonic() - began)
                         time.sleep(rest)
                         root = measure.status(port)["pools"][0]["replicas"][0]["pid"]
-                        shared.append(mapped_from(processes(root), home / "snapshots")[0])
+                        shared.append(mapped_pages(processes(root))[0])
                     prompt = PROMPTS[run % len(PROMPTS)]
                     answer = ask(port, model, prompt)
                     took.append(answer.first_s)

@@ -10,7 +10,7 @@ from checkpoint.sandbox.process_tree import processes
 from plugin.bench import client as measure
 from plugin.proxy.admin.costs import memory_bytes
 from tests.kits.engine_kit import NAME, Rig, post, share_state
-from tests.kits.memory_kit import mapped_from
+from tests.kits.memory_kit import mapped_pages
 
 pytestmark = [pytest.mark.t2, pytest.mark.timeout(1200)]
 LONG = "The river runs. " * 150
@@ -58,7 +58,7 @@ def test_an_engine_continues_with_the_same_answers_and_holds_no_more_than_its_im
             assert act(port, "standby") == "standby"
             before, held = processor_ticks(pid), memory_of(pid)
             assert held <= images and serving - held >= LEAST_CACHE
-            shared, copied = mapped_from(processes(pid), rig.library.path(NAME))
+            shared, copied = mapped_pages(processes(pid))
             assert shared >= LEAST_SHARED > copied, "its weights are the page cache's"
             time.sleep(1.0)
             assert measure.status(port)["pools"][0]["replicas"][0]["phase"] == "standby"

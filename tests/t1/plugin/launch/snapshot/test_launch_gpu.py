@@ -396,6 +396,8 @@ def test_two_models_take_turns_on_a_gpu_that_holds_one(gpu_rig):
     for name, replica in replicas.items():
         replica.start()
         answers[name] = answer(replica)
+        assert cuda.holders(replica._cuda, processes_of(replica)), "the double knows it as one that was started here"
+    for replica in replicas.values():
         replica.standby()
     with pytest.raises(Incompatible, match="gpu-memory-short"):
         cuda.check_memory(replicas["red"]._cuda, Needs(2, {GPU0: 2 * USED}))

@@ -14,7 +14,6 @@ import pytest
 from checkpoint.sandbox.process_tree import processes
 from plugin.proxy.admin.costs import memory_bytes
 from tests.kits.launch_rig import call
-from tests.kits.memory_kit import mapped_from
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]
 
@@ -75,7 +74,6 @@ def test_the_cache_leaves_the_memory(rig):
 
 
 def test_a_restored_engine_in_standby_holds_no_more_than_its_images(rig):
-    """Its weights stay the page cache's, and its KV cache is given back."""
     rig.take()
     (name,) = rig.library.names()
     with rig.running() as started:
@@ -85,8 +83,6 @@ def test_a_restored_engine_in_standby_holds_no_more_than_its_images(rig):
             assert act(started, "standby")[0] == 200
             held = sum(map(memory_bytes, engine_pids(started)))
             assert held <= rig.library.load(name).image_bytes
-            shared, copied = mapped_from(engine_pids(started), rig.library.path(name))
-            assert shared > copied, (shared, copied)
             started.ask()
 
 

@@ -392,11 +392,12 @@ def test_two_models_take_turns_on_a_gpu_that_holds_one(gpu_rig):
     """Without admission the driver's double has no room for the second, as a driver has none."""
     write(gpu_rig.gpu / "gpus.json", {GPU0: USED + MARGIN + USED // 2})
     replicas = {name: gpu_rig("sglang", take_snapshot=False) for name in ("red", "blue")}
-    answers = {}
+    answers, engines = {}, {}
     for name, replica in replicas.items():
         replica.start()
         answers[name] = answer(replica)
-        assert cuda.holders(replica._cuda, processes_of(replica)), "the double knows it as one that was started here"
+        engines[name] = processes_of(replica)
+        assert cuda.holders(replica._cuda, engines[name]), "the double knows it as one that was started here"
     for replica in replicas.values():
         replica.standby()
     with pytest.raises(Incompatible, match="gpu-memory-short"):
@@ -416,8 +417,8 @@ def test_two_models_take_turns_on_a_gpu_that_holds_one(gpu_rig):
             name, other = ("red", "blue") if number % 2 else ("blue", "red")
             taken = await pools[name].acquire(60.0)
             assert replicas[name]._cuda._used() == {GPU0: USED}
-            assert replicas[other].tracker.phase is Phase.STANDBY and replicas[name].resting.continued
-            assert answer(replicas[name]) == answers[name]
+            assert replicas[other].tracker.phase is Phase.STANDBY
+            assert answer(replicas[name]) == answers[name] and processes_of(replicas[name]) == engines[name]
             pools[name].release(taken)
 
     asyncio.run(take_turns())

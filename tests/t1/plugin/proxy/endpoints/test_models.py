@@ -171,7 +171,7 @@ models:
         ("models: {a: {command: x}}\nevict: never", "evict"),
         ("models: {a: {upstream: 'ftp://x'}}", "upstream"),
         ("models: [", "not YAML"),
-        ("models: {a: {command: x}}\nidle_timeout: soon", "90s, 10m or 24h"),
+        ("models: {a: {command: x}}\nsleep_after: soon", "90s, 10m or 24h"),
         ("models: {a: {command: x, upstream_timeout: -1}}", "of 0 or more"),
         ("models: {a: {command: x, wake_timeout: true}}", "is not a duration"),
     ],
@@ -313,7 +313,7 @@ models:
             assert call(f"{url}/v1/x", {"model": name})[1]["name"] == answered
         phases = [model["phase"] for model in call(f"{url}/v1/models")[1]["data"]]
         assert sorted(phases) == ["asleep", "serving"]
-    ours = models_file(tmp_path, "models: {red: {command: x}}\nidle_timeout: 5")
+    ours = models_file(tmp_path, "models: {red: {command: x}}\nsleep_after: 5")
     done = subprocess.run(
         [sys.executable, "-m", "plugin", "proxy", "--import", ours], capture_output=True, text=True, check=False
     )

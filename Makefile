@@ -26,7 +26,7 @@ test: setup
 	@setup/system.sh test-packages.txt
 	@setup/kubernetes.sh || echo "no helm: the tests of the chart are skipped" >&2
 	# A test that fails while two workers keep the machine busy is run once more, alone; a second failure counts.
-	$(PYTEST) $(call REPORT,parts) -n 2 --dist loadgroup tests/t0 tests/t1 || $(PYTEST) $(call REPORT,parts-again) --last-failed tests/t0 tests/t1
+	$(PYTEST) $(call REPORT,parts) -n 2 --dist loadgroup tests/t0 tests/t1 tests/cluster || $(PYTEST) $(call REPORT,parts-again) --last-failed tests/t0 tests/t1 tests/cluster
 	$(PYTEST) $(call REPORT,engines) tests/t2 tests/gpu || $(PYTEST) $(call REPORT,engines-again) --last-failed tests/t2 tests/gpu
 
 # Three workers for two cores: a third of the tests' time is waiting, for a disk or a time limit.

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from plugin.proxy.http.address import Upstream
+    from plugin.proxy.kubernetes.workload import Workload
     from plugin.proxy.settings import Settings
 
 log = logging.getLogger("quickthaw.proxy")
@@ -38,6 +39,9 @@ Examples:
   # start the engine when a request comes, stop it after ten idle minutes
   quickthaw proxy --upstream http://127.0.0.1:8001 --sleep-after 10m \\
       --wake 'exec vllm serve my-model --port 8001' --ready-model my-model
+\b
+  # in front of a Deployment: scaled from zero when a request comes, back to zero after ten idle minutes
+  quickthaw proxy --listen :8000 --upstream k8s://models/llama:8000 --sleep-after 10m
 \b
   # several models, at most one awake
   quickthaw proxy --config models.yaml
@@ -77,7 +81,11 @@ def _read_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
 
 @click.command(epilog=EPILOG)
 @using(
-    option("--upstream", help="Where the engine listens: http://host:port, https://host or unix:/path."),
+    option(
+        "--upstream",
+        help="Where the engine listens: http://host:port, https://host or unix:/path; or a workload of a cluster that is "
+        "scaled from zero: k8s://NAMESPACE/DEPLOYMENT[:PORT] or k8s://NAMESPACE/statefulset/NAME[:PORT].",
+    ),
     option(
         "--config",
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -111,6 +119,17 @@ def _read_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
         help="The key that the engine was started with, for the readiness check. The variable keeps it out of process lists.",
     ),
     option("--wake-timeout", type=Duration(0.1), default="10m", help="How long a wake may take."),
+    option(
+        "--schedule-timeout",
+        type=Duration(0),
+        default="30s",
+        help="How long a pod of k8s://… may be without a node or an image before held requests get the reason.",
+    ),
+    option(
+        "--keda-listen",
+        type=Address(),
+        help="HOST:PORT of KEDA's external scaler (gRPC). KEDA then scales, and this proxy only follows the pods of k8s://….",
+    ),
     option("--root-path", default="", help="The engine's --root-path; --deny and --allow apply behind it too."),
     option("--workers", type=click.IntRange(1, 64), default=1, help="Processes on the one port; they share one wake."),
     *serving,
@@ -166,6 +185,40 @@ def _settings(options: dict[str, Any]) -> Settings:
         raise click.UsageError(str(exc)) from exc
 
 
+def _refuse_workers(options: dict[str, Any], *upstreams: str | None) -> None:
+    """Raise UsageError for several workers in front of a cluster: their pools mirror a fixed set of replicas."""
+    from plugin.proxy.kubernetes.address import is_workload
+
+    if options["workers"] != 1 and (options["keda_listen"] or any(map(is_workload, upstreams))):
+        what = "k8s:// upstreams and --keda-listen take one worker"
+        raise click.UsageError(f"{what}; run several proxies behind a Service, they agree")
+
+
+def _workload(options: dict[str, Any]) -> Workload:
+    """Return the owner of the workload that --upstream names. Raises ValueError, UsageError."""
+    from plugin.proxy.kubernetes import address as k8s
+    from plugin.proxy.kubernetes.extra import connect
+
+    address = k8s.parse(options["upstream"])
+    given = [f"--{key.replace('_', '-')}" for key in ("wake", "sleep", "wake_url", "sleep_url") if options[key]]
+    if given:
+        raise click.UsageError(f"a workload is scaled, so {', '.join(given)} is for other upstreams")
+    workload, session = connect()
+    from plugin.proxy.kubernetes.asking import WorkloadSpec
+
+    spec = WorkloadSpec(
+        address=address,
+        ready_path=options["ready_path"],
+        ready_model=options["ready_model"],
+        api_key=options["api_key"] or None,
+        wake_limit_s=options["wake_timeout"],
+        sleep_after_s=options["sleep_after"] or None,
+        schedule_grace_s=options["schedule_timeout"],
+        scales=options["keda_listen"] is None,
+    )
+    return workload("default", spec, session, owns_session=True)
+
+
 async def _serve(options: dict[str, Any], settings: Settings) -> None:
     import asyncio
     import signal
@@ -173,6 +226,8 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
     from plugin.proxy.descriptor_limit import raise_files
     from plugin.proxy.endpoints.endpoint import Endpoint, EndpointSpec
     from plugin.proxy.http.address import from_url
+    from plugin.proxy.kubernetes import address as k8s
+    from plugin.proxy.kubernetes.extra import scaler_of
     from plugin.proxy.pool.facts import Facts
     from plugin.proxy.pool.pool import ReplicaPool
     from plugin.proxy.pool.router import Router
@@ -182,6 +237,7 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
     from plugin.runtime.signals import stopping
 
     host, port = options["listen"]
+    _refuse_workers(options, options["upstream"])
     owner: Any
     target: ReplicaPool | Router
     try:
@@ -189,9 +245,15 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
             from plugin.proxy.endpoints.models import ModelRouter, Models, load
 
             config = load(options["config"])
-            owner = Models(config, options["sleep_after"], options["standby_after"])
+            scales = options["keda_listen"] is None
+            owner = Models(config, options["sleep_after"], options["standby_after"], scales=scales)
             pools = owner.pools
             target = ModelRouter(config, pools)
+            _refuse_workers(options, *(model.upstream for model in config.models.values()))
+        elif k8s.is_workload(options["upstream"]):
+            owner = _workload(options)
+            target = owner.pool
+            pools = {"default": owner.pool}
         else:
             spec = EndpointSpec(
                 upstream=from_url(options["upstream"]),
@@ -209,6 +271,7 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
             owner = Endpoint("default", spec)
             target = owner.pool
             pools = {"default": owner.pool}
+        scaler = scaler_of(pools) if options["keda_listen"] is not None else None
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
 
@@ -235,6 +298,11 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
 
     for number in stopping():
         loop.add_signal_handler(number, interrupted if number == signal.SIGINT else stop.set)
+    if scaler is not None:
+        try:
+            await scaler.start(*options["keda_listen"])
+        except ValueError as exc:
+            raise click.ClickException(str(exc)) from exc
     await owner.start()
     end: Callable[[], Awaitable[None]]
     if options["workers"] == 1:
@@ -256,5 +324,7 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
     text = announcement(sockets[0], admin_sock, settings.admin_prefix)
     log.info("%s", text, extra={"event": "listening", "fields": fields})
     await stop.wait()
+    if scaler is not None:
+        await scaler.close()
     await end()
     await owner.close()

@@ -68,6 +68,7 @@ def pool_document(pool: ReplicaPool) -> dict[str, Any]:
         },
         "progress": {
             "phase": progress.phase,
+            "step": progress.step,
             "kind": progress.kind,
             "elapsed_s": round(progress.elapsed_s, 3),
             "expected_s": round(progress.expected_s, 3) if progress.started_here else None,
@@ -85,6 +86,7 @@ def pool_document(pool: ReplicaPool) -> dict[str, Any]:
                 "name": replica.name,
                 "phase": replica.tracker.phase,
                 "reason": replica.tracker.reason,
+                "step": replica.step,
                 "seconds_in_phase": round(replica.tracker.seconds_in_phase, 3),
                 "upstream": replica.upstream.name if replica.upstream else None,
                 "address": replica.address(),
@@ -158,7 +160,7 @@ async def serve_admin(server: StatusSource, client: Client, request: Request) ->
         query = parse_qs(request.target.partition(b"?")[2].decode("ascii", "replace"), keep_blank_values=True)
         strict = query.get("strict", ["0"])[-1].lower() not in ("0", "false", "no")
         ready = is_ready(server, strict=strict)
-        client.respond(request, 200 if ready else 503, _JSON, b'{"ready":true}' if ready else b'{"ready":false}')
+        client.respond(request, 200 if ready else 503, _JSON, json.dumps(_readiness(server, ready)).encode())
         return 200 if ready else 503
     from plugin.proxy.admin.bridge import serve_page
 
@@ -172,6 +174,15 @@ async def serve_admin(server: StatusSource, client: Client, request: Request) ->
         client.respond(request, 200, _JSON, json.dumps(await server.document()).encode())
         return 200
     return await serve_page(server, client, request, name)
+
+
+def _readiness(server: StatusSource, ready: bool) -> dict[str, Any]:
+    """Return the document of `ready`. Where one model is starting it says how far: the proxy in front of a pod shows that."""
+    pools = list(server.router.pools())
+    if ready or len(pools) != 1:
+        return {"ready": ready}
+    progress = pools[0].progress()
+    return {"ready": False, "phase": progress.phase, "progress": progress.sentence().removeprefix("waking, ")}
 
 
 async def _serve_session(sessions: Sessions, client: Client, request: Request, name: str) -> int:

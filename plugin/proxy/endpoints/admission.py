@@ -12,23 +12,35 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Protocol
 
-from plugin.proxy.endpoints.endpoint import Endpoint
 from plugin.proxy.errors import ProxyError, StartFailed, Unavailable, Unneeded
+from plugin.proxy.pool.pool import ReplicaPool
 from plugin.proxy.pool.pressure import longest_in_standby, memory_room
 from plugin.proxy.pool.replica import STARTING
-from plugin.runtime.phases import Phase
+from plugin.runtime.phases import Phase, PhaseTracker
 
 log = logging.getLogger("quickthaw.proxy")
 Hook = Callable[[], Awaitable[None]]
 _DOWN = frozenset({Phase.STANDBY, Phase.ASLEEP, Phase.FAILED, Phase.IDLE, Phase.STOPPED})
 
 
+class Admitted(Protocol):
+    """The part of an endpoint (`endpoint.Endpoint`, `kubernetes.workload.Workload`) that an admission needs."""
+
+    name: str
+    pool: ReplicaPool
+
+    @property
+    def tracker(self) -> PhaseTracker:
+        """Return the phase of the endpoint."""
+
+
 @dataclass(frozen=True)
 class Member:
     """A model that takes part. `gpu_memory`: bytes of GPU memory that it takes while it is awake."""
 
-    endpoint: Endpoint
+    endpoint: Admitted
     priority: int = 0
     gpu_memory: int = 0
 

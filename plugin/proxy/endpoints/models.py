@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import parse_qs, unquote
 
 import msgspec
@@ -36,9 +36,17 @@ from plugin.proxy.http.address import from_url
 from plugin.proxy.http.client import Client
 from plugin.proxy.http.path_rules import HEALTH
 from plugin.proxy.http.request import Request
+from plugin.proxy.kubernetes import address as k8s
+from plugin.proxy.pool.facts import Facts
 from plugin.proxy.pool.pool import ReplicaPool
 from plugin.proxy.pool.pressure import relieve
+from plugin.runtime.phases import Phase
 from plugin.startup.own_module import own_module
+
+if TYPE_CHECKING:
+    from plugin.proxy.kubernetes.asking import WorkloadSpec
+    from plugin.proxy.kubernetes.session import Session
+    from plugin.proxy.kubernetes.workload import Workload
 
 
 class Seconds(float):
@@ -67,7 +75,10 @@ _LIST_PATHS = ("/v1/models", "/models")
 
 
 class ModelConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """One model: exactly one of `snapshot` (restored by name), `command` (a server; `${PORT}` is its port), `upstream` (runs already)."""
+    """One model: exactly one of `snapshot` (restored by name), `command` (a server; `${PORT}` is its port), `upstream`.
+
+    The upstream runs already, or is a workload of a cluster (k8s://…), which is scaled from zero.
+    """
 
     snapshot: str | None = None
     command: str | None = None
@@ -91,6 +102,8 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Maximum time that the engine may send nothing while it answers; None uses the option --upstream-timeout."""
     priority: int = 0
     """Models with a lower priority are put to sleep first."""
+    schedule_timeout: Seconds = Seconds(30.0)
+    """Of a workload: how long its pod may be without a node or an image before held requests get the reason."""
     gpu_memory: Bytes | None = None
     """GPU memory that it takes while it is awake; None: of a snapshot, what it held at its dump, of others unknown."""
     rehearse: bool | None = None
@@ -218,13 +231,18 @@ def load(path: Path) -> Config:
             raise ValueError(f"{path}: model {name!r} needs exactly one of snapshot, command and upstream")
         if model.standby_after and model.snapshot is None:
             raise ValueError(f"{path}: model {name!r} is no snapshot, and only those have standby_after")
-        if model.upstream is not None:
+        if k8s.is_workload(model.upstream):
+            k8s.parse(model.upstream or "")
+            given = [key for key in ("wake", "sleep", "wake_url", "sleep_url") if getattr(model, key) is not None]
+            if given:
+                raise ValueError(f"{path}: model {name!r} is a workload, which is scaled: it has no {', '.join(given)}")
+        elif model.upstream is not None:
             from_url(model.upstream)
         for alias in (name, *model.aliases):
             if alias in names:
                 raise ValueError(f"{path}: {alias!r} names both {names[alias]!r} and {name!r}")
             names[alias] = name
-        able = model.upstream is None or model.sleep or model.sleep_url
+        able = model.upstream is None or model.sleep or model.sleep_url or k8s.is_workload(model.upstream)
         for limit_name in ("max_awake", "gpu_memory"):
             if getattr(config, limit_name) and not able:
                 raise ValueError(f"{path}: with {limit_name}, model {name!r} needs `sleep` or `sleep_url`")
@@ -286,22 +304,52 @@ def spec_of(model: ModelConfig, sleep_after: float, standby_after: float = 0.0) 
     )
 
 
+def workload_of(model: ModelConfig, sleep_after: float, scales: bool) -> WorkloadSpec:
+    """Return the workload for a model's configuration; `sleep_after` (seconds) is the command's."""
+    from plugin.proxy.kubernetes.asking import WorkloadSpec
+
+    return WorkloadSpec(
+        address=k8s.parse(model.upstream or ""),
+        ready_path=model.ready_path,
+        ready_model=model.ready_model,
+        api_key=model.api_key,
+        wake_limit_s=model.wake_timeout,
+        sleep_after_s=(model.sleep_after if model.sleep_after is not None else sleep_after) or None,
+        schedule_grace_s=model.schedule_timeout,
+        scales=scales,
+        facts=Facts(gpu_memory=model.gpu_memory or 0),
+    )
+
+
 class Models:
     """Own the endpoints of all models, and the limit that they share."""
 
-    def __init__(self, config: Config, sleep_after: float = 0.0, standby_after: float = 0.0) -> None:
-        """`sleep_after` and `standby_after` (seconds; 0 never) apply to models that set none."""
+    def __init__(
+        self, config: Config, sleep_after: float = 0.0, standby_after: float = 0.0, *, scales: bool = True
+    ) -> None:
+        """`sleep_after` and `standby_after` (seconds; 0 never) apply to models that set none; `scales`: see `WorkloadSpec`.
+
+        Raises ValueError (kubernetes-missing, cluster-unknown) if a model is a workload and its cluster cannot be reached.
+        """
         from plugin.records.lead_times import history_of_snapshot  # only this mode needs what it imports
 
         room = Admission(config.max_awake, config.evict, config.min_awake, config.evict_grace, config.gpu_memory)
-        self.endpoints: dict[str, Endpoint] = {}
+        self.endpoints: dict[str, Endpoint | Workload] = {}
+        self._session: Session | None = None
         for name, model in config.models.items():
-            endpoint = Endpoint(
-                name,
-                spec_of(model, sleep_after, standby_after),
-                room=room.guard,
-                history=history_of_snapshot(model.snapshot),
-            )
+            endpoint: Endpoint | Workload
+            if k8s.is_workload(model.upstream):
+                from plugin.proxy.kubernetes.extra import connect
+
+                workload, self._session = connect(self._session)
+                endpoint = workload(name, workload_of(model, sleep_after, scales), self._session, room=room.guard)
+            else:
+                endpoint = Endpoint(
+                    name,
+                    spec_of(model, sleep_after, standby_after),
+                    room=room.guard,
+                    history=history_of_snapshot(model.snapshot),
+                )
             self.endpoints[name] = endpoint
             needed = endpoint.spec.facts.gpu_memory
             if config.gpu_memory and needed > config.gpu_memory:
@@ -332,6 +380,8 @@ class Models:
             self._relieving.cancel()
             await asyncio.gather(self._relieving, return_exceptions=True)
         await asyncio.gather(*(endpoint.close() for endpoint in self.endpoints.values()))
+        if self._session is not None:
+            await self._session.close()
 
 
 class ModelRouter:
@@ -375,7 +425,8 @@ class ModelRouter:
         return None
 
     def _described(self, name: str) -> dict[str, Any]:
-        phase = next(str(replica.tracker.phase) for replica in self._pools[name].replicas.values())
+        replicas = self._pools[name].replicas.values()
+        phase = str(max(replicas, key=lambda each: each.tracker.phase is Phase.SERVING).tracker.phase)
         return {"id": name, "object": "model", "created": 0, "owned_by": "quickthaw", "phase": phase}
 
     async def route(self, client: Client, request: Request) -> ReplicaPool:

@@ -357,7 +357,8 @@ class ReplicaPool:
             left = self.history.left(kind, elapsed, phase, best.tracker.seconds_in_phase)
         if not self.started_here:
             left = UNKNOWN_LEFT_S
-        return Progress(phase, kind, elapsed, elapsed + left, left, self.started_here)
+        step = best.step if best and phase in STARTING else ""
+        return Progress(phase, kind, elapsed, elapsed + left, left, self.started_here, step)
 
     def left_s(self) -> float:
         """Return the seconds until a replica is expected to serve, for Retry-After."""

@@ -50,6 +50,8 @@ class Replica:
         self.idle: list[UpstreamConnection] = []
         self.connecting: asyncio.Semaphore | None = None
         self.drained_event: asyncio.Event | None = None
+        self.step = ""
+        """How far its start is, in its owner's words, where these say more than the phase (a pod that is scheduled)."""
         self.start_ended = True
         """True once the last start has ended, in success or final failure; the next phase then begins a new start. A
         failed restore that continues as a cold start is one start.

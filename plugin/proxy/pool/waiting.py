@@ -40,10 +40,14 @@ class Progress:
     expected_s: float
     left_s: float
     started_here: bool = True
+    step: str = ""
+    """How far the start is, where its owner knows more than the phase."""
 
     def sentence(self) -> str:
         """Return text such as `waking, restoring 0.6 of 1.1 s`, for early streams and people."""
         if not self.started_here:
             return f"waiting {self.elapsed_s:.1f} s for an engine that is not started from here"
+        if self.step:
+            return f"waking, {self.step}; {self.elapsed_s:.1f} of {self.expected_s:.1f} s in all"
         what = f"{self.phase} " if self.phase in STARTING else ""
         return f"waking, {what}{self.elapsed_s:.1f} of {self.expected_s:.1f} s"

@@ -1,0 +1,61 @@
+"""What all workloads of one proxy share: the API's client, the copies of pods and EndpointSlices, and the agreement with other proxies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from lightkube.resources.core_v1 import Pod
+from lightkube.resources.discovery_v1 import EndpointSlice
+
+from plugin.proxy.kubernetes.address import WorkloadAddress
+from plugin.proxy.kubernetes.agreement import Agreement
+from plugin.proxy.kubernetes.cluster import Cluster
+from plugin.proxy.kubernetes.informer import Informer, selector_of
+from plugin.proxy.kubernetes.pods import Listed
+
+
+class Session:
+    """One proxy's connection to its cluster."""
+
+    def __init__(self, cluster: Cluster, agreement: Agreement) -> None:
+        self.cluster, self.agreement = cluster, agreement
+        self._informers: dict[tuple[str, str, str], Informer] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    def from_environment(cls) -> Session:
+        """Connect as the environment says. Raises ValueError (cluster-unknown)."""
+        cluster = Cluster.from_environment()
+        return cls(cluster, Agreement(cluster))
+
+    def pods(self, namespace: str, selector: str) -> Informer:
+        """Return the copy of the pods that a selector names."""
+        return self._informer(Pod, namespace, selector)
+
+    def slices(self, namespace: str) -> Informer:
+        """Return the copy of a namespace's EndpointSlices."""
+        return self._informer(EndpointSlice, namespace, "")
+
+    def _informer(self, resource: Any, namespace: str, selector: str) -> Informer:
+        key = (resource.__name__, namespace, selector)
+        if key not in self._informers:
+            labels = selector_of(selector) if selector else None
+            self._informers[key] = informer = Informer(self.cluster, resource, namespace, labels=labels)
+            self._tasks.append(asyncio.get_running_loop().create_task(informer.run()))
+        return self._informers[key]
+
+    def listed(
+        self, address: WorkloadAddress, read: Callable[[Iterable[EndpointSlice], int | None], dict[str, Listed]]
+    ) -> dict[str, Listed]:
+        """Return what the namespace's EndpointSlices say of each pod."""
+        return read(self.slices(address.namespace).objects.values(), address.port)
+
+    async def close(self) -> None:
+        """Stop following the cluster and leave the agreement."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.agreement.close()
+        await self.cluster.close()

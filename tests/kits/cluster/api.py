@@ -162,6 +162,10 @@ class Api:
 
     def _event(self, what, plural, obj, before):
         self.log.append((self.version, what, plural, obj, before))
+        self.notify()
+
+    def notify(self):
+        """Wake whoever waits for a change."""
         self._changed.set()
         self._changed = asyncio.Event()
 

@@ -96,11 +96,10 @@ class Nodes:
 
     async def __aexit__(self, *_):
         self._ending = True
-        self._task.cancel()
-        kubelets = list(self._kubelets.values())
-        for kubelet in kubelets:
-            kubelet.cancel()
-        await asyncio.gather(self._task, *kubelets, return_exceptions=True)
+        self.api.notify()
+        async with asyncio.timeout(30):
+            await self._task
+            await asyncio.gather(*self._kubelets.values())  # not cancelled: each ends its process
 
     async def _run(self):
         while not self._ending:
@@ -206,11 +205,10 @@ class Nodes:
                     break
                 restarts += 1
                 self._status(name, address=address, restarts=restarts, waiting="CrashLoopBackOff")
-                await asyncio.sleep(min(5.0, 0.1 * 2**restarts))
+                await asyncio.sleep(min(2.0, 0.1 * 2**restarts))
         finally:
             if running is not None:
-                # Cut off, too, in the middle of a test's end.
-                await asyncio.shield(self.runtime.stop(running, self.grace_s))
+                await self.runtime.stop(running, self.grace_s)
             self.api.remove("pods", name)
             self._kubelets.pop(name, None)
 

@@ -6,6 +6,7 @@ done already. Only vLLM knows the keys of its AOT artefacts, so these are copied
 """
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -14,6 +15,7 @@ import tempfile
 
 COMPILED = "inductor_cache"
 """Inductor's own cache, beside the artefact: content-addressed, and all that vLLM alone loads on a CPU."""
+_STAGING = ".quickthaw-copy-"
 
 
 class Factors(list[object]):
@@ -60,19 +62,14 @@ def take_over_model_infos():
         names = os.listdir(source)
     except OSError:
         return  # vLLM alone has not run here
+    names = [name for name in names if name.endswith(".json") and not os.path.exists(os.path.join(target, name))]
+    if not names:
+        return
     try:
-        for name in names:
-            place = os.path.join(target, name)
-            if name.endswith(".json") and not os.path.exists(place):
-                os.makedirs(target, exist_ok=True)
-                new = f"{place}.{os.getpid()}"
-                try:
-                    shutil.copyfile(os.path.join(source, name), new)
-                    os.replace(new, place)
-                except OSError:
-                    with contextlib.suppress(OSError):
-                        os.unlink(new)
-                    raise
+        with _staging(target) as new:
+            for name in names:
+                shutil.copyfile(os.path.join(source, name), os.path.join(new, name))
+                os.replace(os.path.join(new, name), os.path.join(target, name))
     except OSError as error:
         _report(error)
 
@@ -88,21 +85,47 @@ def take_over(alone, ours):
     target = os.path.join(current_root(), place, ours)
     if not current_root() or os.path.exists(target) or not os.path.isdir(os.path.join(source, COMPILED)):
         return
-    new = None
     try:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        new = tempfile.mkdtemp(prefix=".", dir=os.path.dirname(target))
-        if alone == ours:
-            shutil.copytree(source, new, dirs_exist_ok=True)
-        else:
-            shutil.copytree(os.path.join(source, COMPILED), os.path.join(new, COMPILED))
-        os.chmod(new, 0o755)
-        os.rename(new, target)
+        with _staging(os.path.dirname(target)) as staging:
+            new = os.path.join(staging, ours)
+            if alone == ours:
+                shutil.copytree(source, new)
+            else:
+                shutil.copytree(os.path.join(source, COMPILED), os.path.join(new, COMPILED))
+            os.rename(new, target)
     except OSError as error:
-        if new:
-            shutil.rmtree(new, ignore_errors=True)
         if not os.path.exists(target):  # else another rank was first
             _report(error)
+
+
+@contextlib.contextmanager
+def _staging(parent):
+    """Make a folder in `parent` for what is being copied, locked and removed at the end; remove what killed copies left. Raises OSError.
+
+    The kernel releases a lock however its owner ends, while process numbers of two sandboxes say nothing of each other.
+    """
+    os.makedirs(parent, exist_ok=True)
+    for name in os.listdir(parent):
+        if name.startswith(_STAGING):
+            with contextlib.suppress(OSError), _locked(os.path.join(parent, name)) as old:
+                shutil.rmtree(old, ignore_errors=True)
+    with _locked(tempfile.mkdtemp(prefix=_STAGING, dir=parent)) as new:
+        try:
+            yield new
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder):
+    """Lock a folder. Raises OSError, also if another process has the lock, or has removed the folder meanwhile."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.stat(folder)
+        yield folder
+    finally:
+        os.close(fd)
 
 
 def _report(error):

@@ -58,8 +58,10 @@ def remove_groups() -> None:
             for group in parent.glob(f"{_GROUP}*"):
                 owner = group.name.removeprefix(_GROUP)
                 if owner == str(os.getpid()) or not Path("/proc", owner).exists():
-                    with contextlib.suppress(OSError):  # it still has processes
-                        group.rmdir()
+                    # Below it, a frozen engine's (checkpoint/sandbox/freezer.py), if its process was killed.
+                    for one in (*group.glob("quickthaw-*"), group):
+                        with contextlib.suppress(OSError):  # it still has processes
+                            one.rmdir()
 
 
 def leave_group() -> None:

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +26,7 @@ import launchers
 from checkpoint.compatibility.check import Identity
 from checkpoint.cuda import checkpoint as cuda
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Incompatible, NotFound
+from checkpoint.sandbox.freezer import Freezer
 from checkpoint.sandbox.process_tree import processes
 from checkpoint.sandbox.sandbox import Sandbox
 from checkpoint.snapshot import rehearsal
@@ -40,7 +39,6 @@ from plugin.runtime.config import LaunchSettings
 from plugin.runtime.phases import PhaseTracker
 from plugin.runtime.replica import Replica
 from plugin.runtime.steps import restore_snapshot
-from plugin.runtime.steps.engine_process import process_stopped
 from plugin.runtime.steps.model_mount import Weights
 from plugin.runtime.steps.paging import ALL, Pace, PageFollower
 
@@ -65,6 +63,8 @@ NO_FAULT = (
 """Codes of errors that say nothing about the snapshot."""
 ROUNDS = 4
 """Most restores. One that adds pages to the working set is followed by another, which makes its plans."""
+FREEZE_LIMIT_S = 2.0
+"""Maximum seconds in which every process of a paused engine must stand still."""
 PLACED_LIMIT_S = 600.0
 """Maximum seconds after the last answer for the working set to be written, and for the last page to be in place."""
 
@@ -97,20 +97,26 @@ class _Rehearsed(Replica):
 
 
 class Pausing:
-    """Stops and continues the processes of one engine after the other; those that were stopped anyway stay so."""
+    """Freezes the engine of one sandbox after the other while the rehearsal pauses. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._paused = False
-        self._init_pid = 0
-        self._stopped: list[int] = []
+        self._freezer: Freezer | None = None
 
     def begin(self, init_pid: int) -> None:
-        """Take over the engine of a new sandbox; 0 for none."""
+        """Take over the engine of a new sandbox."""
         with self._lock:
-            self._init_pid, self._stopped = init_pid, []
+            self._freezer = Freezer(init_pid)
             if self._paused:
-                self._stop()
+                self._freeze(self._freezer)
+
+    def over(self) -> None:
+        """Release what was made for the sandbox, after its end."""
+        with self._lock:
+            freezer, self._freezer = self._freezer, None
+        if freezer is not None:
+            freezer.close()
 
     def set(self, paused: bool) -> None:
         """Pause, or go on."""
@@ -118,20 +124,19 @@ class Pausing:
             if paused == self._paused:
                 return
             self._paused = paused
-            if paused:
-                self._stop()
-                return
-            for pid in self._stopped:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGCONT)
-            self._stopped = []
+            if self._freezer is not None:
+                if paused:
+                    self._freeze(self._freezer)
+                else:
+                    self._freezer.thaw()
 
-    def _stop(self) -> None:
-        for pid in processes(self._init_pid) if self._init_pid else ():
-            if not process_stopped(pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGSTOP)
-                self._stopped.append(pid)
+    @staticmethod
+    def _freeze(freezer: Freezer) -> None:
+        """Freeze, or leave an engine that does not stand still running: at its priority it costs little."""
+        try:
+            freezer.freeze(FREEZE_LIMIT_S)
+        except (CheckpointError, OSError) as error:
+            log.debug("a rehearsal is not paused: %s", error)
 
 
 def named_settings(
@@ -260,6 +265,10 @@ class Rehearsal:
         if why := memory.short(0):
             raise GivenUp("memory-short", why) from error
 
+    def _forget(self) -> None:
+        with self._lock:
+            self._replica = None
+
     @property
     def over(self) -> bool:
         """Return whether nothing of it is left to end."""
@@ -299,9 +308,12 @@ class Rehearsal:
             replica.fetching, lambda: answered[0], lambda: replica.running is not None, Pace.patient()
         )
         replica.pausing = self._pausing
-        with self._lock:
-            self._replica = replica
-        try:
+        with contextlib.ExitStack() as ending:
+            # Each of these runs, in the reverse order, whatever the ones before it raise.
+            for end in (weights.close, self._pausing.over, partial(replica.stop, 0.0), replica.clear, self._forget):
+                ending.callback(end)
+            with self._lock:
+                self._replica = replica
             self._check()
             if found.gpu.processes and (driver := replica.driver()) is not None:
                 then = Identity.decode(found.identity).host.gpus
@@ -327,10 +339,3 @@ class Rehearsal:
                     "pages-late", "not every page was in place in time, and the plans are written after the last"
                 )
             return asked
-        finally:
-            with self._lock:
-                self._replica = None
-            self._pausing.begin(0)
-            replica.clear()
-            replica.stop(0.0)
-            weights.close()

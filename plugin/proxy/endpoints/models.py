@@ -108,6 +108,8 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """GPU memory that it takes while it is awake; None: of a snapshot, what it held at its dump, of others unknown."""
     rehearse: bool | None = None
     """--rehearse of the launch or restore that it starts; None leaves that to QUICKTHAW_REHEARSE."""
+    push: bool | None = None
+    """--push of the launch or restore that it starts, to its --snapshot-store; None leaves that to QUICKTHAW_PUSH."""
 
 
 SETTINGS = frozenset(
@@ -260,8 +262,9 @@ def spec_of(model: ModelConfig, sleep_after: float, standby_after: float = 0.0) 
     standby = model.standby_after if model.standby_after is not None else standby_after
     idle = model.sleep_after if model.sleep_after is not None else sleep_after
     wake, upstream, environment = model.wake, model.upstream, dict[str, str]()
-    if model.rehearse is not None:
-        environment["QUICKTHAW_REHEARSE"] = str(int(model.rehearse))
+    for variable, given in (("QUICKTHAW_REHEARSE", model.rehearse), ("QUICKTHAW_PUSH", model.push)):
+        if given is not None:
+            environment[variable] = str(int(given))
     if upstream is None:
         port = free_port()
         upstream = f"http://127.0.0.1:{port}"

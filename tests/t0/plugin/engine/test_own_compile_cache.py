@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -78,6 +79,27 @@ def test_a_copy_that_fails_leaves_nothing_and_is_reported(caches, monkeypatch, c
     add_model()
     assert list(ours.iterdir()) == []
     assert "No space left" in capfd.readouterr().err
+
+
+def test_what_a_killed_copy_left_is_removed_and_what_is_being_copied_stays(caches):
+    usual, ours = caches
+    (usual / "modelinfos").mkdir()
+    (usual / "modelinfos/llama.json").write_text("{}")
+    for folder in (ours, ours.parents[1] / "modelinfos"):
+        for name in ("killed", "living"):
+            (folder / f".quickthaw-copy-{name}").mkdir(parents=True)
+            (folder / f".quickthaw-copy-{name}" / "half").write_text("")
+    living = [
+        os.open(folder / ".quickthaw-copy-living", os.O_RDONLY) for folder in (ours, ours.parents[1] / "modelinfos")
+    ]
+    for fd in living:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    add_model()
+    take_over_model_infos()
+    for fd in living:
+        os.close(fd)
+    assert sorted(entry.name for entry in ours.iterdir()) == [".quickthaw-copy-living", key("own", "model")]
+    assert files(ours.parents[1] / "modelinfos") == [".quickthaw-copy-living/half", "llama.json"]
 
 
 def test_another_rank_may_be_first(caches, monkeypatch, capfd):

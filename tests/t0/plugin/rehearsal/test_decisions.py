@@ -215,7 +215,8 @@ def test_it_is_dropped_where_requests_are_always_there_and_nothing_is_known_of_t
     assert Course.RUN not in courses and courses[-1] is Course.DROP
 
 
+@pytest.mark.parametrize("what", ["rehearse", "push"])
 @pytest.mark.parametrize(("given", "variable"), [(None, None), (True, "1"), (False, "0")])
-def test_a_model_of_the_proxy_s_file_may_say_whether_it_is_rehearsed(given, variable):
-    spec = spec_of(ModelConfig(command="quickthaw launch vllm --port ${PORT}", rehearse=given), 0.0)
-    assert dict(spec.environment).get("QUICKTHAW_REHEARSE") == variable
+def test_a_model_of_the_proxy_s_file_may_say_whether_it_is_rehearsed_and_pushed(what, given, variable):
+    spec = spec_of(ModelConfig(command="quickthaw launch vllm --port ${PORT}", **{what: given}), 0.0)
+    assert dict(spec.environment).get(f"QUICKTHAW_{what.upper()}") == variable

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from checkpoint.sandbox import freezer
 from checkpoint.snapshot import manifest, rehearsal
 from checkpoint.snapshot.library import QUARANTINE_AFTER
 from plugin.rehearsal.rehearse import Pausing
@@ -158,10 +159,25 @@ def test_it_pauses_while_a_request_is_there(launch_rig):
         started.wait_for(DONE, LIMIT_S)
 
 
+def advances(pid):
+    """Whether a busy process gets a processor."""
+
+    def ticks():
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11])
+
+    before, limit = ticks(), time.monotonic() + 0.3
+    while ticks() == before:
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.01)
+    return True
+
+
 @pytest.fixture
 def tree():
     """A process with two children, of which one is stopped; the numbers of all three."""
-    code = "import subprocess, time; [print(subprocess.Popen(['sleep', '60']).pid, flush=True) for _ in '12']; time.sleep(60)"
+    busy = "while True: pass"
+    code = f"import subprocess, sys, time; [print(subprocess.Popen([sys.executable, '-c', {busy!r}]).pid, flush=True) for _ in '12']; time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         children = [int(process.stdout.readline()) for _ in range(2)]
         os.kill(children[1], signal.SIGSTOP)
@@ -171,22 +187,36 @@ def tree():
             os.kill(pid, signal.SIGKILL)
 
 
-def test_a_pause_stops_an_engine_and_continues_what_it_stopped(tree):
+@pytest.mark.parametrize("by_signals", [False, True])
+def test_a_pause_stops_an_engine_and_continues_what_it_stopped(tree, by_signals, monkeypatch):
+    if by_signals:
+        monkeypatch.setattr(freezer, "own_cgroup", lambda: None)
     init, running, stopped = tree
     pausing = Pausing()
-    pausing.begin(init)
-    for _ in range(2):
-        pausing.set(True)
-        pausing.set(True)
-        wait_until(lambda: process_stopped(running) and process_stopped(stopped))
-        pausing.set(False)
-        wait_until(lambda: not process_stopped(running))
-        assert process_stopped(stopped) and not process_stopped(init)
-    pausing.begin(0)
     pausing.set(True)
     pausing.begin(init)  # an engine that comes up meanwhile
-    wait_until(lambda: process_stopped(running))
+    for _ in range(2):
+        assert not advances(running)
+        pausing.set(True)
+        pausing.set(False)
+        wait_until(lambda: advances(running))
+        assert process_stopped(stopped) and not process_stopped(init)
+        pausing.set(True)
     pausing.set(False)
+    pausing.over()
+    pausing.set(True)
+    wait_until(lambda: advances(running))
+
+
+def test_what_does_not_stand_still_runs_on_and_the_rehearsal_goes_on(tree, monkeypatch):
+    monkeypatch.setattr("plugin.rehearsal.rehearse.FREEZE_LIMIT_S", 0.0)
+    monkeypatch.setattr(freezer, "own_cgroup", lambda: None)
+    monkeypatch.setattr(freezer, "state", lambda pid: "D")
+    init, running, _ = tree
+    pausing = Pausing()
+    pausing.begin(init)
+    pausing.set(True)
+    wait_until(lambda: advances(running))
 
 
 def test_a_full_disk_costs_the_rehearsal_only(outside, small_disk):

@@ -139,6 +139,10 @@ class PageServer:
         """
         self._send(op="requests-done", save=str(save) if save else "")
 
+    def requests_there(self, there: bool) -> None:
+        """Report whether requests are waiting or being answered: background pages are copied more slowly then."""
+        self._send(op="requests", there=there)
+
     def arrived(self) -> None:
         """Report that pages have arrived which the server may wait for."""
         with contextlib.suppress(OSError):

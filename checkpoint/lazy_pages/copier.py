@@ -28,6 +28,8 @@ _STARTUP, _WARM, _BACKGROUND = "startup", "warm", "background"
 # Background ranges fetched ahead of being placed, and the size of each.
 _WINDOW = 32
 _BACKGROUND_RANGE = CHUNK // 2
+# Bytes per second of the background phase while requests are there.
+_BUSY_RATE = 100e6
 # Amount placed between two checks for events.
 _STEP_BYTES = CHUNK
 _STEP_EXTENTS = 64
@@ -195,6 +197,8 @@ class Copier:
         """The plans of the startup and warm phases, by process."""
         self.finished = False
         """Whether every page of every space is in place."""
+        self.requests_there = False
+        """Whether requests are waiting or being answered: the background phase then leaves them the processors."""
         self._tree, self._stats, self._spaces = tree, tree.stats, tree.spaces
         self._planner = planner
         self._working_set = working_set
@@ -404,7 +408,8 @@ class Copier:
                     return
                 else:
                     self._stats.bytes_rest += size
-                    self._not_before = max(self._not_before, now - 0.01) + size / self._rate
+                    rate = min(self._rate, _BUSY_RATE) if self.requests_there else self._rate
+                    self._not_before = max(self._not_before, now - 0.01) + size / rate
         self._background.popleft()
         self._fetched.discard(self._background_job)
         self._background_job += 1

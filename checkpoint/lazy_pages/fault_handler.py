@@ -202,6 +202,8 @@ class FaultHandler:
             self.tree.after_requests = True
             if message["save"]:
                 self.save(message["save"])
+        elif message["op"] == "requests":
+            self.copier.requests_there = message["there"]
         elif message["op"] == "arrived":
             for waiter in (self.fault_fetcher, self.copier.fetcher):
                 if isinstance(waiter, DownloadWaiter):

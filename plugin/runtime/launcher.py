@@ -340,6 +340,7 @@ class Launch:
             upstream = Upstream(self._connector(replica), f"r{index}")
             behind = pool.add(f"r{index}", replica.tracker, upstream, recording=recording)
             replica.served = self._counter(behind)
+            replica.page_follower.busy = partial(_busy, pool, behind)
             behind.pages_pending, behind.pages = replica.pages_pending, replica.page_counts
             behind.kill_reason = replica.kill_reason
             behind.stopped = replica.stopped
@@ -470,6 +471,11 @@ class Launch:
             await asyncio.to_thread(self.weights.close)
         if self._failure is None and not self.exit_code:
             self.exit_code = max((_shell_code(code) for code in codes), default=0)
+
+
+def _busy(pool: ReplicaPool, behind: Any) -> bool:
+    """Return True while requests wait for a replica, or this one answers some."""
+    return bool(pool.held or behind.outstanding)
 
 
 def _shell_code(code: int) -> int:

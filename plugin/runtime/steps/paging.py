@@ -36,6 +36,8 @@ PATIENCE_S = 600.0
 """SAVE_WAIT_S of a rehearsal, which may have to wait for the disk and for every other process."""
 DRIFT_FAULTS = 32
 """Faults outside a known working set above which the missed pages are added to it. From a store, each fault waits for a 1 MiB chunk."""
+REPORT_EVERY_S = 0.01
+"""Seconds between two looks at whether requests are there, while pages are still arriving."""
 LOG_EVERY_S = 600.0
 """Seconds between log lines while pages are still arriving."""
 COUNTS = ("faults", "stall_s", "bytes_ahead", "bytes_faulted", "bytes_rest", "bytes_zero", "bytes_cold")
@@ -64,13 +66,15 @@ class Pace:
 class PageFollower:
     """Follow one replica's restores, one after the other.
 
-    `served` returns how many requests the replica has answered, `lives` whether it still runs.
+    `served` returns how many requests the replica has answered, `lives` whether it still runs, `busy` whether requests wait or are
+    being answered.
     """
 
     fetching: Fetching
     served: Callable[[], int]
     lives: Callable[[], bool]
     pace: Pace = field(default_factory=Pace)
+    busy: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
         self._stopping = threading.Event()
@@ -95,6 +99,7 @@ class PageFollower:
         threading.Thread(
             target=self._follow, args=(library, snapshot, pages, recording), name="page-follower", daemon=True
         ).start()
+        threading.Thread(target=self._report_requests, args=(pages,), name="page-pacer", daemon=True).start()
 
     def save_working_set(self) -> None:
         """Save the working set recorded so far, before the engine ends, and wait for it. It makes the next restore fast."""
@@ -138,6 +143,14 @@ class PageFollower:
         pages.close()
         if not self.fetching.downloading:
             map_pages(library, snapshot)
+
+    def _report_requests(self, pages: PageServer) -> None:
+        """Report when requests come and when there are none any more, until every page is in place."""
+        there = False
+        while not pages.ended.wait(REPORT_EVERY_S):
+            if self.busy() != there:
+                there = not there
+                pages.requests_there(there)
 
     def _wait_served(self, count: int, limit_s: float) -> None:
         limit = time.monotonic() + limit_s

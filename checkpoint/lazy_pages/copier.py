@@ -111,7 +111,7 @@ class Planner:
     ) -> None:
         """Cache, in a thread, the plans made before the first token, and the list of reads for a cold disk.
 
-        Call it just after the first token, while the processes (of this pid namespace) run.
+        Call it after the first token, while the processes (of this pid namespace) run.
         """
         if self._writer is not None or not working_set.digest or cold_reads.working_set == working_set.digest:
             return
@@ -207,6 +207,7 @@ class Copier:
         self._zeros = zero_source()
         self._phase = _STARTUP
         self._new_plans: dict[int, Plan] = {}  # the startup plans, if not from the cache: to be cached
+        self._caches_written = False
         self._awaiting = False  # whether the startup phase waits until all of it was requested from the disk
         self._fetched: set[int] = set()  # finished jobs
         self._last_job = 0
@@ -331,6 +332,8 @@ class Copier:
         """Begin the next phase if this one is done; return whether one began."""
         tree = self._tree
         if self._phase == _BACKGROUND:
+            if not (self._background and self.requests_there):
+                self._write_caches()
             if self._background:
                 return False
             self.finished = not any(space.pending for space in self._spaces.values())
@@ -347,17 +350,19 @@ class Copier:
                 self._plan(ranges, self._resident(ranges))
                 return True
         if self._phase == _WARM and (tree.after_requests or not tree.record):
-            self._write_caches()
             self._begin_background()
             return True
         return False
 
     def _write_caches(self) -> None:
+        """Write what makes the next restore faster, once. It takes a processor for a moment, which requests that are there need."""
+        if self._caches_written:
+            return
+        self._caches_written = True
         if error := self._planner.write_page_maps():
             self._tree.warn("the next restore reads all page maps again", error)
         if self._cold_reads and self._new_plans:
             self._planner.write_plans(self._working_set, self._new_plans, self._cold_reads, self._tree.namespace)
-            self._new_plans = {}
 
     def _begin_background(self) -> None:
         self._phase, self.plans = _BACKGROUND, {}

@@ -341,7 +341,7 @@ class FaultHandler:
         else:
             low = address & ~(_NEIGHBOURS - 1)
             high = low + _NEIGHBOURS
-            self.stats.faults_missed += 1
+            self.stats.faults_missed += found is not None  # fresh memory is in no working set
         if found is None:
             if plan and index is not None:
                 self.stats.bytes_zero += space.run(plan, index, self.zeros)

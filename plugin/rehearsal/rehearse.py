@@ -323,9 +323,8 @@ class Rehearsal:
             self._check()
             running = replica.running
             assert running is not None
-            requests.first(engine, running.client, found.canary)
+            asked = requests.first(engine, running.client, found.canary)
             answered[0] = 1
-            asked = ["short"]
             if full:
                 asked += requests.typical(engine, running.client, found.canary, found.identity.get("arguments", {}))
             answered[0] = ALL

@@ -52,9 +52,18 @@ class PatientClient(Client):
         return super().call(method, path, body, max(timeout_s, PATIENCE_S), headers)
 
 
-def first(engine: Engine, client: Client, canary: Canary) -> None:
-    """Send the request whose answer ends the first part of a working set: a short one. Raises EngineFailed."""
+def first(engine: Engine, client: Client, canary: Canary) -> list[str]:
+    """Send the requests of which any may be a user's first, which end the first part of a working set; return their names.
+
+    A short one, and where the engine generates, chats as streams. Raises EngineFailed if the engine does not answer.
+    """
+    done = ["short"]
     _ask(engine, client, canary, "Water boils at one hundred", TOKENS)
+    if canary.kind == GENERATE:
+        with tolerate_refusal():
+            engine.warm_up_chats(client)
+            done.append("streamed")
+    return done
 
 
 def typical(engine: Engine, client: Client, canary: Canary, arguments: Mapping[str, Any]) -> list[str]:
@@ -71,7 +80,6 @@ def typical(engine: Engine, client: Client, canary: Canary, arguments: Mapping[s
 
     step("long", lambda: _ask(engine, client, canary, _prompt(canary, LONG_WORDS, 0), TOKENS))
     if canary.kind == GENERATE:
-        step("streamed", lambda: engine.warm_up_chats(client))
         if any("tool" in name for name in arguments):
             step("tools", lambda: _chat_with_tools(client))
         for adapter in _adapters(client) if any("lora" in name for name in arguments) else ():

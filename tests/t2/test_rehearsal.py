@@ -24,7 +24,7 @@ def test_the_first_restore_after_a_rehearsal_records_nothing_and_answers_the_sam
     done = subprocess.run(argv, env=env, cwd=REPO, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     asked = json.loads(done.stdout)["requests"]
-    assert asked == ["short", "long", "streamed", "batch of 64"]
+    assert asked == ["short", "streamed", "long", "batch of 64"]
     assert rehearsal.read(folder, rig.library.load(NAME)).requests == asked
     assert rehearsal.prepared_here(folder, rig.library.load(NAME))
     assert rig.watch.gone() == set()

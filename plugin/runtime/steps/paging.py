@@ -34,8 +34,10 @@ ALL = 1 << 30
 """A number of answered requests that ends every wait for more of them."""
 PATIENCE_S = 600.0
 """SAVE_WAIT_S of a rehearsal, which may have to wait for the disk and for every other process."""
-DRIFT_FAULTS = 32
-"""Faults outside a known working set above which the missed pages are added to it. From a store, each fault waits for a 1 MiB chunk."""
+DRIFT_FAULTS, LATER_DRIFT_FAULTS = 32, 1024
+"""Faults outside a known working set, before the first token and up to the end of its requests, above which the missed pages
+are added to it. From a store, each fault waits for a 1 MiB chunk. An addition costs the next restore its plans, and each request
+touches a few pages more."""
 REPORT_EVERY_S = 0.01
 """Seconds between two looks at whether requests are there, while pages are still arriving."""
 LOG_EVERY_S = 600.0
@@ -124,8 +126,10 @@ class PageFollower:
         if self.pace.measured:
             restore_rates.remember(library.home, early.get("bytes_ahead", 0.0), placing_s, gpu=False)
         self._wait_served(WORKING_SET_REQUESTS, self.pace.requests_s)
+        soon, all_missed = early.get("faults_missed", 0), pages.stats().get("faults_missed", 0)
+        drifted = soon > DRIFT_FAULTS or all_missed > LATER_DRIFT_FAULTS
         # `exists` is checked because a damaged working set has been removed by now, and its misses prove nothing.
-        drifted = not recording and known.exists() and pages.stats().get("faults_missed", 0) > DRIFT_FAULTS
+        drifted = drifted and not recording and known.exists()
         # Save nothing if the replica ended before its first answer: the set would be incomplete.
         save = (recording or drifted) and self.served() > 0 and _still_named(library, snapshot)
         pages.requests_done(save=known if save else None)

@@ -75,7 +75,7 @@ def test_by_hand_it_leaves_the_working_set_the_plans_and_the_mark(launch_rig):
     done = rig.cli("snapshot", "rehearse", rig.name, "--json")
     assert done.returncode == 0, done.stderr
     asked = json.loads(done.stdout)["requests"]
-    assert asked[:2] == ["short", "long"] and asked[-1].startswith("batch of ")
+    assert asked[:3] == ["short", "streamed", "long"] and asked[-1].startswith("batch of ")
     assert mark_of(rig).requests == asked
     assert rig.library.working_set(rig.name).exists()
     assert rehearsal.prepared_here(folder, rig.library.load(rig.name))

@@ -60,7 +60,7 @@ def quickthaw(home: Path, one: Preset, *words: str) -> str:
 
 def create(home: Path, one: Preset, *options: str) -> float:
     """Take and rehearse the snapshot, unless it is there; return the seconds of the rehearsal."""
-    named = ("--engine-python", str(one.python), "--snapshot-name", NAME, "--weights", "full")
+    named = ("--engine-python", str(one.python), "--snapshot-name", NAME, "--weights", "included")
     made = json.loads(
         quickthaw(home, one, "snapshot", "create", "--json", *named, *options, one.engine, *one.arguments)
     )

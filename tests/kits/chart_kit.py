@@ -108,6 +108,19 @@ _SELECTOR = {
     "additionalProperties": False,
     "properties": {"matchLabels": _WORDS, "matchExpressions": {"type": "array"}},
 }
+
+
+def _trigger(kind, required, more):
+    fields = {name: {"type": "string", "minLength": 1} for name in required | more}
+    metadata = {"type": "object", "required": sorted(required), "additionalProperties": False, "properties": fields}
+    return {
+        "type": "object",
+        "required": ["type", "metadata"],
+        "additionalProperties": False,
+        "properties": {"type": {"const": kind}, "name": {"type": "string"}, "metadata": metadata},
+    }
+
+
 # What the published CustomResourceDefinitions say of the fields that the chart uses, in our words; every other field is refused.
 _SPECS = {
     ("keda.sh/v1alpha1", "ScaledObject"): {
@@ -128,18 +141,11 @@ _SPECS = {
                 "type": "array",
                 "minItems": 1,
                 "items": {
-                    "type": "object",
-                    "required": ["type", "metadata"],
-                    "additionalProperties": False,
-                    "properties": {"type": {"const": "prometheus"}, "name": {"type": "string"}, "metadata": {
-                        "type": "object",
-                        "required": ["serverAddress", "query", "threshold"],
-                        "additionalProperties": False,
-                        "properties": {
-                            name: {"type": "string", "minLength": 1}
-                            for name in ("serverAddress", "query", "threshold", "activationThreshold")
-                        },
-                    }},
+                    "oneOf": [
+                        _trigger("prometheus", {"serverAddress", "query", "threshold"}, {"activationThreshold"}),
+                        # scalerAddress is KEDA's; the rest is read by plugin/proxy/kubernetes/keda.py
+                        _trigger("external-push", {"scalerAddress", "model"}, {"drainSeconds", "proxies"}),
+                    ]
                 },
             },
         },

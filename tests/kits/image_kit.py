@@ -43,7 +43,8 @@ def wheels(folder):
     packages_of_criu(folder / "debs")
     run(sys.executable, REPO / "setup" / "wheels.py", folder / "dist", "--from", folder / "debs")
     (wheel,) = (folder / "dist").glob("quickthaw-*.whl")
-    run(sys.executable, "-m", "pip", "download", "-q", "--only-binary=:all:", "-d", folder / "dist", wheel)
+    needed = f"quickthaw[kubernetes,keda] @ file://{wheel}"
+    run(sys.executable, "-m", "pip", "download", "-q", "--only-binary=:all:", "-d", folder / "dist", needed)
     shutil.rmtree(folder / "debs")
     shutil.copytree(REPO / "deploy", folder / "deploy")
     return folder

@@ -26,6 +26,7 @@ def model(**settings):
     return {"models": {"llama": {**MODEL, **settings}}}
 
 
+ACTIVATOR = {"enabled": True, "image": IMAGE}
 EVERYTHING = {
     "fullnameOverride": "llm",
     "imagePullSecrets": [{"name": "registry"}],
@@ -90,8 +91,34 @@ MATRIX = {
         volumes=[{"name": "m", "hostPath": {"path": "/models"}}], volumeMounts=[{"name": "m", "mountPath": "/models"}]
     ),
     "host network": model(hostNetwork=True),
+    "activator": {**model(servedName="llama-3"), "activator": ACTIVATOR},
+    "activator alone": {"activator": ACTIVATOR},
+    "activator and KEDA": {
+        **model(autoscaling={"enabled": True, "minReplicas": 0}),
+        "activator": {**ACTIVATOR, "scaler": "keda", "options": {"early-stream": True}},
+        "admin": {"tokenSecret": {"name": "admin"}},
+    },
     "no policy": {**model(), "networkPolicy": {"enabled": False}, "nameOverride": "q"},
 }  # fmt: skip
+
+
+SELECTS = {
+    "Deployment": "one",
+    "Service": "one",
+    "PodDisruptionBudget": "one",
+    "NetworkPolicy": "all",
+    "PodMonitor": "all",
+}
+
+
+def selects(selector, pod):
+    labels = pod["metadata"]["labels"]
+    chosen = selector if not {"matchLabels", "matchExpressions"} & set(selector) else selector.get("matchLabels", {})
+    found = chosen.items() <= labels.items()
+    for rule in selector.get("matchExpressions", ()):
+        assert rule["operator"] == "In"
+        found = found and labels.get(rule["key"]) in rule["values"]
+    return found
 
 
 @pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX.keys())
@@ -110,34 +137,26 @@ def test_every_object_is_as_the_schemas_say_and_they_fit_together(chart, values)
     pods = {item["metadata"]["name"]: item["spec"]["template"] for item in objects if item["kind"] == "Deployment"}
     others = [item["spec"]["template"] for item in objects if item["kind"] == "Job"]
     others += [item for item in objects if item["kind"] == "Pod"]
-    assert len(pods) == len(values.get("models", {}))
+    activator = values.get("activator", {}).get("enabled", False)
+    assert len(pods) == len(values.get("models", {})) + activator
     for item in objects:
-        spec = (
-            item["spec"]
-            if item["kind"] in ("Deployment", "PodDisruptionBudget", "Service", "NetworkPolicy", "PodMonitor")
-            else {}
-        )
-        selector = spec.get("selector") or spec.get("podSelector")
-        if selector is None:
+        if item["kind"] not in SELECTS:
             continue
-        chosen = selector.get("matchLabels", selector).items()
-        found = {name for name, pod in pods.items() if chosen <= pod["metadata"]["labels"].items()}
-        assert found == (
-            {item["metadata"]["name"]}
-            if item["kind"] in ("Deployment", "PodDisruptionBudget", "Service")
-            else set(pods)
-        )
-        assert not any(chosen <= pod["metadata"]["labels"].items() for pod in others)
+        selector = item["spec"].get("selector") or item["spec"]["podSelector"]
+        found = {name for name, pod in pods.items() if selects(selector, pod)}
+        assert found == ({item["metadata"]["name"]} if SELECTS[item["kind"]] == "one" else set(pods))
+        assert not any(selects(selector, pod) for pod in others)
         if item["kind"] == "Service":
             ports = {port["name"] for port in pods[item["metadata"]["name"]]["spec"]["containers"][0]["ports"]}
-            assert {port["targetPort"] for port in spec["ports"]} <= ports
+            assert {port["targetPort"] for port in item["spec"]["ports"]} <= ports
     for pod in [*pods.values(), *others]:
         volumes = {volume["name"] for volume in pod["spec"].get("volumes", [])}
         for container in [*pod["spec"]["containers"], *pod["spec"].get("initContainers", [])]:
             assert {mount["name"] for mount in container.get("volumeMounts", [])} <= volumes
             names = [variable["name"] for variable in container.get("env", [])]
             assert len(set(names)) == len(names)
-        assert pod["spec"]["automountServiceAccountToken"] is False
+        component = pod["metadata"]["labels"]["app.kubernetes.io/component"]
+        assert pod["spec"]["automountServiceAccountToken"] is (component == "activator")
 
 
 def test_a_model_takes_the_defaults_and_sets_its_own(chart):
@@ -212,6 +231,14 @@ REFUSED = {
         model(replicas=5, autoscaling={"enabled": True, "prometheus": "http://p"}),
         "leave replicas out",
     ),
+    "activator and KEDA": (
+        {**model(autoscaling={"enabled": True, "prometheus": "http://p"}), "activator": ACTIVATOR},
+        "would both scale it",
+    ),
+    "KEDA without its object": ({**model(), "activator": {**ACTIVATOR, "scaler": "keda"}}, "nothing scales it"),
+    "activator and replicas": ({**model(replicas=2), "activator": ACTIVATOR}, "leave replicas out"),
+    "activator without an image": ({"activator": {"enabled": True}}, "activator: give image.repository"),
+    "activator's options": ({"activator": {**ACTIVATOR, "options": {"weights": "x"}}}, "weights"),
     "fuse": (model(fuseResource="/dev/fuse"), "fuseResource"),
 }  # fmt: skip
 
@@ -232,7 +259,39 @@ def test_the_schema_knows_the_options_of_launch():
         if name and not option.hidden and isinstance(option.envvar, str):
             options[name] = option.envvar
     assert len(known) > 30 and known <= set(options) - own
+    proxy = set(schema["properties"]["activator"]["properties"]["options"]["propertyNames"]["enum"])
+    served = {name.removeprefix("--") for option in options_of(command_named("proxy")) for name in option.opts}
+    assert len(proxy) > 10 and proxy <= served - own - {"idle-timeout", "grace"}
     assert [name for name in known if options[name] != "QUICKTHAW_" + name.upper().replace("-", "_")] == []
+
+
+def test_the_activator_reads_its_file_and_has_the_role_of_its_page(chart, tmp_path):
+    from plugin.proxy.kubernetes.address import parse
+
+    from plugin.proxy.endpoints.models import load
+
+    page = (REPO / "docs" / "kubernetes.md").read_text()
+    (text,) = re.findall(r"```yaml\n(apiVersion: rbac.*?)```", page, re.DOTALL)
+    described = {(rule["apiGroups"][0], *rule["resources"]): rule["verbs"] for rule in yaml.safe_load(text)["rules"]}
+    described["apps", "deployments/scale"] = described.pop(("apps", "deployments/scale", "statefulsets/scale"))
+    objects = chart.render(MATRIX["activator"])
+    rules = one(objects, "Role")["rules"]
+    assert {(rule["apiGroups"][0], *rule["resources"]): rule["verbs"] for rule in rules} == described
+    assert rules[0]["resourceNames"] == ["release-quickthaw-llama"]
+    with_keda = one(chart.render(MATRIX["activator and KEDA"]), "Role")["rules"]
+    assert with_keda[0]["verbs"] == ["get"] and len(with_keda) == 3
+    binding, account = one(objects, "RoleBinding"), "release-quickthaw-activator"
+    assert (binding["roleRef"]["name"], binding["subjects"][0]["name"]) == (account, account)
+    assert one(objects, "Deployment", "activator")["spec"]["template"]["spec"]["serviceAccountName"] == account
+    file = tmp_path / "models.yaml"
+    file.write_text(one(objects, "ConfigMap")["data"]["models.yaml"])
+    (read,) = load(file).models.values()
+    engine = one(objects, "Deployment", "engine")
+    address = parse(read.upstream)
+    assert (address.namespace, address.name, address.port) == ("models", engine["metadata"]["name"], 8000)
+    assert (read.served_name, list(read.aliases)) == ("llama-3", ["llama-3"]) and "replicas" not in engine["spec"]
+    (trigger,) = one(chart.render(MATRIX["activator and KEDA"]), "ScaledObject")["spec"]["triggers"]
+    assert trigger["metadata"]["scalerAddress"] == f"{account}.models:9091"
 
 
 def exported():
@@ -278,6 +337,29 @@ def test_dashboard_alerts_and_scaler_ask_for_metrics_that_exist(chart):
     assert left == set(), "on no panel"
     targets = one(objects, "PodMonitor")["spec"]["podTargetLabels"]
     assert {re.sub(r"\W", "_", label) for label in targets} <= ADDED
+
+
+def test_the_pages_examples_are_what_the_chart_makes(chart):
+    """docs/deploy.md: the values, and every object that its commands name; docs/gateways.md: Services and labels."""
+    page = (REPO / "docs" / "deploy.md").read_text()
+    values, commands = re.search(r"in ten commands.*?```yaml\n(.*?)```\s*```\n(.*?)```", page, re.DOTALL).groups()
+    assert len(commands.splitlines()) == 10
+    objects = chart.render(yaml.safe_load(values), release="llm")
+    made = {f"{item['kind']}/{item['metadata']['name']}".lower() for item in objects}
+    named = set(re.findall(r"\b(?:deployment|service)/[\w-]+", commands))
+    assert len(named) == 2 and named <= made
+    (test,) = [item for item in objects if item["kind"] == "Pod"]
+    assert test["spec"]["containers"][0]["args"][1:] == ["http://llm-quickthaw-activator:8000", "qwen"]
+    gateways = (REPO / "docs" / "gateways.md").read_text()
+    route, pool = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", gateways, re.DOTALL))
+    objects = chart.render(model(), release="llm")
+    service = one(objects, "Service")
+    assert route["spec"]["target"] == {
+        "service": service["metadata"]["name"],
+        "port": service["spec"]["ports"][0]["port"],
+    }
+    pod = one(objects, "Deployment")["spec"]["template"]
+    assert pool["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
 
 
 def test_lint_finds_nothing():

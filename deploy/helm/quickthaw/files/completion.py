@@ -1,4 +1,4 @@
-"""Ask the model at the URL of argv[1] for one token: its name comes from /v1/models. Fails with the answer's body."""
+"""Ask the URL of argv[1] for one token of the model argv[2], or of the one that /v1/models names. Fails with the answer's body."""
 
 import json
 import sys
@@ -16,6 +16,6 @@ def call(path, body=None):
         sys.exit(f"{path}: {error.code} {error.read().decode(errors='replace')}")
 
 
-model = call("/v1/models")["data"][0]["id"]
+model = sys.argv[2] if sys.argv[2:] else call("/v1/models")["data"][0]["id"]
 answer = call("/v1/completions", {"model": model, "prompt": "The quick brown fox", "max_tokens": 1, "temperature": 0})
 print(f"{model}: {answer['choices'][0]['text']!r}")

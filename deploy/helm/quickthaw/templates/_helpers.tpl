@@ -25,6 +25,21 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/component: engine
 {{- end -}}
 
+{{- define "quickthaw.activatorSelector" -}}
+app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: activator
+{{- end -}}
+
+{{/* Engines and activators, for what applies to both. */}}
+{{- define "quickthaw.servers" -}}
+matchLabels:
+  app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride }}
+  app.kubernetes.io/instance: {{ .Release.Name }}
+matchExpressions:
+  - {key: app.kubernetes.io/component, operator: In, values: [engine, activator]}
+{{- end -}}
+
 {{- define "quickthaw.serviceAccount" -}}
 {{- if .Values.serviceAccount.create -}}
 {{- default (include "quickthaw.fullname" .) .Values.serviceAccount.name -}}
@@ -36,6 +51,7 @@ app.kubernetes.io/component: engine
 {{/* The settings of each model, by its name: those of `defaults`, and its own above them. A list or a map of resources is replaced whole. */}}
 {{- define "quickthaw.models" -}}
 {{- $all := dict -}}
+{{- if and .Values.activator.enabled (not .Values.activator.image.repository) -}}{{- fail "activator: give image.repository (make image)" -}}{{- end -}}
 {{- range $name, $own := .Values.models -}}
 {{- $m := mergeOverwrite (deepCopy $.Values.defaults) (deepCopy $own) -}}
 {{- range $key := list "resources" "nodeSelector" "affinity" "strategy" -}}
@@ -47,8 +63,13 @@ app.kubernetes.io/component: engine
 {{- if not $m.image.repository -}}{{- fail (printf "models.%s: give image.repository (make image)" $name) -}}{{- end -}}
 {{- if and (eq $m.snapshot.make "job") (not $m.snapshot.store) -}}{{- fail (printf "models.%s: snapshot.make: job needs snapshot.store, by which pods get the snapshot" $name) -}}{{- end -}}
 {{- if and (eq $m.snapshot.make "job") (eq $m.state.type "pvc") -}}{{- fail (printf "models.%s: snapshot.make: job and the pods cannot share state.type: pvc; use hostPath or emptyDir" $name) -}}{{- end -}}
-{{- if and $m.autoscaling.enabled (not $m.autoscaling.prometheus) -}}{{- fail (printf "models.%s: autoscaling needs the address of Prometheus" $name) -}}{{- end -}}
-{{- if and $m.autoscaling.enabled (ne (toString $m.replicas) "<nil>") (ne (int $m.replicas) (int $.Values.defaults.replicas)) -}}{{- fail (printf "models.%s: autoscaling sets the replicas; leave replicas out" $name) -}}{{- end -}}
+{{- $asked := and $.Values.activator.enabled (eq $.Values.activator.scaler "keda") -}}
+{{- if and $m.autoscaling.enabled (not $m.autoscaling.prometheus) (not $asked) -}}{{- fail (printf "models.%s: autoscaling needs the address of Prometheus, or an activator whose scaler is keda" $name) -}}{{- end -}}
+{{- if and $m.autoscaling.enabled $.Values.activator.enabled (not $asked) -}}{{- fail (printf "models.%s: autoscaling and the activator would both scale it; set activator.scaler: keda" $name) -}}{{- end -}}
+{{- if and $asked (not $m.autoscaling.enabled) -}}{{- fail (printf "models.%s: activator.scaler is keda, so it needs autoscaling, or nothing scales it" $name) -}}{{- end -}}
+{{- $scaled := or $m.autoscaling.enabled $.Values.activator.enabled -}}
+{{- if and $scaled (ne (toString $m.replicas) "<nil>") (ne (int $m.replicas) (int $.Values.defaults.replicas)) -}}{{- fail (printf "models.%s: its replicas are scaled; leave replicas out" $name) -}}{{- end -}}
+{{- if $scaled -}}{{- $_ := set $m "replicas" nil -}}{{- end -}}
 {{- if and (eq $m.state.type "pvc") (or $m.autoscaling.enabled (gt (int $m.replicas) 1)) -}}{{- fail (printf "models.%s: state.type: pvc is of one pod at a time; use hostPath for more" $name) -}}{{- end -}}
 {{- $_ := set $all $name $m -}}
 {{- end -}}

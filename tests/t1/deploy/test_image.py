@@ -1,5 +1,6 @@
 """An image of deploy/container, in real containers: the engine's own arguments, a restore in a new container, plain where privileges are missing."""
 
+import os
 import signal
 import subprocess
 import threading
@@ -10,8 +11,8 @@ import pytest
 
 from launchers.bare import free_port
 from tests.kits.container_kit import LEAST
-from tests.kits.image_kit import ENGINES
-from tests.kits.launch_rig import REPO
+from tests.kits.image_kit import ENGINES, IMAGE
+from tests.kits.launch_rig import REPO, Started, stopped_at_the_end
 
 pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("image"), pytest.mark.timeout(300)]
 
@@ -112,6 +113,24 @@ def test_without_privileges_or_as_another_user_it_serves_plainly(images, launch_
     with images.serving(launch_rig, *words, options=options, port=port) as started:
         assert started.ask()
         assert "CAP_SYS_ADMIN" in started.off()["lazy weights, sandbox, snapshots"], started.ours()
+
+
+def test_in_a_user_namespace_of_its_own_it_serves_without_snapshots(images, launch_rig):
+    """As with `hostUsers: false` in a Pod: the capabilities count in that namespace only."""
+    rig, log = launch_rig, launch_rig.folder / "log"
+    os.chown(rig.home, 100000, 100000)
+    volumes = (f"--volume={rig.home}:/var/lib/quickthaw", f"--volume={rig.model}:{rig.model}:ro")
+    env = [f"--env={name}={value}" for name, value in rig.watch.environment.items()]
+    least = [word for word in LEAST if "/dev/fuse" not in word]
+    mapped = [f"--{kind}map=0:100000:65536" for kind in ("uid", "gid")]
+    argv = images.run_argv("--network=none", *images.volumes, *volumes, *env, *least, *mapped, IMAGE, rig.model)
+    with log.open("wb") as out:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+    with stopped_at_the_end(Started(None, process, log)) as started:
+        started.wait_for("quickthaw: serving (")
+        assert started.off()["snapshots"].startswith("missing the host's user namespace"), started.ours()
+        assert "sandbox" not in started.off()
+    assert rig.library.names() == []
 
 
 def test_whatever_starts_no_server_runs_as_it_was_given_and_nothing_comes_back_to_the_shims(images):

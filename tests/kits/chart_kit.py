@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 import referencing
 import yaml
 
+from plugin.options import Option
 from plugin.runtime.config import state_home
+from tests.kits.commands import command_named, options_of
 from tests.kits.launch_rig import REPO
 
 CHART = REPO / "deploy" / "helm" / "quickthaw"
@@ -250,7 +253,41 @@ def kustomize_base(chart):
     return found
 
 
-if __name__ == "__main__":  # python -m tests.kits.chart_kit: write the files of deploy/kustomize again
+def option_names(command, without, *, former=False):
+    """Return the options of a command that a chart's `options` may name; also their former names with `former`."""
+    names = set()
+    for option in options_of(command_named(command)):
+        if not option.hidden and isinstance(option, Option):
+            names |= {
+                word.removeprefix("--")
+                for word in (*option.opts, *(option.old if former else ()))
+                if word.startswith("--")
+            }
+    return names - without
+
+
+LAUNCH_OPTIONS = ("launch", {"admin-listen", "admin-token", "admin-prefix", "snapshot-store", "replicas", "snapshot"})
+"""The options that the chart sets by values of its own are none of `options`."""
+PROXY_OPTIONS = (
+    "proxy",
+    {
+        *("upstream", "config", "import", "listen", "wake", "sleep", "wake-url", "sleep-url", "workers", "root-path"),
+        *("api-key", "wake-timeout", "schedule-timeout", "keda-listen", "ready-path", "ready-model", "grace"),
+        *("admin-listen", "admin-token", "admin-prefix", "sleep-after", "standby-after"),
+    },
+)
+
+
+if (
+    __name__ == "__main__"
+):  # python -m tests.kits.chart_kit: write the files of deploy/kustomize and the schema's options again
+    file = CHART / "values.schema.json"
+    text = file.read_text()
+    for found, of in zip(
+        re.findall(r'"propertyNames": (\{"enum": \[.*?\]\})', text), (PROXY_OPTIONS, LAUNCH_OPTIONS), strict=True
+    ):
+        text = text.replace(found, json.dumps({"enum": sorted(option_names(*of))}))
+    file.write_text(text)
     with tempfile.TemporaryDirectory() as folder:
         for kind, item in kustomize_base(Chart(Path(folder))).items():
             (KUSTOMIZE / f"{kind.lower()}.yaml").write_text(yaml.safe_dump(item, sort_keys=False, width=140))

@@ -18,6 +18,7 @@ import yaml
 from checkpoint.sandbox.network import inside
 from tests.kits.image_kit import ENGINES, Images, run
 from tests.kits.launch_rig import REPO, Started
+from tests.kits.tls_kit import Authority
 
 PROFILES = REPO / "deploy" / "container"
 # podman raises the limit on open files to its own default, which takes a privilege that this machine's root lacks.
@@ -158,6 +159,16 @@ class Pods(Images):
         run("tar", "-C", pause, "-cf", self._short / "pause.tar", "pause")
         run(*self._argv, "import", "--change", 'ENTRYPOINT ["/pause"]', self._short / "pause.tar", "localhost/pause:1")
 
+    def _account(self):
+        """The folder of a service account, whose API answers nothing."""
+        folder = self._short / "account"
+        if not folder.exists():
+            authority = Authority(folder)
+            authority.file.rename(folder / "ca.crt")
+            (folder / "token").write_text("token")
+            (folder / "namespace").write_text("models")
+        return folder
+
     def _kubelet(self, name, pod):
         """The pod as podman takes it: with the base image's own files, and without what podman would do otherwise."""
         made = json.loads(json.dumps(pod))
@@ -171,6 +182,13 @@ class Pods(Images):
         spec.setdefault("volumes", [])
         for number, source in enumerate(paths.values()):
             spec["volumes"].append({"name": f"base-{number}", "hostPath": {"path": source, "type": "Directory"}})
+        if spec.get("automountServiceAccountToken", True):
+            spec["volumes"].append({"name": "account", "hostPath": {"path": str(self._account()), "type": "Directory"}})
+            place = "/var/run/secrets/kubernetes.io/serviceaccount"
+            for container in spec["containers"]:
+                container["volumeMounts"].append({"name": "account", "mountPath": place, "readOnly": True})
+                address = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": "1"}
+                container["env"] += [{"name": name, "value": value} for name, value in address.items()]
         for container in (*spec.get("initContainers", ()), *spec["containers"]):
             for number, target in enumerate(paths):
                 container.setdefault("volumeMounts", []).append(
@@ -189,10 +207,10 @@ class Pods(Images):
             )
         return made
 
-    def play(self, name, pod):
-        """Start a pod of a rendered Deployment or Job; return it. Init containers have ended by then."""
+    def play(self, name, pod, *more):
+        """Start a pod of a rendered Deployment or Job; return it. Init containers have ended by then. `more`: ConfigMaps."""
         file = self._short / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(self._kubelet(name, pod)))
+        file.write_text(yaml.safe_dump_all([self._kubelet(name, pod), *more]))
         self._kube_play(file)
         return Pod(self, name, pod, None)
 

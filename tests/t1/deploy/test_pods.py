@@ -11,6 +11,7 @@ import pytest
 
 from tests.kits.chart_kit import CHART, Chart, one
 from tests.kits.image_kit import IMAGE
+from tests.kits.launch_rig import call
 
 pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("image"), pytest.mark.timeout(300)]
 
@@ -128,3 +129,18 @@ def test_without_privileges_it_serves_as_the_engine_would_alone(cluster):
     pod = cluster.start("plain", "node-a", privileges="none", snapshot={"make": "none"})
     pod.probe("startupProbe")
     assert pod.ask() and "CAP_SYS_ADMIN" in pod.off()["lazy weights, sandbox, snapshots"], pod.ours()
+
+
+def test_the_activator_runs_without_root_privileges_or_a_disk(cluster):
+    """Its cluster's API does not answer: it lives, takes requests, and says what is wrong when their time is up."""
+    image = {"repository": IMAGE, "pullPolicy": "Never"}
+    values = {"models": {"double": {"image": image, "model": "m"}}, "activator": {"enabled": True, "image": image}}
+    objects = cluster.chart.render({**values, "admin": {"port": 9999}})
+    template = one(objects, "Deployment", "activator")["spec"]["template"]
+    pod = cluster.images.play("activator", template, one(objects, "ConfigMap"))
+    cluster.pods.append(pod)
+    for name in ("livenessProbe", "readinessProbe"):
+        pod.probe(name)
+    status, answer = call(pod.port, "POST", "/v1/completions", {"model": "double", "prompt": "a"}, prefer="wait=1")
+    assert status == 503 and answer["error"]["code"] in ("hold-deadline", "cluster-unreachable"), answer
+    assert pod.status()[0]["upstream"] is None, pod.text()

@@ -9,6 +9,7 @@ limits and maximum replicas are only checked at the end.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,17 +21,45 @@ from capacity.optimize.step_state import EPS, Shape, State
 from capacity.requirements import Need
 
 SWEEPS = 3
+SEVERAL = 1500  # integers
 RETRIES = 6  # orders of the services that are tried
 
 
+@dataclass(frozen=True)
+class Prices:
+    """Prices of a GPU by pool, on instances held already and on those to be started.
+
+    `usual`: the cost of a unit per second of each service in the step before; a cheaper solution is not improved further.
+    """
+
+    held: list[float]
+    started: list[float]
+    usual: list[float]
+
+
 def plan(problem: Problem, need: Need, program: Program, near: Floats) -> Floats | None:
-    """Construct all steps near the linear program's solution `near`; None if a constraint cannot be satisfied this way."""
+    """Construct all steps near the linear program's solution `near`; None if a constraint cannot be satisfied this way.
+
+    A plan of up to `SEVERAL` integers is constructed twice, also as if starts cost nothing, and the cheaper one counts.
+    """
     shape = step_state.shape(problem, need, program)
+    weights = (1.0, 0.0) if int(program.integer.sum()) <= SEVERAL else (1.0,)
+    plans = [_plan(problem, need, program, near, shape, weight) for weight in weights]
+    return min((p for p in plans if p is not None), key=lambda p: float(program.cost @ p), default=None)
+
+
+def _plan(problem: Problem, need: Need, program: Program, near: Floats, shape: Shape, weight: float) -> Floats | None:
+    """Construct all steps with the cost of a start times `weight`."""
     before = [pool.held for pool in problem.pools]
+    gpus, cost = [pool.gpus for pool in problem.pools], program.cost[: program.columns]
+    held, start = cost[: len(gpus)] / gpus, cost[program.at_u : program.at_x] / gpus
+    prices = Prices(held.tolist(), (held + weight * start).tolist(), [0.0] * len(problem.services))
     steps: list[Floats] = []
     for t in range(program.steps):
         # Starting from the replicas of the step before avoids needless moves.
-        values = _step(problem, need, program, t, before, steps[-1] if steps else near[: program.columns], shape)
+        values = _step(
+            problem, need, program, t, before, steps[-1] if steps else near[: program.columns], shape, prices
+        )
         if values is None:
             return None
         steps.append(values)
@@ -44,11 +73,17 @@ def plan(problem: Problem, need: Need, program: Program, near: Floats) -> Floats
 
 
 def _step(
-    problem: Problem, need: Need, program: Program, t: int, before: list[int], near: Floats, shape: Shape
+    problem: Problem,
+    need: Need,
+    program: Program,
+    t: int,
+    before: list[int],
+    near: Floats,
+    shape: Shape,
+    prices: Prices,
 ) -> Floats | None:
     """Construct step `t` after `before` instances per pool; None if something does not fit."""
     pools = len(problem.pools)
-    price = (program.cost[t * program.columns :][:pools] / [pool.gpus for pool in problem.pools]).tolist()
     replicas: list[dict[int, int]] = [{} for _ in problem.services]
     for k in np.flatnonzero(near[program.at_x : program.at_b] > EPS):
         i, j = program.pairs[k]
@@ -56,24 +91,30 @@ def _step(
     order = sorted(range(len(problem.services)), key=lambda j: (-problem.services[j].gpus, j))
     for _ in range(RETRIES):
         state = step_state.start(problem, need, program, t, before, shape)
-        failed = next((j for j in order if not _place(state, j, replicas[j], price)), None)
+        failed = next((j for j in order if not _place(state, j, replicas[j], prices)), None)
         if failed is None:
             break
         order = [failed, *(j for j in order if j != failed)]  # the service without room goes first
     else:
         return None
-    if not _lay_blocks(state, near[:pools].tolist(), price):
+    if not _lay_blocks(state, near[:pools].tolist(), prices.held):
         return None
-    _close(state, price)
+    _close(state, prices.held)
     return _values(state, program, before)
 
 
-def _place(state: State, j: int, near: dict[int, int], price: list[float]) -> bool:
+def _place(state: State, j: int, near: dict[int, int], price: Prices) -> bool:
     """Place the cheapest replicas of a service at these prices per GPU; return whether there was room for all of them."""
     options, pools = _options(state, j, price)
     if not pools:
         return state.target[j] <= EPS and not state.problem.services[j].minimum
-    counts = cover.cheapest(options, np.array([near.get(p, 0) for p in pools], dtype=np.int64))
+    start, left = np.zeros(len(pools), dtype=np.int64), dict(near)
+    for k, (p, room) in enumerate(zip(pools, options.room.tolist(), strict=True)):
+        start[k] = min(left.get(p, 0), room)
+        left[p] = left.get(p, 0) - int(start[k])
+    counts = cover.cheapest(options, start, price.usual[j] * state.target[j])
+    if counts is not None and state.target[j] > EPS:
+        price.usual[j] = float(options.cost @ counts) / state.target[j]
     return counts is not None and all(
         _seat(state, j, p, count) for p, count in zip(pools, counts.tolist(), strict=True) if count
     )
@@ -91,26 +132,33 @@ def _seat(state: State, j: int, p: int, count: int) -> bool:
     return True
 
 
-def _options(state: State, j: int, price: list[float]) -> tuple[cover.Options, list[int]]:
+def _options(state: State, j: int, price: Prices) -> tuple[cover.Options, list[int]]:
     """Return the options of a service: of similar pools (type, zone), the cheapest ones that hold all it could need."""
     target = state.target[j]
     rest = state.rest[j] if j in state.shape.spread else 0.0
     least = state.problem.services[j].minimum
     pools: list[int] = []
     rooms: list[int] = []
+    costs: list[float] = []
     for cell in state.shape.cells_of[j]:
         enough = max(math.ceil((target + rest) / state.shape.rate[cell[0]][j]), least, 1)
-        for p in sorted(cell, key=lambda p: price[p]):
-            room = state.room(p) // state.shape.width[p][j]
-            if room > 0:
+        parts: list[tuple[float, int, int]] = []
+        for p in cell:
+            width, room = state.shape.width[p][j], state.room(p) // state.shape.width[p][j]
+            held = state.free[p] + max(0, state.before[p] - state.n[p]) * state.problem.pools[p].gpus
+            parts += [
+                (price.held[p], p, min(room, held // width)),
+                (price.started[p], p, room - min(room, held // width)),
+            ]
+        for each, p, room in sorted(parts):
+            if room > 0 and enough > 0:
                 pools.append(p)
+                costs.append(each * state.shape.width[p][j])
                 rooms.append(min(room, enough))
                 enough -= room
-            if enough <= 0:
-                break
     zones: dict[str, int] = {}
     options = cover.Options(
-        cost=np.array([price[p] * state.shape.width[p][j] for p in pools]),
+        cost=np.array(costs),
         rate=np.array([state.shape.rate[p][j] for p in pools]),
         zone=np.array([zones.setdefault(state.shape.zone[p], len(zones)) for p in pools], dtype=np.int64),
         room=np.array(rooms, dtype=np.int64),

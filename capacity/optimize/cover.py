@@ -1,7 +1,7 @@
 """Find the cheapest replicas of one service that cover its demand, also without its largest zone.
 
 A plan step decomposes by service once every GPU has a price. What remains per service is a small covering problem over its
-options, one per GPU type and zone. Starting points are even spreads over 1, 2, … zones and the linear program's solution.
+options, one per GPU type and zone. Starting points are a dynamic program over rounded loads and the linear program's solution.
 Each is improved by exchanging up to three replicas of one option for up to three of another while that is
 cheaper.
 """
@@ -17,7 +17,8 @@ from capacity.model import Floats
 from capacity.optimize.program import Ints
 
 EPS = 1e-7
-ZONES = 6  # maximum number of zones in a starting point
+GRID = 64  # maximum units of load
+CAPS = 12  # maximum caps on a zone's load that are tried
 ROUNDS = 60
 SCARCE = 3  # replicas: an option with less room does not rule out others of its zone
 GIVE = np.array([1, 1, 2, 1, 3, 1, 3, 2])[:, None, None]
@@ -61,52 +62,90 @@ class Options:
         return self.missing(self.loads(count)) <= self.slack and int(count.sum()) >= self.least
 
 
-def cheapest(options: Options, near: Ints) -> Ints | None:
+def cheapest(options: Options, near: Ints, good: float = 0.0) -> Ints | None:
     """Return the number of replicas per option; None if there is no room.
 
-    `near`: the first starting point, completed if it does not suffice.
+    `near`: the first starting point, completed if it does not suffice. If it leads to a cost of at most `good`, no other is tried.
     """
-    starts = [c for c in (_complete(options, np.minimum(near, options.room)), _spread(options)) if c is not None]
-    improved = [_exchange(options, count) for count in starts]
-    return min(improved, key=lambda count: float(options.cost @ count), default=None)
+    start = _complete(options, np.minimum(near, options.room))
+    first = None if start is None else _exchange(options, start)
+    if first is not None and float(options.cost @ first) <= good:
+        return first
+    start = _divide(options)
+    second = None if start is None else _exchange(options, start)
+    found = [count for count in (first, second) if count is not None]
+    return min(found, key=lambda count: float(options.cost @ count), default=None)
 
 
-def _spread(options: Options) -> Ints | None:
-    """Return the cheapest of even spreads over 1, 2, … zones.
+def _divide(options: Options) -> Ints | None:
+    """Return the cheapest replicas by dynamic programming over loads of the zones, in whole units of the demand.
 
-    Tries each zone's cheapest option, and each rate used everywhere.
+    First the cheapest way to serve each load in each zone, one rate after the other. Then, for each of a few caps on the
+    load of a zone, the cheapest division of the demand, which the cap decides: the rest without a zone at its cap must do.
+    Loads are rounded down to units, so the result suffices, and where the rates are multiples of the unit it is the optimum.
     """
-    unit = options.cost / options.rate
-    order = np.argsort(unit, kind="stable").tolist()
-    rates, zones, rooms = options.rate.tolist(), options.zone.tolist(), options.room.tolist()
-    costs = options.cost.tolist()
-    best: tuple[float, list[tuple[int, int]]] | None = None
-    for only in (None, *sorted(set(rates))):
-        first: dict[int, int] = {}
-        for o in order:
-            if rooms[o] > 0 and (only is None or rates[o] == only):
-                first.setdefault(zones[o], o)
-        chosen = list(first.values())
-        for many in range(2 if options.rest > 0 else 1, min(ZONES, len(chosen)) + 1):
-            each = options.target / many
-            if options.rest > 0:
-                each = max(each, options.rest / (many - 1))
-            each = max(each - EPS, EPS)
-            price, counts = 0.0, []
-            for o in chosen[:many]:
-                count = math.ceil(each / rates[o])
-                price += costs[o] * count
-                if count > rooms[o] or (best is not None and price >= best[0]):
-                    break
-                counts.append((o, count))
-            else:
-                best = price, counts
-    if best is None:
+    spread = options.rest > 0
+    rates = np.unique(options.rate)
+    unit = _unit(rates, max(options.target, 2 * options.rest))
+    top = max(1, math.ceil((options.rest if spread else options.target) / unit - EPS))
+    if spread:
+        top = max(top, math.ceil(options.target / unit / options.zones - EPS))
+    load = np.arange(top + 1)
+    served = np.where(load == 0, 0.0, np.inf) * np.ones((options.zones, 1))  # [zone, load] cost
+    order = np.lexsort((options.cost, options.zone))
+    taken: list[tuple[Ints, Ints, Ints]] = []
+    for rate in rates:
+        most = math.ceil(top * unit / rate - EPS)
+        mine = order[options.rate[order] == rate]
+        price = np.full((options.zones, most + 1), np.inf)  # [zone, replicas]
+        price[:, 0] = 0.0
+        for z in np.unique(options.zone[mine]):
+            here = mine[options.zone[mine] == z]
+            each = np.repeat(options.cost[here], np.minimum(options.room[here], most))[:most]
+            price[z, 1 : len(each) + 1] = np.cumsum(each)
+        left = np.maximum(0, np.ceil(load - np.arange(most + 1)[:, None] * (rate / unit) - EPS)).astype(np.int64)
+        ways = served[:, left] + price[:, :, None]
+        count = ways.argmin(axis=1)
+        served = np.take_along_axis(ways, count[:, None], 1)[:, 0]
+        taken.append((mine, count, left))
+    caps = np.unique(np.geomspace(1, top, CAPS).round().astype(np.int64)) if spread else np.array([top])
+    need = np.maximum(options.target, options.rest + caps * unit) if spread else np.array([options.target])
+    need = np.ceil(need / unit - EPS).astype(np.int64)
+    caps, need = caps[caps * options.zones >= need], need[caps * options.zones >= need]
+    if not len(caps):
         return None
-    result = np.zeros(len(unit), dtype=np.int64)
-    for o, count in best[1]:
-        result[o] = count
+    cost = np.full((len(caps), int(need.max()) + 1), np.inf)  # [cap, load of all zones so far]
+    cost[:, 0] = 0.0
+    over = np.where(load <= caps[:, None], 0.0, np.inf)
+    parts = []
+    for z in range(options.zones):
+        before = np.concatenate([np.repeat(cost[:, :1], top, axis=1), cost], axis=1)  # a load beyond the need is free
+        ways = np.lib.stride_tricks.sliding_window_view(before, top + 1, axis=1) + (served[z] + over)[:, None, ::-1]
+        part = ways.argmin(axis=2)
+        cost = np.take_along_axis(ways, part[:, :, None], 2)[:, :, 0]
+        parts.append(top - part)
+    cap = int(cost[np.arange(len(caps)), need].argmin())
+    at = int(need[cap])
+    if not np.isfinite(cost[cap, at]):
+        return None
+    result = np.zeros(len(options.cost), dtype=np.int64)
+    for z in reversed(range(options.zones)):
+        here = int(parts[z][cap, at])
+        at = max(0, at - here)
+        for mine, count, left in reversed(taken):
+            many = int(count[z, here])
+            here = int(left[many, here])
+            for o in mine[options.zone[mine] == z].tolist():
+                result[o] = min(many, int(options.room[o]))
+                many -= int(result[o])
     return _complete(options, result)  # for the minimum number of replicas
+
+
+def _unit(rates: Floats, most: float) -> float:
+    """Return the unit of load: one of which all rates are multiples, if `most` is not too many of it."""
+    least = float(rates[0])
+    parts = next((d for d in range(1, 9) if np.abs(rates / least * d - np.round(rates / least * d)).max() < EPS), 1)
+    return next((least / d for d in (parts, 2, 1) if d <= parts and most * d <= GRID * least), most / GRID)
 
 
 def _complete(options: Options, start: Ints) -> Ints | None:
@@ -163,15 +202,9 @@ def _exchange(options: Options, count: Ints) -> Ints:
         how, i, o = np.unravel_index(k, kept.shape)
         if not kept[how, i, o]:
             break
-        while True:  # repeat the same exchange while possible: most starting points are far off
-            count[give[i]] -= int(GIVE[how, 0, 0])
-            count[take[o]] += int(TAKE[how, 0, 0])
-            loads = options.loads(count)
-            again = count.copy()
-            again[give[i]] -= int(GIVE[how, 0, 0])
-            again[take[o]] += int(TAKE[how, 0, 0])
-            if again[give[i]] < 0 or again[take[o]] > options.room[take[o]] or not options.enough(again):
-                break
+        count[give[i]] -= int(GIVE[how, 0, 0])
+        count[take[o]] += int(TAKE[how, 0, 0])
+        loads = options.loads(count)
     return count
 
 

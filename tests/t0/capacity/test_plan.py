@@ -237,7 +237,7 @@ def test_large_steps_are_built_close_to_the_linear_program_and_keep_every_constr
     relaxed = solver.relax(built)
     values = construct.plan(problem, required, built, relaxed.values)
     assert values is not None
-    assert relaxed.objective <= float(built.cost @ values) <= relaxed.objective * 1.3
+    assert relaxed.objective <= float(built.cost @ values) <= relaxed.objective * (1.35 if shared else 1.25)
     plan = solve(problem)
     assert violations(problem, plan.need, plan.instances, plan.replicas, plan.blocks) == []
 

@@ -192,6 +192,16 @@ def engine_settings(
     )
 
 
+def hub_arguments(arguments: tuple[str, ...], options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return an engine's arguments with a mounted path in place of hf://ORG/MODEL. Raises Usage for one that names no model."""
+    from plugin.model import hub_mount
+    from plugin.runtime.config import state_home
+
+    if not hub_mount.names_hub(arguments):
+        return arguments
+    return hub_mount.resolve(arguments, state_home(), options["cache_limit"], mounts=options["mount"])
+
+
 @click.command(context_settings=PASS_THROUGH)
 @using(
     *engine_options,
@@ -219,6 +229,7 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
     quickthaw launch vllm --model /models/llama --port 8000
     quickthaw launch -- /opt/sglang/bin/python -m sglang.launch_server --model-path /models/qwen
     quickthaw launch --engine-python /opt/sglang/bin/python sglang --model-path /models/qwen --port 30000
+    quickthaw launch vllm --model hf://org/llama@main
     quickthaw launch --sleep-after 10m --replicas 2 vllm --model /models/llama
     docker run … --entrypoint quickthaw IMAGE launch vllm --model /models/llama
     """
@@ -233,6 +244,9 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
         run_unsupported(words, os.environ, options)
     environment = {**os.environ, **words.variables}
     python = options["engine_python"] or words.python or interpreter_of(words.engine)
+    if any("hf://" in argument for argument in words.arguments):
+        words = dataclasses.replace(words, arguments=hub_arguments(words.arguments, options))
+        given = (words.engine, *words.arguments)
     launcher = launchers.engine(words.engine)
     if command_words.asks_for_help(words.arguments) and os.access(python, os.X_OK, effective_ids=True):
         return show_help(launcher, python, words.arguments)

@@ -15,6 +15,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from lazyfs.cli.options import CACHE_LIMIT_HELP, CacheLimit
 from lazyfs.cli.options import Duration as Duration
 from lazyfs.durations import invalid as invalid
 from lazyfs.durations import limit as limit
@@ -346,6 +347,7 @@ stores = (
         metavar="URL",
         help="Remote store for snapshots (streamed during a restore) and compile caches.",
     ),
+    option("--cache-limit", type=CacheLimit(), default="auto", help=CACHE_LIMIT_HELP),
     option(
         "--push/--no-push",
         default=True,
@@ -424,6 +426,7 @@ def replica_settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "store_url": options["store"],
         "snapshot_store": options["snapshot_store"],
+        "cache_limit": options["cache_limit"],
         "rehearse": options["rehearse"],
         "push": options["push"],
         "replicas": options["replicas"],

@@ -99,6 +99,7 @@ def create(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> No
         strict=True,
         store_url=options["store"],
         snapshot_store=options["snapshot_store"],
+        cache_limit=options["cache_limit"],
         push=options["push"],
         verify=options["verify"],
         trust_keys=options["trust_key"],

@@ -115,6 +115,7 @@ class _Collection:
                 self.used |= manifest.chunk_digests()
             else:
                 self.chunks.store.delete(f"manifests/{digest}")
+                self.chunks.store.delete(f"signatures/{digest}")
                 self.result.manifests += 1
         self.to_delete = {}
 

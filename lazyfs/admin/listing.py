@@ -163,5 +163,6 @@ def remove(chunks: ChunkStore, name: str) -> list[str]:
         raise NotFound(f"no manifest {digest[:12]} in {chunks.store.url}; `quickthaw weights ls` lists its manifests")
     if there and not others:
         chunks.store.delete(f"manifests/{digest}")
+        chunks.store.delete(f"signatures/{digest}")
         removed.append(f"manifest {digest}")
     return removed

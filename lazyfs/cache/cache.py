@@ -3,6 +3,7 @@
 images/ab/<file digest>/    one sparse cache file (`lazyfs.cache.sparse_file`)
 quarantine/, reasons/       bodies that failed verification, and why
 claims/                     reservations of the processes that share the cache (`lazyfs.cache.reservations`)
+limit                       this host's bound, if it has one (`lazyfs.cache.bound`)
 """
 
 from __future__ import annotations
@@ -17,22 +18,30 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from lazyfs.cache.bound import AUTO, UNBOUNDED, blocks_below, host_bound, kept_free, low_water
 from lazyfs.cache.reservations import Reservation, count_lock, kept_digests, reserved_by_others
 from lazyfs.cache.sparse_file import HEADER, PRESENT, AnySparseFile, NoSparseFile, SparseFile
 from lazyfs.content.manifest import File
 from lazyfs.errors import DiskFull, LazyfsError, NotFound, Permanent, Temporary
-from lazyfs.paths import private_dir
+from lazyfs.paths import private_dir, state_folder
 
 log = logging.getLogger("lazyfs.cache.cache")
 # An evicting process may remove the folder while another opens it, repeatedly.
 _OPEN_TRIES = 100
+# Reserve this much at a time: counting walks folders.
+_BATCH = 64 << 20
+COUNTED = ("snapshots", "compile", "traces")
+"""Folders beside the cache of this host's state folder that count under a limit. Only chunks are evicted for it."""
+# Counting them walks thousands of files: the sum is kept this long.
+_COUNTED_S = 10.0
 
 
 class Cache:
     """The folder of sparse cache files.
 
-    `limit`: maximum bytes of disk blocks they occupy plus memory reserved by mounts of this cache, in total (None: only the
-    disk limits).
+    `limit`: maximum bytes of disk blocks that they and the folders `COUNTED` beside them occupy, plus memory reserved by
+    mounts of this cache, in total. AUTO: this host's bound, which is what leaves part of the file system free unless set.
+    None: only the disk limits.
     """
 
     def __init__(self, root: Path, limit: int | None = None) -> None:
@@ -46,6 +55,12 @@ class Cache:
         self._touched: Reservation | None = None
         self._touched_files: set[str] = set()
         self._touching = threading.Lock()
+        self._beside = (-_COUNTED_S, 0)
+
+    @property
+    def bound(self) -> int:
+        """Return the bound that applies now: bytes, UNBOUNDED, or AUTO for what leaves part of the file system free."""
+        return host_bound(self.root) if self.limit == AUTO else self.limit or UNBOUNDED
 
     def folder(self, file: File) -> Path:
         """Return the folder of the file's sparse cache file."""
@@ -104,14 +119,35 @@ class Cache:
                 total += data.stat().st_blocks * 512
         return total
 
+    def counted(self) -> int:
+        """Return the bytes of disk that count under a limit: cache files, quarantine, and the folders `COUNTED` of this host."""
+        since, beside = self._beside
+        if time.monotonic() - since >= _COUNTED_S:
+            folders = [self.root / "quarantine"]
+            if self.root == state_folder() / "cache":
+                folders += [self.root.parent / name for name in COUNTED]
+            beside = sum(map(blocks_below, folders))
+            self._beside = (time.monotonic(), beside)
+        return self.usage() + beside
+
     def need_room(self, more: int, held: int) -> None:
-        """Raise DiskFull if `more` bytes to fetch exceed the free disk space, or `held` bytes in total exceed the limit."""
-        free = shutil.disk_usage(self.root).free
-        if more > free:
-            raise DiskFull(f"{more} bytes to fetch, but only {free} free on the disk of {self.root}; free some space")
-        if self.limit is not None and held > self.limit:
+        """Raise DiskFull if `more` bytes to fetch find no room even after evicting, or `held` bytes in total exceed the limit."""
+        bound = self.bound
+        disk = shutil.disk_usage(self.root)
+        if bound == AUTO:
+            room = disk.free - kept_free(disk.total) + self.evictable()
+            if more > room:
+                raise DiskFull(
+                    f"{more} bytes to fetch, and {max(0, room)} of {disk.free} free bytes are for the cache, which leaves "
+                    f"{kept_free(disk.total)} free on the disk of {self.root}; free some space, or give --cache-limit"
+                )
+        elif more > disk.free:
             raise DiskFull(
-                f"{held} bytes do not fit into the cache limit of {self.limit}; mount with a larger --cache-limit"
+                f"{more} bytes to fetch, but only {disk.free} free on the disk of {self.root}; free some space"
+            )
+        if 0 < bound < held:
+            raise DiskFull(
+                f"{held} bytes do not fit into the cache limit of {bound}; mount with a larger --cache-limit"
             )
 
     def reserve_memory(self, size: int) -> None:
@@ -152,25 +188,21 @@ class Cache:
             self._touched_files.add(file.digest)
 
     def reserve_room(self, need: int) -> bool:
-        """Reserve room for `need` more bytes under the limit, evicting least recently used cache files.
+        """Reserve room for `need` more bytes under the bound, evicting least recently used cache files.
 
         Return False if impossible. The caller must return a granted reservation with `release_room`, whether it wrote the bytes
         or not.
         """
-        if self.limit is None:
+        bound = self.bound
+        if bound == UNBOUNDED:
             return True
         # One thread at a time: two that count the same usage would both find too little, or both take the same room.
         with self._reserving:
             if self._room < need:
-                # Counting walks the folder: reserve 64 MiB at a time, and let one process count at a time.
-                batch = max(need, min(64 << 20, self.limit // 8))
+                # One process counts at a time.
                 with count_lock(self.root):
-                    free = (
-                        self.limit
-                        - self.usage()
-                        - self._unwritten
-                        - reserved_by_others(self.root, self._own_reservation())[0]
-                    )
+                    free, size = self._ungranted(bound)
+                    batch = max(need, min(_BATCH, size // 8))
                     if free < batch:
                         free += self.evict(batch - free)
                     if free < need:
@@ -183,10 +215,44 @@ class Cache:
 
     def release_room(self, need: int) -> None:
         """Return a reservation: its bytes are on disk, where `usage` counts them, or will not be written."""
-        if self.limit is not None:
-            with self._reserving:
-                self._unwritten -= need
-                self._account()
+        with self._reserving:
+            # What was reserved while nothing bounded the cache was not counted.
+            self._unwritten = max(0, self._unwritten - need)
+            self._account()
+
+    def _ungranted(self, bound: int) -> tuple[int, int]:
+        """Return the bytes that nobody uses or was granted (negative if too many are), and how many the cache may have in all."""
+        taken = self._unwritten + reserved_by_others(self.root, self._own_reservation())[0]
+        if bound != AUTO:
+            return bound - self.counted() - taken, bound
+        disk = shutil.disk_usage(self.root)
+        return disk.free - kept_free(disk.total) - taken, disk.total - kept_free(disk.total)
+
+    def why_full(self) -> str:
+        """Return, for a log, why `reserve_room` found no room, and the remedy."""
+        disk, bound = shutil.disk_usage(self.root), self.bound
+        if bound == AUTO:
+            kept = kept_free(disk.total)
+            return (
+                f"{disk.free / 1e9:.1f} GB of {disk.total / 1e9:.1f} are free on the disk of {self.root}, and the cache leaves "
+                f"{kept / 1e9:.1f} free; free some space, or give --cache-limit"
+            )
+        return f"--cache-limit is {bound / 1e9:g} GB, and nothing unused is left to evict; `quickthaw cache ls` shows what counts"
+
+    def watch(self) -> int:
+        """Evict unused cache files if others' writes took the disk below the low-water mark; return the bytes freed.
+
+        Frees up to what AUTO leaves free. Under another bound the disk is not watched.
+        """
+        if self.bound != AUTO:
+            return 0
+        disk = shutil.disk_usage(self.root)
+        if disk.free >= low_water(disk.total):
+            return 0
+        with count_lock(self.root):
+            # Another process may have evicted meanwhile.
+            disk = shutil.disk_usage(self.root)
+            return self.evict(max(0, kept_free(disk.total) - disk.free))
 
     def _own_reservation(self) -> Reservation | None:
         if self._reservation is None:
@@ -200,26 +266,39 @@ class Cache:
         if self._reservation is not None:
             self._reservation.granted = self._room + self._unwritten
 
-    def evict(self, amount: int) -> int:
+    def evict(self, amount: int, *, older_than: float = 0.0, dry_run: bool = False) -> int:
         """Remove cache files, least recently used first, until `amount` bytes are free; return the bytes freed.
 
-        Skips files that a process has open and files pinned by a live mount.
+        Skips files that a process has open, files pinned by a live mount, and files used since `older_than` (seconds since the
+        epoch; 0: none). `dry_run` only counts.
         """
+        freed = 0
+        for used, lock in self._unpinned():
+            if freed >= amount or 0 < older_than * 1e9 <= used:
+                break
+            freed += self._remove(lock, dry_run=dry_run)
+        return freed
+
+    def evictable(self) -> int:
+        """Return the bytes of cache files that no live mount pins."""
+        total = 0
+        for _, lock in self._unpinned():
+            with contextlib.suppress(FileNotFoundError):
+                total += (lock.parent / "data").stat().st_blocks * 512
+        return total
+
+    def _unpinned(self) -> list[tuple[int, Path]]:
+        """List the cache files that no live mount pins, least recently used first: (last use in ns, lock file)."""
         pinned = reserved_by_others(self.root)[1]
-        ages = []
+        found = []
         for lock in self.root.glob("images/*/*/lock"):
             if lock.parent.name not in pinned:
                 with contextlib.suppress(FileNotFoundError):
-                    ages.append((lock.stat().st_mtime_ns, lock))
-        freed = 0
-        for _, lock in sorted(ages):
-            if freed >= amount:
-                break
-            freed += self._remove(lock)
-        return freed
+                    found.append((lock.stat().st_mtime_ns, lock))
+        return sorted(found)
 
     @staticmethod
-    def _remove(lock: Path) -> int:
+    def _remove(lock: Path, *, dry_run: bool = False) -> int:
         try:
             fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -227,6 +306,8 @@ class Cache:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             size = (lock.parent / "data").stat().st_blocks * 512
+            if dry_run:
+                return size
             # Remove the lock file last: a process that opened it earlier sees that it is gone and starts again.
             for name in ("have", "data", "lock"):
                 (lock.parent / name).unlink(missing_ok=True)

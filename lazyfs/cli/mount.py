@@ -11,14 +11,19 @@ from typing import TYPE_CHECKING
 import click
 
 from lazyfs.cli.options import (
+    CACHE_LIMIT_HELP,
+    CacheLimit,
     Duration,
-    Number,
     PathArgument,
     json_option,
     open_chunks,
     option,
+    peer_self_option,
+    peer_token_option,
+    peers_option,
     reports_errors,
     store_option,
+    trust_option,
 )
 from lazyfs.errors import NotFound
 
@@ -68,11 +73,11 @@ def _request_options(command: click.decorators.FC) -> click.decorators.FC:
 )
 @option(
     "--cache-limit",
-    type=Number(),
-    default=0.0,
+    type=CacheLimit(),
+    default="auto",
+    show_default=True,
     envvar="QUICKTHAW_CACHE_LIMIT",
-    metavar="GB",
-    help="Limit of the cache on disk and in memory.  [default: 0, the disk's size]",
+    help=CACHE_LIMIT_HELP,
 )
 @option(
     "--idle-exit",
@@ -85,6 +90,10 @@ def _request_options(command: click.decorators.FC) -> click.decorators.FC:
 @option(
     "--allow-other", is_flag=True, envvar="QUICKTHAW_ALLOW_OTHER", help="Let other users of this host use the mount."
 )
+@trust_option
+@peers_option
+@peer_token_option
+@peer_self_option
 @option("--log-file", type=PathArgument(), envvar="QUICKTHAW_MOUNT_LOG", help="The daemon's log file.")
 @store_option
 @json_option
@@ -99,9 +108,13 @@ def mount(
     metrics: Path | None,
     native: str,
     transport: str,
-    cache_limit: float,
+    cache_limit: int,
     idle_exit: float,
     allow_other: bool,
+    trust_keys: tuple[Path, ...],
+    peers: str,
+    peer_token: str,
+    peer_self: str,
     log_file: Path | None,
     store: str | None,
     as_json: bool,
@@ -133,7 +146,7 @@ def mount(
         raise click.UsageError(f"give MANIFEST and DIRECTORY, or one of {options} with a path")
     from lazyfs.mount.client import mount as mount_manifest
 
-    digest, url = _resolve(manifest, store)
+    digest, url = resolve(manifest, store)
     handle = mount_manifest(
         digest,
         directory,
@@ -141,9 +154,13 @@ def mount(
         log_file=log_file,
         native=native,
         transport=transport,
-        cache_limit=int(cache_limit * 1e9),
+        cache_limit=cache_limit,
         idle_exit_s=idle_exit,
         allow_other=allow_other,
+        peers=peers,
+        peer_token=peer_token,
+        peer_self=peer_self,
+        trust_keys=tuple(str(key.absolute()) for key in trust_keys),
     )
     stop = threading.Event()
     if not detach:
@@ -161,7 +178,7 @@ def mount(
             handle.unmount(force=True)
 
 
-def _resolve(name: str, store: str | None) -> tuple[str, str]:
+def resolve(name: str, store: str | None) -> tuple[str, str]:
     """Return the manifest's digest and the store's URL for a name given by the user.
 
     A folder is named by a path that begins with "/", "." or "~", or ends with "/". Anything else is a name in the store,

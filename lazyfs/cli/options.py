@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from lazyfs.cache.bound import parse
 from lazyfs.durations import seconds
 from lazyfs.errors import LazyfsError, from_os_error
 
@@ -25,6 +25,34 @@ store_option = option(
     envvar="QUICKTHAW_STORE",
     metavar="URL",
     help="A directory, s3://, gs://, az:// or http(s)://.  [default: store/ under $QUICKTHAW_HOME]",
+)
+peers_option = option(
+    "--peers",
+    default="",
+    envvar="QUICKTHAW_PEERS",
+    metavar="HOST:PORT,…",
+    help="Hosts that run `quickthaw peer`, asked before the store; dns://NAME:PORT is every address of a name.",
+)
+peer_token_option = option(
+    "--peer-token",
+    default="",
+    envvar="QUICKTHAW_PEER_TOKEN",
+    help="Token of the peers. The variable keeps it out of process lists.",
+)
+trust_option = option(
+    "--trust-key",
+    "trust_keys",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    envvar="QUICKTHAW_TRUST_KEY",
+    help="Show only weights whose manifest one of these keys has signed. Repeatable.",
+)
+peer_self_option = option(
+    "--peer-self",
+    default="",
+    envvar="QUICKTHAW_PEER_SELF",
+    metavar="HOST:PORT",
+    help="This host's own address among the peers.  [default: the one that is an address of this host]",
 )
 json_option = option("--json", "as_json", is_flag=True, envvar="QUICKTHAW_JSON", help="Print JSON instead of text.")
 
@@ -50,19 +78,19 @@ def _fail(error: LazyfsError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-class Number(click.ParamType[float]):
-    """A finite number of 0 or more. (click.FloatRange accepts "nan" and "inf".)"""
+CACHE_LIMIT_HELP = (
+    "Limit of the chunk cache: a number of GB, none, or auto: that of `quickthaw cache limit`, "
+    "else what leaves a tenth of the disk free, at least 20 GB."
+)
 
-    name = "number"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not 0 <= number < math.inf:
-            self.fail(f"{value!r} is not a number of 0 or more", param, ctx)
-        return number
+def size_text(count: float) -> str:
+    """Return a number of bytes as people write it."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
 
 
 class Duration(click.ParamType[float]):
@@ -88,6 +116,33 @@ class Duration(click.ParamType[float]):
         return found
 
 
+class CacheLimit(click.ParamType[int]):
+    """A bound of the cache (`lazyfs.cache.bound`): auto, none, or a number of GB; in bytes."""
+
+    name = "auto|none|GB"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Convert to a bound."""
+        if isinstance(value, int):
+            return value
+        try:
+            return parse(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Gigabytes(CacheLimit):
+    """A number of GB of 0 or more, in bytes."""
+
+    name = "GB"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Convert to bytes."""
+        if str(value).lower() in ("auto", "none"):
+            self.fail(f"{value!r} is not a number of GB", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class PathArgument(click.Path):
     """A path. Rejects an empty one, which an unset variable leaves and which would mean the current directory."""
 
@@ -100,6 +155,14 @@ class PathArgument(click.Path):
         if str(value).startswith("--"):
             self.fail(f"expected a path, got the option {value!r}", param, ctx)
         return super().convert(value, param, ctx)
+
+
+class Source(PathArgument):
+    """A directory, or the URL of an object prefix or of a model of the hub, which stays a string."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Convert to a Path, or to a str for a URL."""
+        return value if isinstance(value, str) and "://" in value else super().convert(value, param, ctx)
 
 
 def open_chunks(store: str | None) -> ChunkStore:

@@ -5,25 +5,27 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from lazyfs.cli.options import Duration, PathArgument, json_option, open_chunks, option, reports_errors, store_option
+from lazyfs.cli.options import (
+    Duration,
+    Source,
+    json_option,
+    open_chunks,
+    option,
+    reports_errors,
+    size_text,
+    store_option,
+)
 from lazyfs.errors import one_line
 
 if TYPE_CHECKING:
     from lazyfs.content.importer import Progress
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 @click.group()
@@ -37,12 +39,18 @@ def weights() -> None:
 
 
 @weights.command("import")
-@click.argument("directory", type=PathArgument())
+@click.argument("source", type=Source())
 @option(
     "--tag",
     envvar="QUICKTHAW_TAG",
     metavar="NAME[:TAG]",
     help="Name of the manifest; the tag is `latest` unless given.",
+)
+@option(
+    "--sign-key",
+    type=click.Path(path_type=Path),
+    envvar="QUICKTHAW_SIGN_KEY",
+    help="Sign the manifest with this Ed25519 key (`quickthaw snapshot keygen`).",
 )
 @option(
     "--zstd",
@@ -55,14 +63,18 @@ def weights() -> None:
 @store_option
 @json_option
 @reports_errors
-def import_(directory: Path, tag: str | None, zstd: str, store: str | None, as_json: bool) -> None:
-    """Store DIRECTORY as chunks and print the digest of its manifest.
+def import_(
+    source: Path | str, tag: str | None, sign_key: Path | None, zstd: str, store: str | None, as_json: bool
+) -> None:
+    """Store SOURCE, a directory or a URL, as chunks and print the digest of its manifest.
 
+    A model of the hub is checked against the digests that the hub gives; its files in formats that no engine reads are left out.
     Chunks that the store has are skipped: an interrupted import resumes, and a fine-tune stores only what differs.
 
     \b
     quickthaw weights import ./model --tag model:v2
     quickthaw weights import ./model --store s3://bucket/weights
+    quickthaw weights import hf://org/model@main --tag model:v2
     """
     from lazyfs.content.stat_index import import_directory
 
@@ -72,6 +84,11 @@ def import_(directory: Path, tag: str | None, zstd: str, store: str | None, as_j
             level = int(zstd)
         except ValueError:
             raise click.UsageError("--zstd must be auto, never or a level from 1 to 19") from None
+    sign = None
+    if sign_key is not None:
+        from lazyfs.signing import signer
+
+        sign = signer(sign_key)  # a key that cannot be used is said before the import
     last: list[Progress] = []
     show = sys.stderr.isatty()
     started = time.monotonic()
@@ -81,10 +98,20 @@ def import_(directory: Path, tag: str | None, zstd: str, store: str | None, as_j
         if show:
             share = 100 * now.done / max(1, now.total)
             click.echo(
-                f"\r{share:5.1f} %  {_size(now.done)} of {_size(now.total)}  {now.path[-40:]:40}", nl=False, err=True
+                f"\r{share:5.1f} %  {size_text(now.done)} of {size_text(now.total)}  {now.path[-40:]:40}",
+                nl=False,
+                err=True,
             )
 
-    digest = import_directory(directory, store, tag=tag, progress=progress, zstd=level, thorough=True)
+    if isinstance(source, str):
+        digest = _import_url(source, store, tag, progress, level)
+    else:
+        digest = import_directory(source, store, tag=tag, progress=progress, zstd=level, thorough=True)
+    if sign is not None:
+        from lazyfs.stores.retry import RetryPolicy, retrying
+
+        chunks = open_chunks(store)
+        retrying(lambda: chunks.sign_manifest(digest, sign), RetryPolicy())
     if show and last:
         click.echo("\r" + " " * 78 + "\r", nl=False, err=True)
     final = last[0] if last else None
@@ -104,8 +131,24 @@ def import_(directory: Path, tag: str | None, zstd: str, store: str | None, as_j
     if final is None:
         click.echo("unchanged since the last import", err=True)
     else:
-        shared = f"{_size(final.skipped)} shared with what the store had"
-        click.echo(f"{_size(final.total)} read, {_size(final.stored)} written, {shared}", err=True)
+        shared = f"{size_text(final.skipped)} shared with what the store had"
+        click.echo(f"{size_text(final.total)} read, {size_text(final.stored)} written, {shared}", err=True)
+
+
+def _import_url(
+    source: str, store: str | None, tag: str | None, progress: Callable[[Progress], None], zstd: int | str | None
+) -> str:
+    from lazyfs.content.chunk_store import ChunkStore
+    from lazyfs.content.source_import import import_source
+    from lazyfs.content.stat_index import set_tag
+    from lazyfs.paths import default_store_url
+    from lazyfs.stores import open_store
+
+    url = store or default_store_url()
+    digest, _ = import_source(source, ChunkStore(open_store(url), zstd=zstd), progress)
+    if tag is not None:
+        set_tag(url, tag, digest)
+    return digest
 
 
 @weights.command()
@@ -128,7 +171,7 @@ def ls(store: str | None, as_json: bool) -> None:
         count, size = unreferenced_chunks(chunks)
         if count:
             click.echo(
-                f"no manifest in {chunks.store.url}, only {count} unreferenced chunks ({_size(size)}); "
+                f"no manifest in {chunks.store.url}, only {count} unreferenced chunks ({size_text(size)}); "
                 "`quickthaw weights gc` deletes those older than a day",
                 err=True,
             )
@@ -137,14 +180,14 @@ def ls(store: str | None, as_json: bool) -> None:
                 f"nothing in {chunks.store.url} yet; `quickthaw weights import DIRECTORY` adds a model", err=True
             )
     for e in entries:
-        shared = _size(e.size - e.unshared)
+        shared = size_text(e.size - e.unshared)
         name = ", ".join(e.names) or "-"
         if e.damage:
             click.echo(one_line(f"{e.manifest[:16]:16}  DAMAGED   {name}: {e.damage}"))
             continue
         click.echo(
             one_line(
-                f"{e.manifest[:16]}  {e.kind:8}  {_size(e.size):>9}  shared {shared:>9}  {e.files:5} files  {name}"
+                f"{e.manifest[:16]}  {e.kind:8}  {size_text(e.size):>9}  shared {shared:>9}  {e.files:5} files  {name}"
             )
         )
 
@@ -186,7 +229,7 @@ def verify(names: tuple[str, ...], repair: bool, with_cache: bool, store: str | 
         kept = [{"name": name, "reason": why} for name, why in quarantined]
         click.echo(json.dumps({**asdict(report), "quarantine": kept, "clean": report.clean}))
     else:
-        click.echo(f"{report.manifests} manifests, {report.chunks} chunks, {_size(report.bytes)} read", err=True)
+        click.echo(f"{report.manifests} manifests, {report.chunks} chunks, {size_text(report.bytes)} read", err=True)
         for kind, found in (("damaged", report.bad), ("missing", report.missing)):
             for digest, path in found.items():
                 click.echo(one_line(f"{kind} chunk {digest[:16]} of {path}"))
@@ -264,6 +307,6 @@ def gc(grace: float, untagged: bool, dry_run: bool, store: str | None, as_json: 
         return
     verb = "would delete" if dry_run else "deleted"
     click.echo(
-        f"{verb} {done.chunks} chunks ({_size(done.bytes)}) and {done.manifests} manifests; "
+        f"{verb} {done.chunks} chunks ({size_text(done.bytes)}) and {done.manifests} manifests; "
         f"{done.kept} in use, {done.young} younger than --grace"
     )

@@ -2,6 +2,7 @@
 
     chunks/ab/<digest>        plain bytes           manifests/<digest>   a manifest, named by its own digest
     chunks/ab/<digest>.zst    the same, zstd        refs/<kind>/<name>   the digest of a manifest, by name
+                                                    signatures/<digest>  who has signed a manifest (`lazyfs.signing`)
 
 A digest is the BLAKE3 of the *plain* bytes, in hex. `get` never returns bytes that do not hash to the requested digest.
 A manifest is written after all its chunks, so every manifest in a store is complete. Ref kinds in use: `tags` (name:tag of
@@ -14,7 +15,7 @@ import functools
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -46,6 +47,8 @@ GC_MARK = "gc/last"
 _GC_SILENT_S, _GC_WAIT_S, _SKEW_S = 120.0, 120.0, 300.0
 # Concurrent HEAD requests to a remote store: each one is all round trip.
 HEADS = 32
+# Largest file of signatures, in bytes.
+SIGNATURES = 1 << 16
 _local = threading.local()
 
 
@@ -284,6 +287,23 @@ class ChunkStore:
             return msgspec.json.decode(self.store.get(GC_MARK), type=ready(_Mark))
         except (NotFound, msgspec.DecodeError):
             return _Mark()
+
+    def sign_manifest(self, digest: str, sign: Callable[[bytes], bytes]) -> None:
+        """Add a signature of a stored manifest (`lazyfs.signing.signer`); those of others stay.
+
+        Raises NotFound, Integrity (the stored manifest is damaged), or what the store raises.
+        """
+        manifest = encode(self.get_manifest(digest))[1]
+        line, before = sign(manifest), self.signatures(digest) or b""
+        kept = [one for one in before.splitlines(keepends=True) if one.split()[1:2] != line.split()[1:2]]
+        self.store.put(f"signatures/{digest}", b"".join([*kept, line]))
+
+    def signatures(self, digest: str) -> bytes | None:
+        """Return the signatures of a manifest, or None."""
+        try:
+            return bytes(self.store.get(f"signatures/{digest}", limit=SIGNATURES))
+        except NotFound:
+            return None
 
     def get_manifest(self, digest: str) -> Manifest:
         """Return the manifest, verified.

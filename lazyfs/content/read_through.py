@@ -8,28 +8,47 @@ match it.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from lazyfs.content.chunk_store import HEADS
 from lazyfs.content.chunking import ReadAt, chunk_lengths
 from lazyfs.content.importer import walk
 from lazyfs.content.manifest import VERSION, Chunk, Directory, File, Manifest
 from lazyfs.errors import NotFound, Permanent, os_errors
 from lazyfs.paths import fingerprint, open_fd
-from lazyfs.stores import Store, open_store
+from lazyfs.stores import ObjectInfo, Store, opened
 from lazyfs.stores.retry import RetryPolicy, retrying
 from lazyfs.stores.urls import local_path, normal_url
 
+# Most safetensors headers fit in one request of this size.
+_HEADER = 256 << 10
 
-def describe(url: str) -> Manifest:
+
+def describe(url: str, known: Manifest | None = None) -> Manifest:
     """Return the manifest of the directory or prefix at `url`. Reads only listings and safetensors headers.
 
-    Raises NotFound, Permanent (name-clash, no-version), what `walk` raises, or what the store raises.
+    `known`: an earlier manifest of the same URL; headers of files that have not changed since are not read again. Raises
+    NotFound, Permanent (name-clash, no-version), what `walk` raises, or what the store raises.
     """
     url = normal_url(url)
     folder = local_path(url)
     if folder is not None:
         return _describe_folder(folder, url)
-    return _describe_prefix(open_store(url), url)
+    with opened(url) as store:
+        return _describe_objects(store, url, known)
+
+
+def _describe_objects(store: Store, url: str, known: Manifest | None) -> Manifest:
+    found = {info.key.rstrip("/"): info for info in retrying(lambda: list(store.list("")), RetryPolicy())}
+    if url.startswith("hf://"):
+        from lazyfs.stores.hub import HubStore, read_by_engines
+
+        assert isinstance(store, HubStore)
+        url = store.pinned
+        found = {key: found[key] for key in read_by_engines(found)}
+    return _describe_prefix(store, url, found, known)
 
 
 def _describe_folder(folder: Path, url: str) -> Manifest:
@@ -45,13 +64,12 @@ def _describe_folder(folder: Path, url: str) -> Manifest:
     return Manifest(VERSION, "source", directories, tuple(files), links, {}, url)
 
 
-def _describe_prefix(store: Store, url: str) -> Manifest:
-    found = {info.key.rstrip("/"): info for info in retrying(lambda: list(store.list("")), RetryPolicy())}
+def _describe_prefix(store: Store, url: str, found: dict[str, ObjectInfo], known: Manifest | None) -> Manifest:
     folders = {key[:at] for key in found for at, letter in enumerate(key) if letter == "/"}
     folders |= {
         key for key, info in found.items() if key and info.size == 0 and _is_marker(store, info.key, key in folders)
     }
-    files = []
+    objects = []
     for key, info in found.items():
         if not key or (key in folders and info.size == 0):
             continue
@@ -59,12 +77,28 @@ def _describe_prefix(store: Store, url: str) -> Manifest:
             raise Permanent(f"{url}: {key} is both an object and a folder; rename one of them", code="name-clash")
         if not info.version:
             raise Permanent(f"{url}: the store has no version for {key}; import the model instead", code="no-version")
-        lengths = chunk_lengths(key, info.size, _object_reader(store, info.key))
-        files.append(File(key, 0o644, info.size, tuple(Chunk("", n) for n in lengths), info.version))
-    if not files:
+        objects.append((key, info))
+    if not objects:
         raise NotFound(f"no objects under {url}; check the URL")
+    files = _described(store, objects, known)
     directories = tuple(Directory(p, 0o755) for p in sorted(folders))
     return Manifest(VERSION, "source", directories, tuple(sorted(files, key=lambda f: f.path)), (), {}, url)
+
+
+def _described(store: Store, objects: Iterable[tuple[str, ObjectInfo]], known: Manifest | None) -> list[File]:
+    """Return the objects as files, reading the headers that are not known yet, many at once: each is all round trip."""
+    before = {(f.path, f.size, f.version): f.chunks for f in known.files} if known is not None else {}
+
+    def one(item: tuple[str, ObjectInfo]) -> File:
+        key, info = item
+        chunks = before.get((key, info.size, info.version))
+        if chunks is None:
+            lengths = chunk_lengths(key, info.size, _object_reader(store, info.key, info.size))
+            chunks = tuple(Chunk("", n) for n in lengths)
+        return File(key, 0o644, info.size, chunks, info.version)
+
+    with ThreadPoolExecutor(HEADS) as pool:
+        return list(pool.map(one, objects))
 
 
 def _is_marker(store: Store, key: str, is_folder: bool) -> bool:
@@ -79,5 +113,16 @@ def _reader(fd: int) -> ReadAt:
     return lambda at, n: os.pread(fd, n, at)
 
 
-def _object_reader(store: Store, key: str) -> ReadAt:
-    return lambda at, n: bytes(retrying(lambda: store.get(key, at, n), RetryPolicy()))
+def _object_reader(store: Store, key: str, size: int) -> ReadAt:
+    """Return a function that reads the header of an object, with one request unless the header is long."""
+    head = b""
+
+    def read(at: int, n: int) -> bytes:
+        nonlocal head
+        if not head:
+            head = bytes(retrying(lambda: store.get(key, 0, min(size, _HEADER)), RetryPolicy()))
+        if at + n > len(head):
+            return bytes(retrying(lambda: store.get(key, at, n), RetryPolicy()))
+        return head[at : at + n]
+
+    return read

@@ -31,3 +31,7 @@ class DigestLog:
         """Record the digest of a chunk at its first read."""
         with open_fd(private_dir(self.folder) / file.digest, os.O_WRONLY | os.O_CREAT) as fd:
             os.pwrite(fd, bytes.fromhex(digest_of(data)), index * _DIGEST)
+
+    def forget(self, file: File) -> None:
+        """Remove what is recorded of the file."""
+        (self.folder / file.digest).unlink(missing_ok=True)

@@ -11,22 +11,26 @@ Imports only the standard library at import time.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
+import re
 import stat
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lazyfs.errors import Integrity, LazyfsError, NotFound
+from lazyfs.errors import Integrity, LazyfsError, NotFound, Temporary
 from lazyfs.paths import default_store_url, fingerprint, home, private_dir, state_dir, write_atomic
-from lazyfs.stores.urls import local_path, normal_url, without_user
+from lazyfs.stores.urls import local_path, normal_url, shown_url, without_user
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lazyfs.content.importer import Progress
 
+log = logging.getLogger("lazyfs.content.stat_index")
 # Kernel timestamps advance with the tick, at most 10 ms apart (CONFIG_HZ=100).
 _GRANULE_S = 0.02
 _FORMAT = 1
@@ -60,7 +64,7 @@ def import_directory(
     ):
         digest = str(record["manifest"])
         if tag is not None:
-            _tag(url, tag, digest)
+            set_tag(url, tag, digest)
         return digest
     return _import(path, url, record_file, tag, progress, zstd)
 
@@ -84,26 +88,47 @@ def read_through(source: Path | str, *, cache_dir: Path | None = None) -> str:
     """Return the digest of a manifest that shows a directory, or an object prefix (URL), without importing it.
 
     Nothing is copied: an unchanged local directory is read in place (and passed through); a remote one is cached as it is
-    read. The manifest is written beside the cache, in its own folder (`source_folder`): this host wrote every manifest
-    there, none came from a store. Raises what `lazyfs.content.read_through.describe` raises.
+    read. Of a URL that does not answer, the manifest of the last time is returned, if there is one. The manifest is written
+    beside the cache, in its own folder (`source_folder`): this host wrote every manifest there, none came from a store.
+    Raises what `lazyfs.content.read_through.describe` raises.
     """
     url = normal_url(str(source))
     folder = local_path(url)
     record_file = _record_file(folder or Path("/"), f"source:{url}")
     manifests = private_dir(source_folder(cache_dir or home() / "cache"))
     stats = _stats(folder) if folder is not None else None
-    record = _load(record_file) if stats is not None else None
-    if record is not None and record["stats"] == stats and (manifests / record["manifest"]).exists():
+    record = _load(record_file)
+    if record is not None and not (manifests / record["manifest"]).exists():
+        record = None
+    if record is not None and (record["stats"] == stats if folder is not None else _is_fixed(url)):
         return str(record["manifest"])
     from lazyfs.content.manifest import decode, encode
     from lazyfs.content.read_through import describe
 
-    digest, data = encode(describe(url))
+    known = None
+    if folder is None and record is not None:
+        with contextlib.suppress(Integrity):  # a damaged one is made again
+            known = decode((manifests / record["manifest"]).read_bytes(), record["manifest"], local=True)
+    try:
+        digest, data = encode(describe(url, known))
+    except LazyfsError as error:
+        # As of an engine alone, whose cache of the hub serves when the hub does not answer.
+        if known is None or not (isinstance(error, Temporary) or error.code == "offline"):
+            raise
+        log.warning("%s is shown as it was when it last answered: %s: %s", shown_url(url), error.code, error)
+        return str(record["manifest"]) if record else ""
     decode(data, digest, local=True)  # An object may have a name that no file can have.
     write_atomic(manifests / digest, data)
-    if folder is not None and stats is not None and stats == _stats(folder):
+    if folder is None:
+        _save(record_file, _record(Path("/"), f"source:{url}", digest, []))
+    elif stats is not None and stats == _stats(folder):
         _save(record_file, _record(folder, f"source:{url}", digest, stats))
     return digest
+
+
+def _is_fixed(url: str) -> bool:
+    """Return whether what a URL names never changes: a commit of the hub."""
+    return url.startswith("hf://") and re.fullmatch(r"[0-9a-f]{40}", url.rpartition("@")[2]) is not None
 
 
 def source_folder(cache: Path) -> Path:
@@ -134,14 +159,15 @@ def _import(
     before = _stats(path)
     digest, _ = import_tree(path, ChunkStore(open_store(url), zstd=zstd), progress=progress, listing=listing)
     if tag is not None:
-        _tag(url, tag, digest)
+        set_tag(url, tag, digest)
     # After a clock was set back, ctimes prove nothing: record no stats, so that every call reads again.
     if before is not None and before == _stats(path) and newest <= time.time():
         _save(record_file, _record(path, url, digest, before))
     return digest
 
 
-def _tag(url: str, tag: str, digest: str) -> None:
+def set_tag(url: str, tag: str, digest: str) -> None:
+    """Let a tag (`name:tag`, `latest` unless given) of the store at `url` name a manifest. Raises what the store raises."""
     from lazyfs.content.chunk_store import ChunkStore
     from lazyfs.stores import open_store
     from lazyfs.stores.retry import RetryPolicy, retrying

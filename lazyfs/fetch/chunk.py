@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from lazyfs.cache.cache import Cache
-from lazyfs.cache.sparse_file import PRESENT, UNVERIFIED, AnySparseFile
+from lazyfs.cache.sparse_file import ABSENT, PRESENT, UNVERIFIED, AnySparseFile
 from lazyfs.content.chunk_store import ChunkStore, digest_of, mismatch, zero_digest
 from lazyfs.content.chunking import MAX_CHUNK
 from lazyfs.content.manifest import RAW, ZSTD, File
 from lazyfs.content.source_digests import DigestLog
+from lazyfs.content.whole_file import mismatch_in_memory, mismatch_of
 from lazyfs.counters import Histogram
 from lazyfs.errors import DiskFull, Integrity, NotFound, Permanent, Temporary
 from lazyfs.logs import RepeatLimiter
@@ -51,12 +52,18 @@ class ByteSource(Protocol):
 
     def fetch(self, file: File, index: int, *, fresh: bool = False) -> bytes | memoryview: ...
 
+    def checked(self) -> bool:
+        """Return whether this thread's last fetch was verified, and came from a peer."""
+
+    def close(self) -> None:
+        """Close connections that are not the store's."""
+
 
 @dataclass
 class FetchStats:
     """Counters of one process, by tier; in bytes unless named otherwise."""
 
-    tiers: dict[str, int] = field(default_factory=lambda: {"origin": 0, "store": 0, "proven": 0})
+    tiers: dict[str, int] = field(default_factory=lambda: {"origin": 0, "store": 0, "proven": 0, "peer": 0})
     retries: int = 0
     quarantined: int = 0
     fetches: int = 0
@@ -99,6 +106,12 @@ class StoreSource:
         assert missing is not None
         raise missing
 
+    def checked(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        return
+
 
 class ReadThroughSource:
     """Plain bytes by range from the source, pinned to the version in the manifest."""
@@ -119,6 +132,12 @@ class ReadThroughSource:
             )
         return data
 
+    def checked(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        return
+
 
 class ChunkFetcher:
     """Fills cache files with verified chunks. Safe to use from many threads."""
@@ -138,18 +157,29 @@ class ChunkFetcher:
         self.digests = digests
         self.stats = FetchStats()
         self.repeats = RepeatLimiter(log)
+        # How often a whole file was not what its source says, by the file's digest.
+        self.wrong: dict[str, int] = {}
         # A reader is blocked: retry Temporary errors up to the time limit, however many attempts that takes.
         self.policy = RetryPolicy(attempts=None, limit=limit_s)
 
-    def fill(self, sparse_file: AnySparseFile, index: int) -> bytes | memoryview | None:
+    def close(self) -> None:
+        """Close the connections of the source."""
+        close = getattr(self.source.store, "close", None)
+        if close is not None:
+            close()
+        self.source.close()
+
+    def fill(self, sparse_file: AnySparseFile, index: int, *, or_memory: bool = True) -> bytes | memoryview | None:
         """Make the chunk PRESENT in the sparse file and return None; if the disk has no room, return the verified bytes instead.
 
-        Raises Integrity, NotFound, Temporary (limit reached) or Permanent. Afterwards `source_of_last` returns the chunk's
-        source.
+        `or_memory` False: raise DiskFull then, before anything is fetched if the cache's bound leaves no room. Raises
+        Integrity, NotFound, Temporary (limit reached) or Permanent. Afterwards `source_of_last` returns the chunk's source.
         """
         _local.source = "other"
         if sparse_file.state(index) == PRESENT:
             return None
+        if self.wrong.get(sparse_file.file.digest, 0) > 1:
+            raise Integrity(f"{sparse_file.file.path}: {self.source.store.url} has not what it says; mount it again")
         with sparse_file.chunk_lock(index, self.limit_s):
             state = sparse_file.state(index)
             if state == PRESENT:
@@ -160,14 +190,19 @@ class ChunkFetcher:
                 self.stats.tiers["proven"] += chunk.length
                 _local.source = "proof"
                 return None
-            data = self._get(file, index)
             if not self.cache.reserve_room(chunk.length):
-                return data
+                why = f"{file.path} is streamed, not cached: {self.cache.why_full()}"
+                if not or_memory:
+                    raise DiskFull(why, code="cache-full")
+                self.repeats.log(logging.WARNING, "cache-full", why)
+                return self._get(file, index)
             try:
-                sparse_file.write(index, data, hole=chunk.digest == zero_digest(chunk.length))
-            except DiskFull as error:
-                self.repeats.log(logging.WARNING, error.code, f"{file.path} is served from memory: {error}")
-                return data
+                data = self._get(file, index)
+                try:
+                    sparse_file.write(index, data, hole=chunk.digest == zero_digest(chunk.length))
+                except DiskFull as error:
+                    self.repeats.log(logging.WARNING, error.code, f"{file.path} is served from memory: {error}")
+                    return data
             finally:
                 self.cache.release_room(chunk.length)
         return None
@@ -184,8 +219,8 @@ class ChunkFetcher:
         data = self._from_origin(file, index)
         if data is None:
             data = self._from_store(file, index)
-            self.stats.tiers["store"] += chunk.length
-            _local.source = "store"
+            _local.source = "peer" if self.source.checked() else "store"
+            self.stats.tiers[_local.source] += chunk.length
         else:
             self.stats.tiers["origin"] += chunk.length
             _local.source = "origin"
@@ -203,7 +238,7 @@ class ChunkFetcher:
                 )
             except Undecodable as error:
                 raise self._quarantine(file, index, error.body, str(error)) from error
-            if not self._matches(file, index, data):
+            if not self.source.checked() and not self._matches(file, index, data):
                 expected = chunk.digest or (self.digests.expected(file, index) if self.digests else "")
                 raise self._quarantine(file, index, data, mismatch(data, expected, chunk.length))
             return data
@@ -223,6 +258,24 @@ class ChunkFetcher:
             return False
         return self._matches(file, index, data)
 
+    def verify_whole(self, sparse_file: AnySparseFile) -> None:
+        """Hash a complete file of a source that gives a digest of whole files; forget all of it if it differs.
+
+        Raises Integrity then. After a second time the file is refused: the source does not have what it says.
+        """
+        file = sparse_file.file
+        why = mismatch_of(file, sparse_file.data_fd)
+        if not why:
+            return
+        for index in range(len(file.chunks)):
+            sparse_file.mark(index, ABSENT)
+        if self.digests is not None:
+            self.digests.forget(file)
+        self.stats.quarantined += 1
+        again = "; it is refused from now on" if file.digest in self.wrong else "; it is fetched again"
+        self.wrong[file.digest] = self.wrong.get(file.digest, 0) + 1
+        raise Integrity(f"{file.path}, all of it from {self.source.store.url}, {why}{again}")
+
     def _quarantine(self, file: File, index: int, body: bytes | memoryview, why: str) -> Integrity:
         """Quarantine a body and return the Integrity error that reports it."""
         self.stats.quarantined += 1
@@ -237,6 +290,8 @@ class ChunkFetcher:
             return False
         if chunk.digest:
             return digest_of(data) == chunk.digest
+        if len(file.chunks) == 1 and mismatch_in_memory(file, data):
+            return False
         assert self.digests is not None
         expected = self.digests.expected(file, index)
         if not expected:

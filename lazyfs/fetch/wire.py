@@ -18,11 +18,11 @@ FAILED = 3  # `argument` is an errno; the reason is in the log
 STATS = 4  # `argument` is the low 31 bits of a counter, `chunk` its high bits; `file` is the index into STAT_NAMES
 BUFFER = 64
 # Sources a reader may have waited for: the store, the file it was imported from, verification of bytes already on disk,
-# or another fetch of the same chunk (by another process, or readahead).
-SOURCES = ("store", "origin", "proof", "other")
+# another fetch of the same chunk (by another process, or readahead), or a peer.
+SOURCES = ("store", "origin", "proof", "other", "peer")
 # Upper bounds in seconds of the histograms of fetches and waits: from a local chunk to a store in trouble.
 BUCKETS_S = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0)
 STAT_NAMES = (
     "store_bytes", "origin_bytes", "proven_bytes", "fetches", "fetch_ms", "retries", "quarantined", "queued",
-    *(f"fetches_{i}" for i in range(len(BUCKETS_S) + 1)),
+    *(f"fetches_{i}" for i in range(len(BUCKETS_S) + 1)), "peer_bytes",
 )  # fmt: skip

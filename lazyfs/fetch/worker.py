@@ -18,28 +18,34 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from lazyfs.cache.bound import UNBOUNDED
 from lazyfs.cache.cache import Cache
 from lazyfs.cache.open_sparse_files import OpenSparseFiles, raise_descriptor_limit
 from lazyfs.cache.slots import SlotWriter
 from lazyfs.content.chunk_store import ChunkStore
 from lazyfs.content.manifest import Manifest
 from lazyfs.content.source_digests import DigestLog
-from lazyfs.errors import LazyfsError, NotFound, Temporary, to_errno
+from lazyfs.content.whole_file import has_digest
+from lazyfs.errors import DiskFull, Integrity, LazyfsError, NotFound, Temporary, to_errno
 from lazyfs.fetch import wire
 from lazyfs.fetch.access_log import AccessLog, parse, shared_key
-from lazyfs.fetch.chunk import ChunkFetcher, ReadThroughSource, StoreSource
+from lazyfs.fetch.chunk import ByteSource, ChunkFetcher, ReadThroughSource, StoreSource
 from lazyfs.fetch.queue import Queue, RateLimit, Window
 from lazyfs.logs import RepeatLimiter
 from lazyfs.mount.config import MountConfig
 from lazyfs.mount.manifest_source import origins_of
+from lazyfs.peers.client import Peers
+from lazyfs.peers.order import Members
+from lazyfs.peers.source import PeerSource
 from lazyfs.stores import open_store
 from lazyfs.stores.retry import RetryPolicy, retrying
 
 log = logging.getLogger("lazyfs.fetch.worker")
-_LOCAL_THREADS, _REMOTE_THREADS = 4, 16
+LOCAL_THREADS, REMOTE_THREADS = 4, 16
 _IDLE_TICK_S = 5.0
 # Ticks of 1 s between retries of chunks that the store could not deliver.
 _POSTPONED_TICKS = 30
+_FULL_S = 1.0
 # Number of attempts to drop a cache file that another process has open, and the pause between them: a close may be on its way.
 _DROP_TRIES, _DROP_PAUSE_S = 100, 0.05
 
@@ -68,10 +74,10 @@ class Fetcher:
         self.dropping_lock = threading.Lock()
         # Readahead and background chunks that the store could not deliver; retried later.
         self.postponed: dict[tuple[int, int], int] = {}
+        # Until then no room is looked for again: a manifest has thousands of chunks, and counting walks folders.
+        self.full_until = 0.0
         self.sending = threading.Lock()
-        self.threads = config.fetch_threads or (
-            _REMOTE_THREADS if chunk_fetcher.source.store.remote else _LOCAL_THREADS
-        )
+        self.threads = config.fetch_threads or (REMOTE_THREADS if chunk_fetcher.source.store.remote else LOCAL_THREADS)
         self.window = Window(self.threads)
         self.background = RateLimit(config.background_mb_s)
         self.repeats = RepeatLimiter(log)
@@ -118,8 +124,12 @@ class Fetcher:
         wanted = set(absent)
         known = self._known_accesses()
         logged = {files[file].digest for file, _ in known if file in wanted}
-        if self.config.cache_limit and logged:
+        if self.chunk_fetcher.cache.bound != UNBOUNDED and logged:
             self.chunk_fetcher.cache.pin_files(sorted(logged))
+        # A fetcher that was killed may have left a file complete and not verified as a whole.
+        for file in absent:
+            if has_digest(files[file]) and self.chunk_fetcher.cache.present_bytes(files[file]) == files[file].size > 0:
+                self.queue.put((file, 0), wire.FSYNC)
         if not self.config.prefetch:
             return
         for file, chunk in known:
@@ -256,6 +266,7 @@ class Fetcher:
         values = (
             tiers["store"], tiers["origin"], tiers["proven"], stats.fetches, int(stats.latency.total * 1000),
             stats.retries, stats.quarantined, len(self.queue), *stats.latency.counts,
+            tiers["peer"],
         )  # fmt: skip
         for number, value in enumerate(values):
             self._send(wire.STATS, number, value >> 31, value & 0x7FFFFFFF)
@@ -280,8 +291,11 @@ class Fetcher:
         slot = self.slots.pop((file, chunk), -1)
         began = time.monotonic()
         try:
+            if slot < 0 and urgency != wire.ON_DEMAND and began < self.full_until:
+                raise DiskFull("the cache has had no room a moment ago", code="cache-full")
             with self.sparse_files.use(file) as sparse_file:
-                data = self.chunk_fetcher.fill(sparse_file, chunk)
+                # Without a slot of memory the bytes can go to the disk only: fetch nothing that it has no room for.
+                data = self.chunk_fetcher.fill(sparse_file, chunk, or_memory=slot >= 0)
                 complete = data is None and sparse_file.complete() and not sparse_file.fsynced()
             source = wire.SOURCES.index(self.chunk_fetcher.source_of_last())
             if data is None:
@@ -296,9 +310,12 @@ class Fetcher:
         except (LazyfsError, OSError) as error:
             code = error.code if isinstance(error, LazyfsError) else "io-error"
             message = f"{self.manifest.files[file].path} chunk {chunk}: {code}: {error}"
-            self.repeats.log(logging.ERROR, code, message)
-            if isinstance(error, Temporary) and urgency != wire.ON_DEMAND:
+            # A full cache is a state that streaming serves, not a failure.
+            self.repeats.log(logging.WARNING if isinstance(error, DiskFull) else logging.ERROR, code, message)
+            if isinstance(error, (Temporary, DiskFull)) and urgency != wire.ON_DEMAND:
                 self.postponed[file, chunk] = urgency
+            if code == "cache-full" and began >= self.full_until:
+                self.full_until = time.monotonic() + _FULL_S
             self._send(wire.FAILED, file, chunk, to_errno(error), slot, began)
         except Exception as error:
             # Answer after any exception: a reader waits for the answer, and the worker must continue.
@@ -313,7 +330,10 @@ class Fetcher:
             # It may have been dropped and started again; an incomplete file must not count as fsynced.
             if sparse_file.complete() and not sparse_file.fsynced():
                 try:
+                    self.chunk_fetcher.verify_whole(sparse_file)
                     sparse_file.fsync()
+                except Integrity as error:
+                    log.error("%s", error)
                 except OSError as error:
                     # Without fsync the file is verified again after a power cut.
                     log.warning("cannot fsync the sparse cache file of %s: %s", sparse_file.file.path, error)
@@ -329,13 +349,18 @@ class Fetcher:
 
 def build(config: MountConfig, manifest: Manifest) -> ChunkFetcher:
     """Build the fetch engine of a mount: its cache, its store, and the originals on this disk."""
-    cache = Cache(Path(config.cache_dir), config.cache_limit or None)
+    cache = Cache(Path(config.cache_dir), config.cache_limit)
     known = origins_of(config, manifest)
     if manifest.kind == "source":
         log_of_digests = DigestLog(cache.root / "digests")
         through = ReadThroughSource(open_store(manifest.source))
         return ChunkFetcher(cache, through, known, config.fetch_limit_s, log_of_digests)
-    source = StoreSource(ChunkStore(open_store(config.store_url)))
+    store = StoreSource(ChunkStore(open_store(config.store_url)))
+    source: ByteSource = store
+    if config.peers:
+        source = PeerSource(
+            store, Peers(Members(config.peers, config.peer_self), config.peer_token, limit_s=config.fetch_limit_s)
+        )
     return ChunkFetcher(cache, source, known, config.fetch_limit_s)
 
 

@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
+from lazyfs.cache.bound import AUTO
 from lazyfs.cache.slots import LEAST_MB
 from lazyfs.errors import Usage
+from lazyfs.peers.order import parse_peers
 
 TRANSPORTS = ("auto", "raw", "pyfuse3")
 NATIVE = ("auto", "passthrough", "off")
@@ -23,8 +25,9 @@ NATIVE = ("auto", "passthrough", "off")
 class MountConfig:
     """Settings of one mount. Times are in seconds.
 
-    cache_limit: bytes of disk that the cache may occupy plus the memory tiers of streaming mounts, in total (0: only the
-    disk limits). In a bounded cache a mount's memory tier is an eighth of it, at most `memory_mb` and at least 64 MB.
+    cache_limit: bytes of disk that the cache may occupy plus the memory tiers of streaming mounts, in total. AUTO: this
+    host's bound, else what leaves part of the file system free (`lazyfs.cache.bound`). 0: only the disk limits. In a cache
+    bounded by bytes a mount's memory tier is an eighth of it, at most `memory_mb` and at least 64 MB.
     transport: `raw` speaks the kernel's protocol directly and supports passthrough of complete files; `pyfuse3` needs no
     privilege.
     native: whether complete files are passed through.
@@ -35,6 +38,9 @@ class MountConfig:
     orphan_exit_s: after unmounting, exit after this time without an open file, even if another mount namespace still shows
     the mount; after idle_exit_s where that is shorter.
     background_mb_s: rate limit for completing files in the background (0: no completion).
+    peers: hosts that are asked for a chunk before the store (`lazyfs.peers.order`), with the bearer token `peer_token`; `peer_self`: which
+    of them is this host's own, if its address does not say so.
+    trust_keys: files of public keys, one of which must have signed the manifest; without any, none is asked for.
     record: "auto" records an access log if none is known; "always"; "never".
     """
 
@@ -49,7 +55,7 @@ class MountConfig:
     transport: str = "auto"
     native: str = "auto"
     allow_other: bool = False
-    cache_limit: int = 0
+    cache_limit: int = AUTO
     read_limit_s: float = 60.0
     fetch_limit_s: float = 30.0
     idle_exit_s: float = 0.0
@@ -60,6 +66,10 @@ class MountConfig:
     use_origin: bool = True
     prefetch: bool = True
     memory_mb: int = 128
+    peers: str = ""
+    peer_token: str = ""
+    peer_self: str = ""
+    trust_keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.transport not in TRANSPORTS:
@@ -70,9 +80,11 @@ class MountConfig:
             raise Usage(f"record must be auto, always or never, not {self.record!r}")
         if min(self.read_limit_s, self.fetch_limit_s) <= 0:
             raise Usage("read_limit_s and fetch_limit_s must be above 0")
-        limits = (self.idle_exit_s, self.orphan_exit_s, self.background_mb_s, self.cache_limit, self.fetch_threads)
-        if min(limits) < 0:
+        limits = (self.idle_exit_s, self.orphan_exit_s, self.background_mb_s, self.fetch_threads)
+        if min(limits) < 0 or self.cache_limit < AUTO:
             raise Usage("limits and rates must not be negative")
+        parse_peers(self.peers)
+        parse_peers(self.peer_self)
         if self.memory_mb < LEAST_MB:
             raise Usage(f"memory_mb must be at least {LEAST_MB}: reads that span chunks need several slots at once")
         if not Path(self.mountpoint).is_absolute():

@@ -14,21 +14,46 @@ from lazyfs.mount.config import MountConfig
 from lazyfs.paths import private_dir, write_atomic
 from lazyfs.stores import open_store
 from lazyfs.stores.retry import RetryPolicy, retry_damaged, retrying
-from lazyfs.stores.urls import local_path
+from lazyfs.stores.urls import local_path, shown_url
 
 
 def load_manifest(config: MountConfig) -> Manifest:
     """Load and verify the manifest.
 
-    Raises NotFound, Integrity (after two fetches), or what the store raises after retries. Only this host may name sources
-    that are read in place: their manifests are in a folder that holds nothing from a store.
+    Raises NotFound, Integrity (after two fetches; or signature-missing, signature-wrong), or what the store raises after
+    retries. Only this host may name sources that are read in place: their manifests are in a folder that holds nothing from
+    a store.
     """
     with contextlib.suppress(FileNotFoundError):
         own = source_folder(Path(config.cache_dir)) / config.manifest
-        return decode(own.read_bytes(), config.manifest, local=True)
+        manifest = decode(own.read_bytes(), config.manifest, local=True)
+        if config.trust_keys:
+            raise Integrity(
+                f"{shown_url(manifest.source)} is read in place, which nobody signs; import it with --sign-key, or leave out --trust-key",
+                code="signature-missing",
+            )
+        return manifest
     manifest = _from_cache_or_store(config)
+    if config.trust_keys:
+        _check_signature(config, manifest)
     reject_escaping_links(manifest, config.manifest)
     return manifest
+
+
+def _check_signature(config: MountConfig, manifest: Manifest) -> None:
+    """Raise Integrity unless a trusted key signed the manifest. What the store says is kept beside the manifest's copy."""
+    from lazyfs.signing import check
+
+    copy = Path(config.cache_dir) / "manifests" / f"{config.manifest}.sig"
+    data, trusted = encode(manifest)[1], [Path(key) for key in config.trust_keys]
+    with contextlib.suppress(FileNotFoundError, Integrity):
+        check(data, copy.read_bytes(), trusted)
+        return
+    chunks = ChunkStore(open_store(config.store_url))
+    found = retrying(lambda: chunks.signatures(config.manifest), RetryPolicy(limit=config.fetch_limit_s))
+    check(data, found, trusted, what=f"manifest {config.manifest[:12]}", again="import it again with --sign-key")
+    with contextlib.suppress(LazyfsError):  # a full or read-only disk only costs the next mount a round trip
+        write_atomic(copy, found or b"", sync=False)
 
 
 def _from_cache_or_store(config: MountConfig) -> Manifest:

@@ -35,7 +35,7 @@ _GAUGES = {
     "open_files": ("open_files", "Files open now"),
     "waiting": ("waiting_reads", "Reads that wait now"),
 }
-_TIERS = {"store_bytes": "store", "origin_bytes": "origin", "proven_bytes": "disk"}
+_TIERS = {"store_bytes": "store", "origin_bytes": "origin", "proven_bytes": "disk", "peer_bytes": "peer"}
 
 
 def render(status: dict[str, Any], waits: Histogram) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from lazyfs.cache.bound import UNBOUNDED
 from lazyfs.cache.cache import Cache
 from lazyfs.cache.open_sparse_files import raise_descriptor_limit
 from lazyfs.cache.slots import SlotMemory, tier_mb
@@ -33,6 +34,8 @@ from lazyfs.stores.urls import shown_url
 
 log = logging.getLogger("lazyfs.mount.server")
 _TICK_S = 1.0
+# Period in which the free space of the cache's disk is watched.
+_WATCH_S = 2.0
 # Share a recorded access log with other hosts after this long without a new touch.
 _QUIET_S = 5.0
 # How long a command waits for room in the fetcher's socket.
@@ -50,7 +53,8 @@ def serve(config_text: str, ready: Callable[[dict[str, Any]], None]) -> None:
     sys.setswitchinterval(0.0005)
     config = MountConfig.load(config_text)
     check_not_covered(config)
-    memory = SlotMemory(tier_mb(config.memory_mb, config.cache_limit))
+    bound = Cache(Path(config.cache_dir), config.cache_limit).bound
+    memory = SlotMemory(tier_mb(config.memory_mb, max(UNBOUNDED, bound)))
     link = FetcherLink(config, memory.fd)
     if not (config.use_origin and origins(config.manifest, config.store_url)):
         # Start the fetcher now: its start-up takes as long as ours.
@@ -105,9 +109,9 @@ class Server:
     def __init__(self, config: MountConfig, manifest: Manifest, link: FetcherLink, memory: SlotMemory) -> None:
         self.config = config
         self.manifest = manifest
-        self.cache = Cache(Path(config.cache_dir), config.cache_limit or None)
+        self.cache = Cache(Path(config.cache_dir), config.cache_limit)
         self.memory = memory
-        if config.cache_limit:
+        if self.cache.bound > UNBOUNDED:
             # A mount that finds everything on disk never uses the memory tier, and reserves nothing of the limit.
             memory.on_first_use = lambda: self.cache.reserve_memory(memory.count * MAX_CHUNK)
         self.link = link
@@ -129,6 +133,7 @@ class Server:
             },
         )
         self._releasing = threading.Lock()
+        self._ending = threading.Event()
         # Files that a command asked to fetch, and those of them that are pinned.
         self._wanted: set[int] = set()
         self._pinned: set[int] = set()
@@ -149,6 +154,7 @@ class Server:
             log.warning("cannot record this mount; if its daemon hangs, the next mount cannot kill it: %s", error)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._on_signal())
+        threading.Thread(target=self._watch_disk, name="disk", daemon=True).start()
         log.info("mounted %s at %s", self.config.manifest[:12], self.config.mountpoint)
 
     def run(self) -> None:
@@ -166,11 +172,23 @@ class Server:
                     )
                     break
         finally:
+            self._ending.set()
             self.link.close()
             self._release_name()
             self._detach()
             self.service.access_log.save()
             log.info("unmounted %s", self.config.mountpoint)
+
+    def _watch_disk(self) -> None:
+        """Evict what no mount uses while others fill the cache's disk. In a thread: removing a large file takes seconds."""
+        while not self._ending.wait(_WATCH_S):
+            try:
+                freed = self.cache.watch()
+            except OSError as error:
+                log.warning("cannot watch the disk of %s: %s", self.cache.root, error)
+                continue
+            if freed:
+                log.info("the disk of %s ran low: %d bytes of unused cache files removed", self.cache.root, freed)
 
     def _tick(self) -> None:
         try:

@@ -70,12 +70,25 @@ class WebStore:
         if version:
             headers["If-Match"] = version
         status, answer, body = self._request("GET", key, headers, into, limit if length is None else length)
+        return self._part(status, answer, body, key, start, length, version)
+
+    def _part(
+        self,
+        status: int,
+        answer: http.client.HTTPMessage,
+        body: bytes | memoryview,
+        key: str,
+        start: int,
+        length: int | None,
+        version: str,
+    ) -> bytes | memoryview:
+        """Return the bytes that were asked for out of an answer to `get`. Raises Permanent (source-changed), Temporary."""
         if status == 416:
             return b""
         etag = answer.get("ETag", "")
         if version and etag and etag != version:
             raise Permanent(f"{self.url}/{key} was replaced; mount it again", code="source-changed")
-        if status == 200 and "Range" in headers:
+        if status == 200 and (start or length is not None):
             # The server ignored the range.
             return body[start : None if length is None else start + length]
         if status == 206 and not answer.get("Content-Range", "").startswith(f"bytes {start}-"):
@@ -114,7 +127,12 @@ class WebStore:
     def _request(
         self, method: str, key: str, headers: dict[str, str], into: memoryview | None, limit: int
     ) -> tuple[int, http.client.HTTPMessage, bytes | memoryview]:
-        url = f"{self.base}/{quote(key)}"
+        return self._follow(method, f"{self.base}/{quote(key)}", headers, into, limit)[:3]
+
+    def _follow(
+        self, method: str, url: str, headers: dict[str, str], into: memoryview | None, limit: int
+    ) -> tuple[int, http.client.HTTPMessage, bytes | memoryview, str]:
+        """Send a request, following redirects. Return status, headers, body, and the URL that answered."""
         deadline = time.monotonic() + self.whole_s
         for _ in range(_REDIRECTS):
             try:
@@ -130,7 +148,7 @@ class WebStore:
                 url = self._redirected(url, answer.get("Location", ""))
                 continue
             if status in (200, 206, 416):
-                return status, answer, body
+                return status, answer, body, url
             raise self._status_error(status, shown_url(url), answer)
         raise Permanent(f"{shown_url(url)}: too many redirects")
 

@@ -16,13 +16,14 @@ SCHEMES = {
     "az": "lazyfs.stores.object_store:open_url",
     "http": "lazyfs.stores.http:open_url",
     "https": "lazyfs.stores.http:open_url",
+    "hf": "lazyfs.stores.hub:open_url",
 }
 
 
 def shown_url(url: str) -> str:
     """Return the URL for display: credentials and query (which may be a signature) are masked."""
     scheme, found, rest = url.partition("://")
-    if not found or scheme == "file":
+    if not found or scheme in ("file", "hf"):  # of the hub, what follows an @ is a revision
         return url
     rest, query, _ = rest.partition("?")
     place, slash, path = rest.partition("/")
@@ -33,7 +34,7 @@ def shown_url(url: str) -> str:
 def without_user(url: str) -> str:
     """Return the URL without user and password, as used in persistent records."""
     scheme, found, rest = url.partition("://")
-    if not found or scheme == "file":
+    if not found or scheme.rpartition(":")[2] in ("file", "hf"):
         return url
     place, slash, path = rest.partition("/")
     return f"{scheme}://{place.rpartition('@')[2]}{slash}{path}"

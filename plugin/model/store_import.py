@@ -1,8 +1,8 @@
 """Import a model into the store that the user named, while its engine serves: a process of its own, at a low priority.
 
 It ends with its launch, however that ends; the next launch goes on where it stopped, since its chunks stay.
-`python -m plugin.model.store_import` reads {"parent", "path", "store"} from standard input, and writes {"error"} or {} to
-standard output.
+`python -m plugin.model.store_import` reads {"parent", "path", "store"} from standard input, with "sign_key" if it is to sign the
+manifest, and writes {"error"} or {} to standard output.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _NICE = 10
 class StoreImport:
     """The import of one model's folder into one store. Thread-safe."""
 
-    def __init__(self, path: Path, store_url: str) -> None:
-        self.path, self.store_url = path, store_url
+    def __init__(self, path: Path, store_url: str, sign_key: Path | None = None) -> None:
+        self.path, self.store_url, self.sign_key = path, store_url, sign_key
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
         self._ended = False
@@ -62,6 +62,8 @@ class StoreImport:
             except OSError as error:
                 return f"store-import-failed: {error.strerror or error}"
         request = {"parent": os.getpid(), "path": str(self.path.absolute()), "store": self.store_url}
+        if self.sign_key is not None:
+            request["sign_key"] = str(self.sign_key.absolute())
         out, _ = process.communicate(json.dumps(request).encode())
         try:
             return str(json.loads(out).get("error", ""))
@@ -101,7 +103,13 @@ def main() -> None:
 
     answer: dict[str, str] = {}
     try:
-        import_directory(Path(request["path"]), request["store"])
+        digest = import_directory(Path(request["path"]), request["store"])
+        if "sign_key" in request:
+            from lazyfs.content.chunk_store import ChunkStore
+            from lazyfs.signing import signer
+            from lazyfs.stores import open_store
+
+            ChunkStore(open_store(request["store"])).sign_manifest(digest, signer(Path(request["sign_key"])))
     except LazyfsError as error:
         text = str(error)
         answer["error"] = text if text.startswith(f"{error.code}: ") else f"{error.code}: {text}"

@@ -26,6 +26,7 @@ class LaunchSettings:
     - standby_after_s: 0 never goes to standby.
     - trim: False leaves the KV cache in the snapshot (to measure what excluding it gains).
     - snapshot_store: URL of the store for snapshots that this host lacks, and for compile caches.
+    - cache_limit: bytes of the chunk cache; 0 none; -1 this host's bound, else what leaves part of the disk free (lazyfs/cache/bound.py).
     - rehearse: restore a snapshot once beside the serving engine (plugin/rehearsal); push: then push it to `snapshot_store`.
     - silence_limit_s: restart an engine that has not answered for this long; 0 never.
     - restore_concurrency: maximum of concurrent restores; 0 chooses by processors (plugin/runtime/restore_limit.py).
@@ -41,6 +42,7 @@ class LaunchSettings:
     home: Path
     store_url: str | None = None
     snapshot_store: str | None = None
+    cache_limit: int = -1
     rehearse: bool = False
     push: bool = True
     name: str | None = None

@@ -43,6 +43,15 @@ class Hub:
         """Bytes after which the connection of each download of a large file is cut; None for whole files."""
         self.hold = None
         """An event for which each download of a large file waits after its first bytes."""
+        self.redirects = False
+        """Whether large files are redirected to another address, as the hub does; `signed` counts how often."""
+        self.signed = 0
+        self.expired = set()
+        """Signatures that the other address refuses."""
+        self.refuses_ranges = False
+        """Whether the other address refuses a request of a part of a file."""
+        self.wrong = None
+        """A function of (name, data) that returns the bytes to send in place of a large file's."""
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
@@ -90,6 +99,13 @@ def _handler(hub):
             hub.requests.append((self.command, path))
             api = re.fullmatch(r"/api/models/(.+?)(?:/(revision|tree)/([^/]+)(?:/.*)?)?", path)
             file = re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path)
+            if signed := re.fullmatch(r"/signed/(\d+)/(.+?)/([0-9a-f]{40})/(.+)", path):
+                assert "Authorization" not in self.headers or self.headers["Host"] in hub.url
+                if int(signed[1]) in hub.expired:
+                    return self._json({"error": "expired"}, 403)
+                if hub.refuses_ranges and self.headers.get("Range"):
+                    return self._json({"error": "no ranges"}, 416 if hub.refuses_ranges == 416 else 400)
+                return self._file(signed[3], hub.repositories[signed[2]].commits[signed[3]][signed[4]], signed[4])
             match = api or file
             repository = hub.repositories.get(match[1]) if match else None
             if repository is None:
@@ -120,10 +136,26 @@ def _handler(hub):
                 )
             if file[3] not in files:
                 return self._refuse(404, "EntryNotFound", "Entry not found")
-            return self._file(sha, files[file[3]])
+            data = files[file[3]]
+            if hub.redirects and len(data) >= LARGE:
+                hub.signed += 1
+                self.send_response(302)
+                for name, value in (
+                    ("Location", f"/signed/{hub.signed}/{match[1]}/{sha}/{file[3]}"),
+                    ("ETag", _etag(data)),
+                    ("X-Linked-Size", str(len(data))),
+                    ("X-Linked-ETag", _etag(data)),
+                    ("X-Repo-Commit", sha),
+                    ("Content-Length", "0"),
+                ):
+                    self.send_header(name, value)
+                return self.end_headers()
+            return self._file(sha, data, file[3])
 
-        def _file(self, sha, data):
+        def _file(self, sha, data, name):
             large = len(data) >= LARGE
+            if large and hub.wrong is not None:
+                data = hub.wrong(name, data)
             start = 0
             if ranged := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
                 start = int(ranged[1])

@@ -23,6 +23,7 @@ from launchers.given_options import given_options, last
 from launchers.options.model_check import WEIGHT_SUFFIXES, check_model
 from plugin.model.content import ModelContent
 from plugin.model.hub import HubModels, NotDownloaded
+from plugin.model.hub_mount import mounted_manifest
 
 if TYPE_CHECKING:
     from checkpoint.snapshot.manifest import Snapshot
@@ -70,6 +71,9 @@ class Weights:
         self._lease: int | None = None
         self._stopped_since: float | None = None
         self._deaths = 0
+        self._cache_limit = -1
+        self._sign_key: Path | None = None
+        self._trust_keys: tuple[Path, ...] = ()
 
     @classmethod
     def of(cls, settings: LaunchSettings, enabled: bool) -> Weights:
@@ -84,6 +88,8 @@ class Weights:
             environment=settings.environment,
         )
         weights.hub = HubModels(settings)
+        weights._cache_limit = settings.cache_limit
+        weights._sign_key, weights._trust_keys = settings.sign_key, settings.trust_keys
         if enabled and not weights.hub.names_model and (weights.path is not None or looks_like_path(command.model)):
             check_model(weights.path or Path(command.model), command)
         return weights
@@ -164,6 +170,10 @@ class Weights:
             if not self._manifest_digest:
                 from lazyfs.api import read_through
 
+                if shown := mounted_manifest(self.path, self.home):
+                    # A model of the hub, at the place of its mount.
+                    self._manifest_digest = shown
+                    return shown
                 stored = self._stored()
                 self._mounted_from = self.store_url if stored else None
                 self._manifest_digest = stored or read_through(self.path.absolute())
@@ -189,7 +199,7 @@ class Weights:
             if self._import is None or self._import.path != self.path:
                 if self._import is not None:
                     self._import.close()
-                self._import = StoreImport(self.path, self.store_url)
+                self._import = StoreImport(self.path, self.store_url, self._sign_key)
         if wait:
             return self._import.run()
         self._import.begin()
@@ -236,7 +246,15 @@ class Weights:
 
         try:
             manifest = self._manifest
-            handle = mount(manifest, self._mountpoint(), store_url=self._mounted_from, idle_exit_s=IDLE_EXIT_S)
+            handle = mount(
+                manifest,
+                self._mountpoint(),
+                store_url=self._mounted_from,
+                idle_exit_s=IDLE_EXIT_S,
+                cache_limit=self._cache_limit,
+                # What is read in place is the user's own.
+                trust_keys=tuple(str(key.absolute()) for key in self._trust_keys) if self._mounted_from else (),
+            )
         except (LazyfsError, OSError) as error:
             log.warning("lazy weights are off: %s; the engine reads %s itself", error, self.path)
             return None

@@ -8,6 +8,14 @@ from lazyfs.content.chunk_store import ChunkStore
 from lazyfs.stores.local import LocalStore
 
 
+@pytest.fixture(autouse=True, scope="session")
+def unbounded():
+    """Bound no cache by the free space of the machine that runs the tests; those of the bound set their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUICKTHAW_CACHE_LIMIT", "none")
+        yield
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "home"))

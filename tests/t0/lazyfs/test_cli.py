@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from checkpoint.errors import Failed
-from lazyfs.cli.mount import _resolve, mount
+from lazyfs.cli.mount import mount, resolve
 from lazyfs.cli.options import Duration
 from lazyfs.cli.weights import weights
 from lazyfs.content.chunk_store import ChunkStore, chunk_key
@@ -282,9 +282,9 @@ def test_a_plain_name_is_a_tag_even_if_a_folder_has_it(tmp_path, chunks, monkeyp
     other = make_model(tmp_path / "here" / "model", megabytes=1, seed=2)
     (other / "sub").rename(other / "v1")
     monkeypatch.chdir(other.parent)
-    assert _resolve("model", None)[0] == digest
-    in_place = _resolve("./model", None)[0]
-    assert in_place != digest and in_place == _resolve("model/", None)[0] == _resolve(str(other), None)[0]
+    assert resolve("model", None)[0] == digest
+    in_place = resolve("./model", None)[0]
+    assert in_place != digest and in_place == resolve("model/", None)[0] == resolve(str(other), None)[0]
     other.rename(other.with_name("other"))
     for name in ("other", "other/v1"):
         result = run(mount, name, tmp_path / "mnt", code=1)

@@ -9,6 +9,14 @@ from tests.kits.lazyfs import faulty_store
 from tests.kits.lazyfs.rig import SIZES, Rig, write_model
 
 
+@pytest.fixture(autouse=True, scope="session")
+def unbounded():
+    """Bound no cache by the free space of the machine that runs the tests; those of the bound set their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUICKTHAW_CACHE_LIMIT", "none")
+        yield
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "home"))

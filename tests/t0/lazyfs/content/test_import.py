@@ -219,14 +219,14 @@ class Listed:
     ],
 )
 def test_folder_markers_become_folders(monkeypatch, objects, files, folders):
-    monkeypatch.setattr("lazyfs.content.read_through.open_store", lambda url: Listed(objects))
+    monkeypatch.setattr("lazyfs.stores.open_store", lambda url: Listed(objects))
     digest, data = encode(describe("s3://bucket/m"))
     manifest = decode(data, digest, local=True)
     assert [f.path for f in manifest.files] == files and [d.path for d in manifest.directories] == folders
 
 
 def test_an_object_that_is_also_a_folder_is_refused(monkeypatch):
-    monkeypatch.setattr("lazyfs.content.read_through.open_store", lambda url: Listed({"a": b"1", "a/b": b"2"}))
+    monkeypatch.setattr("lazyfs.stores.open_store", lambda url: Listed({"a": b"1", "a/b": b"2"}))
     with pytest.raises(Permanent, match="a is both an object and a folder") as caught:
         describe("s3://bucket/m")
     assert caught.value.code == "name-clash"

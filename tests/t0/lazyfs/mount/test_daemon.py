@@ -132,10 +132,10 @@ def test_one_request_fetches_all_of_a_file(fetcher):
 def test_a_failed_fetch_is_requested_again(fetcher, monkeypatch):
     real, failures = fetcher.chunk_fetcher.fill, [Temporary("the store is gone")]
 
-    def fill(sparse_file, index):
+    def fill(sparse_file, index, **named):
         if failures:
             raise failures.pop()
-        return real(sparse_file, index)
+        return real(sparse_file, index, **named)
 
     monkeypatch.setattr(fetcher.chunk_fetcher, "fill", fill)
     fetcher.queue.put((0, 0), wire.READAHEAD)

@@ -322,3 +322,34 @@ def test_a_hub_tokenizer_and_adapter_are_downloaded_and_count(one):
         started.ask()
         assert started.phases()[0][1] == "restoring"
     assert os.listdir(Path(one.environment["HF_HOME"]) / "hub" / "models--acme--tok" / "snapshots")
+
+
+@pytest.mark.slow
+def test_a_model_by_its_hub_url_is_read_through_a_mount_and_restored(rig):
+    with rig.running(model=rig.model) as started:
+        local = started.ask()
+    rig.hub.redirects = True
+    with rig.running(model=f"hf://{NAME}@main") as started:
+        answer = started.complete()
+        assert answer["choices"][0]["token_ids"] == local and answer["model"] == NAME
+        started.wait_for("snapshot ")
+        started.wait_serving()
+        (place,) = (rig.home / "mounts").glob("*/config.json")
+        assert sorted(file.name for file in place.parent.iterdir()) == [
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+        ]
+        assert not snapshots(rig).exists(), "nothing was downloaded by the hub's own client"
+    rig.library.names()
+    with rig.running(model=f"hf://{NAME}@main") as started:
+        assert started.ask() == local
+        started.wait_serving()
+        assert "restoring" in started.phases()[0]
+
+
+@pytest.mark.slow
+def test_without_a_mount_the_engine_downloads_a_model_that_is_named_by_its_url(one):
+    with one.running("--no-mount", "--no-snapshot", model=f"hf://{NAME}") as started:
+        assert started.complete()["model"] == NAME
+        assert snapshots(one).exists()

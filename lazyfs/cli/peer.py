@@ -1,0 +1,89 @@
+"""The command `quickthaw peer`: serve this host's verified chunks to others."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+
+import click
+
+from lazyfs.cli.options import (
+    json_option,
+    option,
+    peer_self_option,
+    peer_token_option,
+    peers_option,
+    reports_errors,
+    store_option,
+)
+from lazyfs.errors import Usage, os_errors
+
+_LOOPBACK = ("127.", "::1", "localhost")
+
+
+@click.command()
+@option(
+    "--listen",
+    default=":9470",
+    show_default=True,
+    envvar="QUICKTHAW_PEER_LISTEN",
+    metavar="HOST:PORT",
+    help="Where to listen. :9470 is every interface.",
+)
+@option(
+    "--memory-mb",
+    type=click.IntRange(0),
+    default=1024,
+    show_default=True,
+    envvar="QUICKTHAW_PEER_MEMORY_MB",
+    help="Megabytes of chunks to keep in memory that were fetched from the store for others.",
+)
+@peers_option
+@peer_token_option
+@peer_self_option
+@store_option
+@json_option
+@reports_errors
+def peer(
+    listen: str, memory_mb: int, peers: str, peer_token: str, peer_self: str, store: str | None, as_json: bool
+) -> None:
+    """Serve the chunks that this host has to others, and fetch each chunk that it is asked for first from the store, once.
+
+    One runs on each host of a fleet, with the same --store, --peers and --peer-token as that host's mounts. Whoever
+    has the token can read every model in the cache and in the store. The connection is not encrypted: keep it inside the fleet's network.
+
+    \b
+    quickthaw peer --store s3://bucket/weights --peers dns://quickthaw-peers:9470
+    quickthaw mount llama:v1 /mnt/llama --store s3://bucket/weights --peers dns://quickthaw-peers:9470
+    """
+    from lazyfs.content.chunk_store import ChunkStore
+    from lazyfs.logs import configure
+    from lazyfs.paths import default_store_url, home
+    from lazyfs.peers.client import Peers
+    from lazyfs.peers.order import Members
+    from lazyfs.peers.server import Chunks, PeerServer
+    from lazyfs.stores import open_store
+
+    host, _, port = listen.rpartition(":")
+    host = host.strip("[]") or "0.0.0.0"
+    if not port.isdecimal() or int(port) > 65535:
+        raise click.UsageError(f"--listen {listen!r} is not HOST:PORT, such as 127.0.0.1:9470 or :9470")
+    if not peer_token and not host.startswith(_LOOPBACK):
+        raise Usage(f"{listen} is reached by others: give --peer-token, or listen on 127.0.0.1", code="peer-token")
+    configure("peer")
+    above = Peers(Members(peers, peer_self), peer_token) if peers else None
+    chunks = Chunks(home() / "cache", ChunkStore(open_store(store or default_store_url())), memory_mb << 20, above)
+    with os_errors(f"cannot listen on {listen}"):
+        server = PeerServer((host, int(port)), peer_token, chunks)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    server.start()
+    where = f"{server.address[0]}:{server.address[1]}"
+    click.echo(json.dumps({"address": where}) if as_json else f"ready: serving chunks at {where}")
+    stop.wait()
+    server.close()
+    click.echo(
+        json.dumps(server.counters()) if as_json else " ".join(f"{k}: {v}" for k, v in server.counters().items())
+    )

@@ -1,0 +1,43 @@
+"""Verify a whole file of the hub by the digest that the hub gives for it.
+
+A chunk of such a file has no digest of its own. It is served before the file is complete; once the last chunk is there,
+the file is hashed, and forgotten if it is not what the hub says.
+"""
+
+from __future__ import annotations
+
+import os
+
+from lazyfs.content.manifest import File
+from lazyfs.stores.hub import hasher
+
+_BLOCK = 8 << 20
+
+
+def has_digest(file: File) -> bool:
+    """Return whether the source gives a digest of the whole file."""
+    return hasher(file.version, file.size) is not None
+
+
+def mismatch_of(file: File, fd: int) -> str:
+    """Return why the file's bytes behind a descriptor are not what the source says, or "". Reads them all."""
+    found = hasher(file.version, file.size)
+    if found is None:
+        return ""
+    digest, expected = found
+    for start in range(0, file.size, _BLOCK):
+        digest.update(os.pread(fd, min(_BLOCK, file.size - start), start))
+    return _reason(digest.hexdigest(), expected)
+
+
+def mismatch_in_memory(file: File, data: bytes | memoryview) -> str:
+    """Return the same of a file whose bytes are all in `data`."""
+    found = hasher(file.version, file.size)
+    if found is None:
+        return ""
+    found[0].update(data)
+    return _reason(found[0].hexdigest(), found[1])
+
+
+def _reason(found: str, expected: str) -> str:
+    return "" if found == expected else f"hashes to {found[:12]}, and the hub says {expected[:12]}"

@@ -1,0 +1,340 @@
+"""Serve the verified chunks of this host to others: `quickthaw peer`. Read-only, over HTTP, with a token.
+
+    GET /v1/chunks/DIGEST?file=…&index=…&start=…&length=…&encoding=…    plain bytes; 404 if nobody has them (&have=1: if it is not here)
+    GET /v1/health                                                       what was served
+
+A chunk comes out of memory, out of the cache's file, from a peer above this host in the chunk's tree (`lazyfs.peers.order`), or
+from the store. It is fetched once, however many hosts ask for it at a time; meanwhile each of them gets `102 Processing` every
+few milliseconds. What the cache has is not verified again: a state byte PRESENT says that it was, and every receiver verifies it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import logging
+import os
+import socket
+import threading
+from collections import OrderedDict
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from lazyfs.cache.sparse_file import HEADER, PRESENT
+from lazyfs.content.chunk_store import ChunkStore
+from lazyfs.content.chunking import MAX_CHUNK
+from lazyfs.content.manifest import RAW, ZSTD, is_digest
+from lazyfs.errors import LazyfsError, NotFound
+from lazyfs.logs import RepeatLimiter
+from lazyfs.paths import open_fd
+from lazyfs.peers.client import Peers, Wanted
+from lazyfs.stores.retry import RetryPolicy, retrying
+
+log = logging.getLogger("lazyfs.peers.server")
+HEARTBEAT_S = 0.015
+# A client that reads nothing for this long is dropped; an idle connection too.
+_CLIENT_S, _IDLE_S = 10.0, 60.0
+# Bodies sent at a time: more only share one link. Others wait their turn, in the order in which they came.
+_SENDING = 32
+# Fetches at a time. Hosts wait for each other, each for those of lower rank: too few threads could wait in a circle.
+_FETCHING = 256
+_POLICY = RetryPolicy(attempts=None, limit=30.0)
+
+
+class Chunks:
+    """Where this host's server finds chunks: in memory, on disk, at the peers above it, in the store.
+
+    `memory`: bytes of chunks kept after a fetch for others.
+    """
+
+    def __init__(self, cache: Path, store: ChunkStore | None, memory: int, peers: Peers | None = None) -> None:
+        self.cache, self.store, self.memory, self.peers = cache, store, memory, peers
+        self.fetched = self.relayed = self.failed = 0
+        self._kept: OrderedDict[str, bytes] = OrderedDict()
+        self._size = 0
+        self._fetches: dict[str, Future[bytes]] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+        self._pool = ThreadPoolExecutor(_FETCHING, thread_name_prefix="store")
+
+    def in_memory(self, digest: str) -> bytes | None:
+        """Return a chunk that was fetched for others."""
+        with self._lock:
+            data = self._kept.get(digest)
+            if data is not None:
+                self._kept.move_to_end(digest)
+            return data
+
+    def on_disk(self, wanted: Wanted) -> int | None:
+        """Return a descriptor of the cache's file if it has the chunk; the caller closes it."""
+        folder = self.cache / "images" / wanted.file[:2] / wanted.file
+        try:
+            with open_fd(folder / "have", os.O_RDONLY) as fd:
+                if os.pread(fd, 1, HEADER.size + wanted.index) != bytes([PRESENT]):
+                    return None
+            found = os.open(folder / "data", os.O_RDONLY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if os.fstat(found).st_size < wanted.start + wanted.length:
+            os.close(found)
+            return None
+        return found
+
+    def fetch(self, wanted: Wanted) -> Future[bytes] | None:
+        """Return the fetch of a chunk from a peer or the store, begun by the first caller; None without a store."""
+        with self._lock:
+            if self.store is None or self._closed:
+                return None
+            future = self._fetches.get(wanted.digest)
+            if future is None:
+                future = self._fetches[wanted.digest] = self._pool.submit(self._fetch, wanted)
+        return future
+
+    def _fetch(self, wanted: Wanted) -> bytes:
+        try:
+            found = None
+            if self.peers is not None:
+                found = self.peers.get(wanted, memoryview(bytearray(wanted.length)), relay=True)
+            data = bytes(found) if found is not None else retrying(lambda: self._get(wanted), _POLICY)
+            with self._lock:
+                if found is not None:
+                    self.relayed += wanted.length
+                else:
+                    self.fetched += wanted.length
+                self._keep(wanted.digest, data)
+            return data
+        except Exception:
+            self.failed += 1
+            raise
+        finally:
+            with self._lock:
+                self._fetches.pop(wanted.digest, None)
+
+    def _get(self, wanted: Wanted) -> bytes:
+        if self._closed or self.store is None:
+            raise NotFound("this peer is ending")
+        return self.store.get(wanted.digest, wanted.length, wanted.encoding)
+
+    def _keep(self, digest: str, data: bytes) -> None:
+        self._kept[digest] = data
+        self._size += len(data)
+        while self._size > self.memory and self._kept:
+            self._size -= len(self._kept.popitem(last=False)[1])
+
+    def close(self) -> None:
+        """Drop fetches that have not begun, and wait for the others: at most for one request to the store."""
+        with self._lock:
+            self._closed = True
+        self._pool.shutdown(cancel_futures=True)
+        close = getattr(self.store.store, "close", None) if self.store is not None else None
+        if close is not None:
+            close()
+        if self.peers is not None:
+            self.peers.close()
+
+
+class PeerServer:
+    """A running server. `address` is where it listens."""
+
+    def __init__(self, listen: tuple[str, int], token: str, chunks: Chunks) -> None:
+        self.chunks = chunks
+        self.token = token
+        self.served = self.served_chunks = 0
+        self.sending = _Turns(_SENDING)
+        self.repeats = RepeatLimiter(log)
+        peer = self
+
+        class Handler(_Handler):
+            server_of = peer
+
+        kind = type("Server", (_Server,), {"address_family": socket.AF_INET6 if ":" in listen[0] else socket.AF_INET})
+        self._server: ThreadingHTTPServer = kind(listen, Handler)
+        self.address: tuple[str, int] = self._server.server_address[:2]
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="peer", daemon=True)
+
+    def start(self) -> None:
+        """Serve in threads."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening, and end."""
+        if self._thread.is_alive():
+            self._server.shutdown()
+        self._server.server_close()
+        self.chunks.close()
+
+    def counters(self) -> dict[str, int]:
+        """Return bytes served and fetched, and chunks served."""
+        return {
+            "served_bytes": self.served,
+            "served_chunks": self.served_chunks,
+            "fetched_bytes": self.chunks.fetched,
+            "relayed_bytes": self.chunks.relayed,
+            "failed_fetches": self.chunks.failed,
+        }
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 512
+    block_on_close = False
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.exception("defect while serving %s", client_address[0])
+
+
+class _Turns:
+    """At most `most` holders at a time, in the order of their arrival."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._held = most, 0
+        self._waiting: OrderedDict[object, threading.Event] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def enter(self) -> threading.Event:
+        """Return an event that is set once it is the caller's turn, which `leave` ends."""
+        event = threading.Event()
+        with self._lock:
+            if self._held < self._most and not self._waiting:
+                self._held += 1
+                event.set()
+            else:
+                self._waiting[event] = event
+        return event
+
+    def leave(self, event: threading.Event) -> None:
+        """End a turn, or the wait for one."""
+        with self._lock:
+            if self._waiting.pop(event, None) is not None:
+                return
+            if self._waiting:
+                self._waiting.popitem(last=False)[1].set()
+            else:
+                self._held -= 1
+
+
+class _Gone(Exception):
+    """The client closed its connection or reads nothing."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server_version = "quickthaw-peer"
+    sys_version = ""
+    timeout = _IDLE_S
+    disable_nagle_algorithm = True
+    server_of: PeerServer
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug(format, *args)
+
+    def do_GET(self) -> None:
+        peer = self.server_of
+        given = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if peer.token and not hmac.compare_digest(given.encode(), peer.token.encode()):
+            self._refuse(HTTPStatus.UNAUTHORIZED)
+            return
+        parts = urlsplit(self.path)
+        if parts.path == "/v1/health":
+            self._body(HTTPStatus.OK, json.dumps(peer.counters()).encode())
+            return
+        try:
+            query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+            digest, file = parts.path.removeprefix("/v1/chunks/"), query["file"]
+            index, start, length = (int(query[name]) for name in ("index", "start", "length"))
+            encoding = int(query["encoding"])
+            good = is_digest(digest) and is_digest(file) and min(index, start) >= 0 < length <= MAX_CHUNK
+            if not good or encoding not in (RAW, ZSTD):
+                raise ValueError(self.path)
+        except (KeyError, ValueError):
+            self._refuse(HTTPStatus.BAD_REQUEST)
+            return
+        with contextlib.suppress(_Gone):
+            self._chunk(Wanted(digest, length, encoding, file, index, start), may_fetch="have" not in query)
+
+    def _chunk(self, wanted: Wanted, *, may_fetch: bool) -> None:
+        chunks, turns = self.server_of.chunks, self.server_of.sending
+        data, length = chunks.in_memory(wanted.digest), wanted.length
+        fd = chunks.on_disk(wanted) if data is None else None
+        if data is None and fd is None:
+            data = self._fetched(wanted, may_fetch)
+            if data is None:
+                return
+        turn = turns.enter()
+        try:
+            while not turn.wait(HEARTBEAT_S):
+                self._processing()
+            self.connection.settimeout(_CLIENT_S)
+            self._head(HTTPStatus.OK, length)
+            if fd is None:
+                self._send(data or b"")
+            else:
+                self._send_file(fd, wanted.start, length)
+            self.server_of.served += length
+            self.server_of.served_chunks += 1
+        finally:
+            turns.leave(turn)
+            self.connection.settimeout(_IDLE_S)
+            if fd is not None:
+                os.close(fd)
+
+    def _fetched(self, wanted: Wanted, may_fetch: bool) -> bytes | None:
+        """Wait for a chunk from elsewhere, telling the client that it is on its way; None once it was refused."""
+        future = self.server_of.chunks.fetch(wanted) if may_fetch else None
+        if future is None:
+            self._refuse(HTTPStatus.NOT_FOUND)
+            return None
+        while True:
+            try:
+                return future.result(HEARTBEAT_S)
+            except TimeoutError:
+                if future.done():
+                    self._refuse(HTTPStatus.BAD_GATEWAY)
+                    return None
+                self._processing()
+            except (NotFound, CancelledError):
+                self._refuse(HTTPStatus.NOT_FOUND)
+                return None
+            except (LazyfsError, OSError) as error:
+                self.server_of.repeats.log(
+                    logging.WARNING, "store", f"chunk {wanted.digest[:12]} from the store: {error}"
+                )
+                self._refuse(HTTPStatus.BAD_GATEWAY)
+                return None
+
+    def _processing(self) -> None:
+        self._send(b"HTTP/1.1 102 Processing\r\n\r\n")
+
+    def _head(self, status: HTTPStatus, length: int) -> None:
+        self._send(f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Length: {length}\r\n\r\n".encode())
+
+    def _send(self, data: bytes) -> None:
+        try:
+            self.connection.sendall(data)
+        except OSError as error:
+            self.close_connection = True
+            raise _Gone from error
+
+    def _send_file(self, fd: int, start: int, length: int) -> None:
+        try:
+            with open(fd, "rb", buffering=0, closefd=False) as file:
+                sent = self.connection.sendfile(file, start, length)
+        except OSError as error:
+            self.close_connection = True
+            raise _Gone from error
+        if sent != length:
+            self.close_connection = True
+            raise _Gone
+
+    def _body(self, status: HTTPStatus, data: bytes) -> None:
+        with contextlib.suppress(_Gone):
+            self._head(status, len(data))
+            self._send(data)
+
+    def _refuse(self, status: HTTPStatus) -> None:
+        self._body(status, b"")

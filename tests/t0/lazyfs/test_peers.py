@@ -1,0 +1,109 @@
+"""Who is asked for a chunk, and how a list of peers is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from click.testing import CliRunner
+
+from lazyfs.cli.peer import peer
+from lazyfs.content.chunk_store import digest_of
+from lazyfs.errors import Usage
+from lazyfs.peers import order
+from lazyfs.peers.order import DEFAULT_PORT, FANOUT, Address, Members, own_address, parse_peers, ranked, sources
+
+pytestmark = pytest.mark.t0
+DIGESTS = [digest_of(bytes([i, j])) for i in range(32) for j in range(32)]
+
+
+def peers(count):
+    return [Address(f"10.0.0.{i}", 9470) for i in range(count)]
+
+
+def test_every_host_asks_the_same_peer_whatever_the_order_of_its_list():
+    assert all(ranked(digest, peers(8)) == ranked(digest, peers(8)[::-1]) for digest in DIGESTS[:50])
+
+
+def test_a_chunk_spreads_along_a_tree_without_circles_and_every_host_sends_as_much_as_it_receives():
+    hosts, sent, digests = peers(20), Counter(), DIGESTS[:200]
+    for digest in digests:
+        order = ranked(digest, hosts)
+        asked = {one: sources(digest, hosts, one) for one in hosts}
+        assert asked[order[0]] == [], "the first one asks the store"
+        assert all(order.index(source) < order.index(one) for one, found in asked.items() for source in found)
+        first = Counter(found[0] for found in asked.values() if found)
+        assert max(first.values()) <= FANOUT
+        sent.update(first)
+    assert sum(sent.values()) == 19 * len(digests) and max(sent.values()) < 1.5 * len(digests)
+
+
+def test_a_host_that_does_not_know_itself_asks_the_first_ranks():
+    digest, hosts = DIGESTS[0], peers(8)
+    assert sources(digest, hosts, None) == ranked(digest, hosts)[:4]
+    assert sources(digest, hosts[:1], hosts[0]) == []
+
+
+def test_a_host_knows_itself_by_its_address():
+    assert own_address([Address("127.0.0.1", 1), *peers(3)]) == Address("127.0.0.1", 1)
+    assert own_address([Address("127.0.0.1", 1), Address("127.0.0.1", 2)]) is None, "two are of this host"
+    assert Members("127.0.0.1:1,127.0.0.1:2", "127.0.0.1:2").me == Address("127.0.0.1", 2)
+
+
+def test_chunks_are_spread_evenly_and_only_those_of_a_lost_peer_move():
+    first = {digest: ranked(digest, peers(8))[0] for digest in DIGESTS}
+    shares = Counter(first.values())
+    assert len(shares) == 8 and max(shares.values()) < 1.4 * len(DIGESTS) / 8
+    lost = peers(8)[3]
+    left = [one for one in peers(8) if one != lost]
+    moved = {digest for digest in DIGESTS if ranked(digest, left)[0] != first[digest]}
+    assert moved == {digest for digest in DIGESTS if first[digest] == lost}
+    assert len({ranked(digest, left)[0] for digest in moved}) == 7, "to all others, not to one"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ((), ())),
+        ("a:1, b ,a:1", ((Address("a", 1), Address("b", DEFAULT_PORT)), ())),
+        (
+            "[::1]:5,fe80::1,[::2]",
+            ((Address("::1", 5), Address("fe80::1", DEFAULT_PORT), Address("::2", DEFAULT_PORT)), ()),
+        ),
+        ("dns://peers:7,x", ((Address("x", DEFAULT_PORT),), (Address("peers", 7),))),
+    ],
+)
+def test_a_list_of_peers_is_read(text, expected):
+    assert parse_peers(text) == expected
+
+
+@pytest.mark.parametrize("text", ["http://a", "a:0", "a:x", "a:99999", "dns://", ":5"])
+def test_what_is_no_list_of_peers_is_refused(text):
+    with pytest.raises(Usage, match="HOST:PORT"):
+        parse_peers(text)
+
+
+def test_names_are_resolved_and_stay_when_the_name_server_fails(monkeypatch):
+    answers = [[(0, 0, 0, "", ("10.0.0.1", 7)), (0, 0, 0, "", ("10.0.0.2", 7))]]
+
+    def resolve(*_, **__):
+        if not answers:
+            raise OSError("no answer")
+        return answers.pop()
+
+    monkeypatch.setattr(order.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(order, "_REFRESH_S", 0.01)
+    members = Members("dns://peers:7,a:1")
+    try:
+        expected = (Address("a", 1), Address("10.0.0.1", 7), Address("10.0.0.2", 7))
+        assert members.now == expected
+        members._resolve()
+        assert members.now == expected
+    finally:
+        members.close()
+
+
+def test_a_peer_that_others_reach_needs_a_token(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path))
+    result = CliRunner().invoke(peer, ["--listen", ":0"])
+    assert result.exit_code == 2 and "peer-token" in result.output

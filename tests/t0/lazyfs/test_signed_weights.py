@@ -1,0 +1,123 @@
+"""Manifests of weights are signed at the import, and a mount that trusts keys shows no other."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+
+from lazyfs.admin.gc import collect
+from lazyfs.admin.listing import remove
+from lazyfs.api import read_through
+from lazyfs.cli.weights import weights
+from lazyfs.content.chunk_store import ChunkStore
+from lazyfs.errors import Integrity, LazyfsError
+from lazyfs.mount.config import MountConfig
+from lazyfs.mount.manifest_source import load_manifest
+from lazyfs.signing import keygen, signer
+from lazyfs.stores.local import LocalStore
+from tests.kits.lazyfs.models import make_model
+
+pytestmark = [pytest.mark.t0, pytest.mark.usefixtures("home")]
+
+
+@pytest.fixture
+def keys(tmp_path):
+    """Two key pairs: (private, public) of each."""
+    made = []
+    for name in ("ours", "theirs"):
+        keygen(tmp_path / name)
+        made.append((tmp_path / name, tmp_path / f"{name}.pub"))
+    return made
+
+
+@pytest.fixture
+def imported(tmp_path, keys):
+    """A model, imported and signed by the first key; its digest."""
+    make_model(tmp_path / "model", megabytes=1)
+    done = CliRunner().invoke(
+        weights, ["import", str(tmp_path / "model"), "--sign-key", str(keys[0][0]), "--tag", "m:v1"]
+    )
+    assert done.exit_code == 0, done.output
+    return done.stdout.splitlines()[0]
+
+
+def load(home, digest, *trusted):
+    names = {n: str(home / n) for n in ("mountpoint", "log_file", "socket", "state_file", "home")}
+    config = MountConfig(
+        manifest=digest, store_url=f"file://{home / 'store'}", cache_dir=str(home / "cache"), trust_keys=tuple(map(str, trusted)), **names
+    )  # fmt: skip
+    return load_manifest(config)
+
+
+def test_a_signed_manifest_is_shown_and_no_other(home, keys, imported):
+    (_, ours), (_, theirs) = keys
+    assert load(home, imported, ours).size == load(home, imported, theirs, ours).size == load(home, imported).size
+    with pytest.raises(Integrity, match="only .* is trusted") as caught:
+        load(home, imported, theirs)
+    assert caught.value.code == "signature-wrong"
+
+
+def test_a_second_import_is_offered_with_both_signatures(home, keys, imported, tmp_path):
+    (_, ours), (private, theirs) = keys
+    chunks = ChunkStore(LocalStore(home / "store"))
+    chunks.sign_manifest(imported, signer(private))
+    chunks.sign_manifest(imported, signer(private))
+    assert len(chunks.signatures(imported).splitlines()) == 2
+    assert load(home, imported, theirs) == load(home, imported, ours)
+
+
+def test_an_unsigned_manifest_and_a_changed_signature_are_refused(home, keys, imported):
+    chunks = ChunkStore(LocalStore(home / "store"))
+    lines = chunks.signatures(imported)
+    chunks.store.put(f"signatures/{imported}", lines.replace(lines[-20:-10], b"A" * 10))
+    with pytest.raises(Integrity) as caught:
+        load(home, imported, keys[0][1])
+    assert caught.value.code == "signature-wrong"
+    chunks.store.delete(f"signatures/{imported}")
+    with pytest.raises(Integrity, match="not signed") as caught:
+        load(home, imported, keys[0][1])
+    assert caught.value.code == "signature-missing"
+
+
+def test_a_signature_of_a_snapshot_signs_no_weights(home, keys, imported):
+    from checkpoint.snapshot import signatures
+
+    chunks = ChunkStore(LocalStore(home / "store"))
+    chunks.store.put(f"signatures/{imported}", signatures.signer(keys[0][0])(chunks.store.get(f"manifests/{imported}")))
+    with pytest.raises(Integrity) as caught:
+        load(home, imported, keys[0][1])
+    assert caught.value.code == "signature-wrong"
+
+
+def test_the_checked_signature_is_kept_beside_the_manifest(home, keys, imported):
+    load(home, imported, keys[0][1])
+    (home / "store").rename(home / "away")
+    assert load(home, imported, keys[0][1]).files
+
+
+def test_what_is_read_in_place_has_no_signature(home, keys, tmp_path, imported):
+    digest = read_through(tmp_path / "model")
+    assert load(home, digest).files
+    with pytest.raises(Integrity, match="--sign-key") as caught:
+        load(home, digest, keys[0][1])
+    assert caught.value.code == "signature-missing"
+
+
+def test_a_key_that_cannot_be_used_is_said_before_the_import(home, keys, tmp_path):
+    make_model(tmp_path / "other", megabytes=1)
+    keys[0][0].chmod(0o644)
+    done = CliRunner().invoke(weights, ["import", str(tmp_path / "other"), "--sign-key", str(keys[0][0])])
+    assert done.exit_code == 1 and "key-too-open" in done.output and not (home / "store" / "manifests").exists()
+
+
+@pytest.mark.parametrize("how", ["rm", "gc"])
+def test_a_signature_goes_with_its_manifest(home, imported, how):
+    chunks = ChunkStore(LocalStore(home / "store"))
+    if how == "rm":
+        remove(chunks, "m:v1")
+    else:
+        chunks.delete_ref("tags", "m:v1")
+        collect(chunks, grace_s=0.0, untagged=True)
+    assert chunks.signatures(imported) is None
+    with pytest.raises(LazyfsError):
+        chunks.get_manifest(imported)

@@ -1,0 +1,233 @@
+"""Models of the hub, read by ranges as they are needed: against a hub on loopback, with its own digests."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from lazyfs.admin.verify import verify
+from lazyfs.api import read_through
+from lazyfs.cache.cache import Cache
+from lazyfs.cli.mount import resolve
+from lazyfs.cli.weights import weights
+from lazyfs.content.chunk_store import ChunkStore
+from lazyfs.content.manifest import decode
+from lazyfs.errors import Integrity, LazyfsError, Permanent, Usage
+from lazyfs.mount import kernel
+from lazyfs.stores import opened
+from lazyfs.stores.hub import hasher, parse, read_by_engines
+from lazyfs.stores.local import LocalStore
+from tests.kits.hub_kit import Hub
+from tests.kits.lazyfs.models import write_safetensors
+from tests.kits.lazyfs.rig import assert_same, digest_or_errno, wait_for
+
+pytestmark = [pytest.mark.t1, pytest.mark.usefixtures("home")]
+mounts = pytest.mark.skipif(not kernel.may_mount(), reason="needs /dev/fuse and CAP_SYS_ADMIN")
+MB = 1 << 20
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    hub = Hub()
+    for name, value in hub.environment(tmp_path / "hf").items():
+        monkeypatch.setenv(name, value)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    hub.redirects = True
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+def model(tmp_path, hub):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for part in (1, 2):
+        tensors = {f"t{i}": bytes([part * 16 + i]) * size for i, size in enumerate((5 * MB, 6 * MB, 70_001))}
+        write_safetensors(folder / f"model-{part}.safetensors", tensors)
+    (folder / "config.json").write_text('{"model_type": "toy"}')
+    (folder / "sub").mkdir()
+    (folder / "sub" / "tokenizer.json").write_bytes(b"tokens" * 3000)
+    hub.add("org/toy", folder)
+    return folder
+
+
+@pytest.fixture
+def started():
+    """Open stores, and close them after the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda url: stack.enter_context(opened(url))
+
+
+def manifest_of(home, digest):
+    return decode((home / "cache" / "sources" / digest).read_bytes(), digest, local=True)
+
+
+def asked(hub, word):
+    return [path for _, path in hub.requests if word in path]
+
+
+@pytest.mark.parametrize(
+    ("url", "named"),
+    [
+        ("hf://org/toy", ("org/toy", "main")),
+        ("hf://gpt2@v1", ("gpt2", "v1")),
+        ("hf://a/b@refs/pr/1", ("a/b", "refs/pr/1")),
+    ],
+)
+def test_a_model_is_named_by_repository_and_revision(url, named):
+    assert parse(url) == named
+
+
+@pytest.mark.parametrize("url", ["hf://a/b/c", "hf://a/b@", "hf://a/b@../x", "hf://a/b?x=1", "hf://-a/b"])
+def test_what_names_no_model_is_refused(url):
+    with pytest.raises(Usage, match="hf://ORG/MODEL"):
+        parse(url)
+
+
+def test_files_that_no_engine_reads_are_left_out():
+    both = {"model.safetensors", "pytorch_model.bin", "original/consolidated.pth", "tf_model.h5", "config.json"}
+    assert read_by_engines(both) == {"model.safetensors", "config.json"}
+    assert read_by_engines(both - {"model.safetensors"}) == both - {"model.safetensors", "tf_model.h5"}
+
+
+def test_a_revision_is_pinned_headers_are_read_once_and_a_commit_is_not_asked_for_again(home, hub, model):
+    digest = read_through("hf://org/toy")
+    manifest = manifest_of(home, digest)
+    commit = hub.repositories["org/toy"].refs["main"]
+    assert manifest.source == f"hf://org/toy@{commit}"
+    assert {f.path for f in manifest.files} == {
+        "config.json", "model-1.safetensors", "model-2.safetensors", "sub/tokenizer.json"
+    }  # fmt: skip
+    assert all(hasher(f.version, f.size) for f in manifest.files)
+    headers = len(asked(hub, "/signed/"))
+    assert headers == 2
+    (model / "config.json").write_text('{"model_type": "toy", "new": 1}')
+    hub.repositories["org/toy"].commit()
+    assert read_through("hf://org/toy") != digest
+    assert len(asked(hub, "/signed/")) == headers, "the weights are the same: their headers are known"
+    read_through(f"hf://org/toy@{commit}")
+    before = len(hub.requests)
+    assert read_through(f"hf://org/toy@{commit}") and len(hub.requests) == before
+    assert resolve("hf://org/toy", None)[0] == read_through("hf://org/toy")
+
+
+def test_a_hub_that_does_not_answer_shows_what_it_had(home, hub, model, caplog):
+    digest = read_through("hf://org/toy")
+    hub.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lazyfs.stores.retry.RetryPolicy.__post_init__", lambda self: None)
+        patch.setattr("lazyfs.stores.http.INACTIVITY_S", 0.2)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        assert read_through("hf://org/toy") == digest
+    assert "as it was when it last answered" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("hf://org/none", "permission-denied"), ("hf://org/toy@v9", "not-found"), ("hf://org/gated", "permission-denied")],
+)
+def test_what_the_hub_refuses_is_said_in_one_line(hub, model, name, code):
+    hub.add("org/gated", model, token="secret", gated=True)
+    with pytest.raises(LazyfsError) as caught:
+        read_through(name)
+    assert caught.value.code == code and "\n" not in str(caught.value)
+
+
+def test_a_token_opens_a_private_model_and_stays_with_the_hub(hub, model, monkeypatch):
+    hub.add("org/private", model, token="secret")
+    with pytest.raises(Permanent, match="HF_TOKEN"):
+        read_through("hf://org/private")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert read_through("hf://org/private")
+
+
+def test_an_address_is_kept_and_asked_for_again_when_it_expires(hub, model, started):
+    store = started("hf://org/toy")
+    right = (model / "model-1.safetensors").read_bytes()
+    assert bytes(store.get("model-1.safetensors", 100, 50)) == right[100:150]
+    assert bytes(store.get("model-1.safetensors", MB, 50)) == right[MB : MB + 50]
+    assert hub.signed == 1
+    hub.expired.add(1)
+    assert bytes(store.get("model-1.safetensors", 7, 9)) == right[7:16]
+    assert hub.signed == 2
+    assert bytes(store.get("config.json")) == (model / "config.json").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("status", [400, 416])
+def test_a_file_that_is_not_served_by_ranges_is_downloaded_by_the_hubs_own_client(hub, model, status, started):
+    pytest.importorskip("huggingface_hub")
+    hub.refuses_ranges = status
+    store = started("hf://org/toy")
+    right = (model / "model-2.safetensors").read_bytes()
+    assert bytes(store.get("model-2.safetensors", 5, 1000)) == right[5:1005]
+    before = len(hub.requests)
+    assert bytes(store.get("model-2.safetensors", 3 * MB, 1000)) == right[3 * MB : 3 * MB + 1000]
+    assert len(hub.requests) == before
+
+
+@mounts
+def test_a_mount_shows_a_model_before_it_is_here_and_verifies_it_whole(home, hub, model, rig):
+    digest = read_through("hf://org/toy")
+    handle = rig.mount(digest, background_mb_s=0.0, prefetch=False)
+    reader = rig.reader()
+    reader.ask("open", "f", str(handle.mountpoint / "model-1.safetensors"))
+    part = reader.ask("pread", "f", 6 * MB, 1000)
+    assert bytes.fromhex(part) == (model / "model-1.safetensors").read_bytes()[6 * MB : 6 * MB + 1000]
+    assert handle.status()["cached_bytes"] < 13 * MB, "the rest has not been asked for"
+    assert_same(reader, model, handle.mountpoint)
+    file = next(f for f in manifest_of(home, digest).files if f.path == "model-1.safetensors")
+    cache = Cache(home / "cache")
+
+    def verified():
+        sparse_file = cache.open(file)
+        try:
+            return sparse_file.fsynced()
+        finally:
+            sparse_file.close()
+
+    wait_for(verified)
+    commits = hub.repositories["org/toy"].commits
+    for name, data in next(iter(commits.values())).items():
+        assert (model / name).read_bytes() == data
+
+
+@mounts
+def test_a_small_file_with_wrong_bytes_is_never_served_and_a_large_one_is_forgotten(home, hub, model, rig):
+    digest = read_through("hf://org/toy")
+    hub.wrong = lambda name, data: data if name == "model-2.safetensors" else data[:-1] + bytes([data[-1] ^ 1])
+    handle = rig.mount(digest, background_mb_s=0.0, prefetch=False, fetch_limit_s=2.0, read_limit_s=5.0)
+    reader = rig.reader()
+    assert digest_or_errno(reader, handle.mountpoint / "sub" / "tokenizer.json") == 5
+    # Its chunks have no digest of their own: the first reading serves them, and the whole file is verified after it.
+    digest_or_errno(reader, handle.mountpoint / "model-1.safetensors")
+    wait_for(lambda: "and the hub says" in handle.log_file.read_text())
+    file = next(f for f in manifest_of(home, digest).files if f.path == "model-1.safetensors")
+    wait_for(lambda: Cache(home / "cache").present_bytes(file) < file.size)
+    right = digest_or_errno(reader, model / "model-2.safetensors")
+    assert digest_or_errno(reader, handle.mountpoint / "model-2.safetensors") == right
+
+
+def test_an_import_from_the_hub_needs_no_copy_and_checks_the_hubs_digests(home, hub, model, tmp_path):
+    result = CliRunner().invoke(weights, ["import", "hf://org/toy", "--tag", "toy:v1", "--json"])
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.output)
+    chunks = ChunkStore(LocalStore(home / "store"))
+    manifest = chunks.get_manifest(answer["manifest"])
+    assert verify(chunks).clean and manifest.kind == "weights" and chunks.resolve("toy:v1") == answer["manifest"]
+    for file in manifest.files:
+        data = b"".join(chunks.get(c.digest) for c in file.chunks)
+        assert data == (model / file.path).read_bytes()
+    assert not (home / "cache" / "images").exists()
+
+
+def test_an_import_of_wrong_bytes_leaves_no_manifest(home, hub, model):
+    hub.wrong = lambda name, data: data[:-1] + bytes([data[-1] ^ 1])
+    result = CliRunner().invoke(weights, ["import", "hf://org/toy"])
+    assert result.exit_code == 1 and "integrity" in result.output and "the source says" in result.output
+    assert not list(ChunkStore(LocalStore(home / "store")).manifests())
+    assert isinstance(Integrity("x"), LazyfsError)

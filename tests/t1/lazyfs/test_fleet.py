@@ -1,0 +1,189 @@
+"""Eight hosts and one slow store: each chunk leaves the store about once, whatever peers do, and every byte is right."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from lazyfs.admin.verify import VerifyReport, verify_cache
+from lazyfs.cache.cache import Cache
+from lazyfs.content.chunk_store import ChunkStore
+from lazyfs.content.importer import import_tree
+from lazyfs.errors import LazyfsError
+from lazyfs.peers.client import Peers, Wanted
+from lazyfs.peers.order import Members
+from lazyfs.peers.server import Chunks, PeerServer
+from lazyfs.stores.local import LocalStore
+from tests.kits.lazyfs.fleet import BadPeer, Host, SlowStore, dead_address, listed
+from tests.kits.lazyfs.models import make_model
+
+pytestmark = [pytest.mark.t1, pytest.mark.usefixtures("home")]
+TOKEN = "fleet"
+HOSTS = 8
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fleet")
+    make_model(folder / "model", megabytes=48)
+    chunks = ChunkStore(LocalStore(folder / "store"), zstd=None)
+    digest, manifest = import_tree(folder / "model", chunks)
+    return folder, digest, manifest
+
+
+@pytest.fixture
+def store(model):
+    store = SlowStore(model[0] / "store", rate=40e6)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def started():
+    found = []
+    yield found
+    for one in found:
+        one.close()
+
+
+def load_all(hosts, digest, manifest, peers):
+    """Load the model on all hosts at once; return what each has fetched."""
+    done, failed = [], []
+    for host in hosts:
+        host.knows(peers)
+
+    def one(host):
+        try:
+            done.append(host.load(digest, manifest, peers))
+        except LazyfsError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=one, args=(host,)) for host in hosts]
+    [t.start() for t in threads]
+    [t.join(90) for t in threads]
+    assert not failed and len(done) == len(hosts)
+
+
+def assert_right(hosts, manifest):
+    for host in hosts:
+        cache, report = Cache(host.folder / "cache"), VerifyReport()
+        (host.folder / "cache" / "manifests").mkdir()
+        from lazyfs.content.manifest import encode
+
+        digest, data = encode(manifest)
+        (host.folder / "cache" / "manifests" / digest).write_bytes(data)
+        verify_cache(cache, None, report)
+        assert report.clean and report.cache_chunks >= len(manifest.chunk_digests())
+        assert all(cache.present_bytes(file) == file.size for file in manifest.files)
+
+
+def unique_bytes(manifest):
+    return sum({c.digest: c.length for f in manifest.files for c in f.chunks}.values())
+
+
+@pytest.mark.slow
+def test_a_chunk_leaves_the_store_once_for_eight_hosts(model, store, started, tmp_path):
+    _, digest, manifest = model
+    hosts = [Host(tmp_path / f"h{i}", store.url, TOKEN, address=f"127.0.0.{i + 2}") for i in range(HOSTS)]
+    started += hosts
+    load_all(hosts, digest, manifest, listed(*(host.server.address for host in hosts)))
+    assert_right(hosts, manifest)
+    assert store.sent <= 1.3 * unique_bytes(manifest)
+
+
+@pytest.mark.slow
+def test_peers_that_are_dead_lie_and_stall_cost_little_more_than_one_copy(model, store, started, tmp_path):
+    _, digest, manifest = model
+    bad = [BadPeer("lie"), BadPeer("stall"), BadPeer("half")]
+    hosts = [Host(tmp_path / f"h{i}", store.url, TOKEN, serves=i < 5, address=f"127.0.0.{i + 2}") for i in range(HOSTS)]
+    started += [*bad, *hosts]
+    good = [host.server.address for host in hosts if host.server]
+    load_all(hosts, digest, manifest, listed(*good, *(peer.address for peer in bad)))
+    assert_right(hosts, manifest)
+    assert all(peer.asked for peer in bad)
+    assert store.sent <= 1.3 * unique_bytes(manifest)
+
+
+@pytest.mark.slow
+def test_peers_that_die_within_the_load_cost_little_more_than_one_copy(model, store, started, tmp_path):
+    _, digest, manifest = model
+    hosts = [Host(tmp_path / f"h{i}", store.url, TOKEN, address=f"127.0.0.{i + 2}") for i in range(HOSTS)]
+    started += hosts
+    addresses = listed(*(host.server.address for host in hosts))
+    killer = threading.Timer(0.4, lambda: [host.server.close() for host in hosts[:2]])
+    killer.start()
+    load_all(hosts, digest, manifest, addresses)
+    killer.join()
+    assert_right(hosts, manifest)
+    assert store.sent <= 1.3 * unique_bytes(manifest)
+
+
+class Asked:
+    """Peers of one host, and a file of one chunk."""
+
+    def __init__(self, manifest, peers, **more):
+        self.file = next(f for f in manifest.files if f.path == "config.json")
+        self.peers = Peers(Members(peers), TOKEN, **more)
+
+    def ask(self):
+        view = memoryview(bytearray(8 << 20))
+        began = time.monotonic()
+        found = self.peers.get(Wanted.of(self.file, 0), view)
+        return None if found is None else bytes(found), time.monotonic() - began
+
+
+@pytest.mark.parametrize("does", ["stall", "half", "lie"])
+def test_a_bad_peer_is_given_up_at_once_and_the_next_one_serves(model, store, started, tmp_path, does):
+    folder, _, manifest = model
+    host, bad = Host(tmp_path / "h", store.url, TOKEN), BadPeer(does)
+    started += [host, bad]
+    right = (folder / "model" / "config.json").read_bytes()
+    asked = Asked(manifest, listed(bad.address, host.server.address))
+    started.append(asked.peers)
+    for _ in range(6):
+        data, took = asked.ask()
+        assert data == right and took < 5
+    if does == "lie":
+        assert bad.asked <= 1, "once, and not again for ten minutes"
+    alone = Asked(manifest, listed(bad.address))
+    started.append(alone.peers)
+    assert alone.ask()[0] is None
+
+
+def test_a_dead_peer_and_no_peer_at_all_leave_the_store(model, started):
+    asked = Asked(model[2], listed(dead_address()))
+    started.append(asked.peers)
+    data, took = asked.ask()
+    assert data is None and took < 1
+
+
+def test_a_peer_that_is_only_busy_is_waited_for_up_to_its_limit(model, started, monkeypatch):
+    monkeypatch.setattr("lazyfs.peers.client._PATIENCE_S", 0.5)
+    bad = BadPeer("wait")
+    asked = Asked(model[2], listed(bad.address))
+    started += [bad, asked.peers]
+    data, took = asked.ask()
+    assert data is None and took >= 0.5
+
+
+def test_a_peer_serves_what_its_cache_has_without_a_store_and_nothing_else(model, store, started, tmp_path):
+    folder, digest, manifest = model
+    host = Host(tmp_path / "h", store.url, TOKEN, serves=False)
+    host.load(digest, manifest, "")
+    server = PeerServer(("127.0.0.1", 0), TOKEN, Chunks(host.folder / "cache", None, 0))
+    server.start()
+    asked = Asked(manifest, listed(server.address))
+    started += [server, asked.peers]
+    assert asked.ask()[0] == (folder / "model" / "config.json").read_bytes()
+    asked.file = manifest.files[0].__class__("x", 0o644, 4, (manifest.files[0].chunks[0].__class__("a" * 64, 4),))
+    assert asked.ask()[0] is None
+    assert server.counters()["served_chunks"] == 1 and server.counters()["fetched_bytes"] == 0
+
+
+def test_a_wrong_token_is_refused(model, store, started, tmp_path):
+    host = Host(tmp_path / "h", store.url, "another token")
+    asked = Asked(model[2], listed(host.server.address))
+    started += [host, asked.peers]
+    assert asked.ask()[0] is None and not host.server.counters()["served_chunks"]

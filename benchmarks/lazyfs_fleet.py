@@ -89,11 +89,8 @@ def run(hosts: int, megabytes: int, store_mb_s: float) -> None:
             copies = store.sent / unique
         finally:
             store.close()
-    print(
-        json.dumps(
-            {"hosts": hosts, "one_s": round(alone, 2), "last_s": round(together, 2), "ratio": round(together / alone, 2), "copies": round(copies, 3)}
-        )
-    )  # fmt: skip
+    figures = {"hosts": hosts, "one_s": round(alone, 2), "last_s": round(together, 2)}
+    print(json.dumps({**figures, "ratio": round(together / alone, 2), "copies": round(copies, 3)}))
 
 
 def simulate(

@@ -45,6 +45,7 @@ def _mounted(url: str, home: Path, cache_limit: int) -> Path | None:
 
     try:
         manifest = read_through(url)
+        _say_if_streamed(url, manifest, home / "cache", cache_limit)
         place = home / "mounts" / manifest[:16]
         return mount(manifest, place, idle_exit_s=_IDLE_EXIT_S, cache_limit=cache_limit).mountpoint
     except Usage:
@@ -53,6 +54,24 @@ def _mounted(url: str, home: Path, cache_limit: int) -> Path | None:
         code = getattr(error, "code", "host-io")
         log.warning("%s is not mounted: %s: %s; the engine downloads it itself", url, code, error)
         return None
+
+
+def _say_if_streamed(url: str, digest: str, cache: Path, cache_limit: int) -> None:
+    """Log that the cache has no room for the whole model, if so; a launch goes on all the same."""
+    from lazyfs.cache.cache import Cache
+    from lazyfs.content.manifest import decode
+    from lazyfs.content.stat_index import source_folder
+    from lazyfs.errors import DiskFull
+
+    manifest = decode((source_folder(cache) / digest).read_bytes(), digest, local=True)
+    here = Cache(cache, cache_limit)
+    absent = manifest.size - sum(map(here.present_bytes, manifest.files))
+    try:
+        here.need_room(absent, manifest.size)
+    except DiskFull as error:
+        log.warning(
+            "%s is streamed, at least in part, and comes anew at the next start: %s: %s", url, error.code, error
+        )
 
 
 def mounted_manifest(path: Path, home: Path) -> str:

@@ -6,6 +6,8 @@ import errno
 import os
 import random
 import shutil
+import threading
+import time
 
 import pytest
 
@@ -230,3 +232,29 @@ def test_an_object_that_is_also_a_folder_is_refused(monkeypatch):
     with pytest.raises(Permanent, match="a is both an object and a folder") as caught:
         describe("s3://bucket/m")
     assert caught.value.code == "name-clash"
+
+
+def test_the_headers_of_hundreds_of_safetensors_are_read_at_once_with_one_request_each_and_kept(monkeypatch, tmp_path):
+    write_safetensors(tmp_path / "part", {"a": bytes(3000), "b": bytes(5000)})
+    store = Listed({f"model-{i}.safetensors": (tmp_path / "part").read_bytes() for i in range(300)})
+    monkeypatch.setattr("lazyfs.stores.open_store", lambda url: store)
+    asked, most, now, lock, get = [], [0], [0], threading.Lock(), store.get
+
+    def slow(key, *arguments, **named):
+        with lock:
+            asked.append(key)
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.005)
+        with lock:
+            now[0] -= 1
+        return get(key, *arguments, **named)
+
+    monkeypatch.setattr(store, "get", slow)
+    manifest = describe("s3://bucket/m")
+    assert sorted(asked) == sorted(store.objects) and most[0] > 4
+    assert all(len(file.chunks) > 1 for file in manifest.files)
+    store.objects["model-7.safetensors"] += b"longer"
+    asked.clear()
+    changed = describe("s3://bucket/m", manifest)
+    assert asked == ["model-7.safetensors"] and len(changed.files) == 300

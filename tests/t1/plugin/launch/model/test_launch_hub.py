@@ -332,7 +332,6 @@ def test_a_model_by_its_hub_url_is_read_through_a_mount_and_restored(rig):
     with rig.running(model=f"hf://{NAME}@main") as started:
         answer = started.complete()
         assert answer["choices"][0]["token_ids"] == local and answer["model"] == NAME
-        started.wait_for("snapshot ")
         started.wait_serving()
         (place,) = (rig.home / "mounts").glob("*/config.json")
         assert sorted(file.name for file in place.parent.iterdir()) == [
@@ -341,7 +340,6 @@ def test_a_model_by_its_hub_url_is_read_through_a_mount_and_restored(rig):
             "tokenizer.json",
         ]
         assert not snapshots(rig).exists(), "nothing was downloaded by the hub's own client"
-    rig.library.names()
     with rig.running(model=f"hf://{NAME}@main") as started:
         assert started.ask() == local
         started.wait_serving()

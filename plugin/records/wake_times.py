@@ -1,7 +1,7 @@
 """Measured standby: every wake from standby appends one JSON line to `$QUICKTHAW_HOME/wake-times.jsonl`.
 
 Fields: `model`, `engine`, `seconds` (from the wake's begin to serving), `enter_s` (the way to standby before it, in seconds),
-`memory_bytes` (host memory of the engine's processes in standby; pages of files do not count), `gpu_bytes` (GPU memory that
+`memory_bytes` (host memory of the engine's processes in standby, if it was measured; pages of files do not count), `gpu_bytes` (GPU memory that
 standby gave back), `at` (ISO time). The proxy's deadlines read the seconds; a capacity plan may price the rung with them.
 They are not in `lead-times.jsonl`: a model that switches often would push the starts out of it.
 """
@@ -33,7 +33,9 @@ class Rest:
 def remember(settings: LaunchSettings, seconds: float, rest: Rest) -> None:
     """Append one wake of `seconds` from this standby. A full disk costs the line, not the caller's work."""
     line = {"model": settings.command.model, "engine": settings.engine, "seconds": round(seconds, 4)}
-    cost = asdict(rest) | {"enter_s": round(rest.enter_s, 4)}
+    cost = {name: value for name, value in asdict(rest).items() if value is not None} | {
+        "enter_s": round(rest.enter_s, 4)
+    }
     file = settings.home / FILE
     jsonl.append(file, line | cost | {"at": datetime.now(UTC).isoformat(timespec="seconds")})
     jsonl.shorten(file, MOST_BYTES, 4 * KEPT)

@@ -31,9 +31,17 @@ def test_a_wake_is_kept_with_what_standby_cost_and_the_deadlines_read_it(tmp_pat
         "gpu_bytes": 2 << 30,
         "at": "",
     }
-    assert lines[1]["memory_bytes"] is None
+    assert "memory_bytes" not in lines[1]
     assert lead_times.history_for(here).seen(Kind.WOKEN) == (0.1235, 0.2)
     assert not (tmp_path / lead_times.FILE).exists(), "a wake is no start"
+
+
+def test_a_capacity_plan_reads_them(tmp_path):
+    from capacity.inputs import lead_times as planned
+
+    for seconds, held in ((0.1, 1 << 30), (0.2, 3 << 30), (0.3, None)):
+        wake_times.remember(settings(tmp_path), seconds, Rest(0.03, held))
+    assert planned.wakes(tmp_path, model="m") == ((0.1, 0.2, 0.3), 3.0)
 
 
 def test_the_file_stays_small(tmp_path, monkeypatch):

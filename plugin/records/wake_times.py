@@ -1,8 +1,9 @@
 """Measured standby: every wake from standby appends one JSON line to `$QUICKTHAW_HOME/wake-times.jsonl`.
 
 Fields: `model`, `engine`, `seconds` (from the wake's begin to serving), `enter_s` (the way to standby before it, in seconds),
-`memory_bytes` (host memory of the engine's processes in standby, if it was measured; pages of files do not count), `gpu_bytes` (GPU memory that
-standby gave back), `at` (ISO time). The proxy's deadlines read the seconds; a capacity plan may price the rung with them.
+`memory_bytes` (host memory of the engine's processes in standby, if it was measured; pages of files do not count),
+`gpu_bytes` (GPU memory that standby gave back), `at` (ISO time). The proxy's deadlines read the seconds, a capacity plan
+prices the rung with them.
 They are not in `lead-times.jsonl`: a model that switches often would push the starts out of it.
 """
 

@@ -89,6 +89,7 @@ class Waker:
         try:
             async with asyncio.timeout(self.limit_s):
                 await hook()
+            await asyncio.sleep(0)  # a phase that the hook has just changed is queued on the loop
         except Unneeded as exc:
             log.debug("%s was not woken: %s", self.pool.name, exc.message)
             self.task = None

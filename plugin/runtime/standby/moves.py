@@ -29,12 +29,22 @@ class Moves:
     async def wake(self) -> None:
         """Bring one replica to serving, and start the others. Raises CheckpointError or LauncherError."""
         self._waking()
-        resting = [r for r in self._replicas if r.tracker.phase is Phase.STANDBY or r.running is None]
+        resting = self._resting()
+        while not resting and self._ending():
+            await asyncio.sleep(0.01)
+            resting = self._resting()
         resting.sort(key=lambda replica: replica.running is None)  # one in standby is there first
         if resting:
             await asyncio.to_thread(resting[0].start)
             for replica in resting[1:]:
                 threading.Thread(target=self._start, args=(replica,), daemon=True).start()
+
+    def _resting(self) -> list[Replica]:
+        return [r for r in self._replicas if r.tracker.phase is Phase.STANDBY or r.running is None]
+
+    def _ending(self) -> bool:
+        """Return True while the only engines are dead ones that their owner is about to clear away and start again."""
+        return all(r.tracker.phase is Phase.FAILED and not r.stop_requested for r in self._replicas)
 
     async def sleep(self) -> None:
         """End every engine that a snapshot restores. Raises LauncherError (no-snapshot) if there is none."""

@@ -18,6 +18,7 @@ from plugin.proxy.pool.pressure import longest_in_standby, memory_room, relieve,
 from plugin.proxy.pool.start_times import Kind
 from plugin.rehearsal import memory
 from plugin.runtime.phases import IllegalTransition, Phase, PhaseTracker
+from plugin.runtime.standby.moves import Moves
 
 pytestmark = pytest.mark.t0
 
@@ -179,6 +180,43 @@ def test_a_request_on_the_way_to_standby_is_answered_before_a_sleep_that_is_aske
         assert engine.moves == ["standby", "wake"] and not asked.done()
         engine.pool.release(replica)
         assert await asked == "asleep" and engine.moves == ["standby", "wake", "sleep"]
+
+    asyncio.run(check())
+
+
+def test_a_wake_ends_with_the_phase_that_its_hook_has_just_reached():
+    """A worker's report that the dead engine refused it may come during the wake."""
+
+    async def check():
+        engine = Engine()
+        engine.tracker.to(Phase.FAILED)
+
+        async def wake():
+            for _ in range(2):
+                engine.pool.refused(engine.replica, engine.replica.generation, "a worker could not connect")
+            for phase in (Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING, Phase.SERVING):
+                engine.tracker.to(phase)
+
+        engine.pool.waker.hook = wake
+        async with asyncio.timeout(5):
+            assert (await engine.pool.acquire()).name == "r0"
+
+    asyncio.run(check())
+
+
+def test_a_wake_waits_for_the_end_of_an_engine_that_died_a_moment_ago():
+    async def check():
+        started = []
+        tracker = PhaseTracker(phase=Phase.FAILED)
+        replica = SimpleNamespace(tracker=tracker, running="dead", stop_requested=False)
+        replica.start = lambda: started.append(replica.running)
+        waking = asyncio.ensure_future(Moves([replica], started.append, lambda: None).wake())
+        await asyncio.sleep(0.05)
+        assert not waking.done()
+        replica.running = None  # its owner has cleared it away
+        async with asyncio.timeout(5):
+            await waking
+        assert started == [None]
 
     asyncio.run(check())
 

@@ -6,6 +6,7 @@ import random
 import signal
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -183,6 +184,8 @@ def test_requests_for_six_models_with_kills_are_each_answered_once_and_never_by_
         assert len(results) == len(asked) and len(kills) > REQUESTS / 200
         wrong = [(n, s, b) for n, s, b in results if s == 200 and b["choices"][0]["token_ids"] != answers[n]]
         failed = [b["error"]["code"] for _, s, b in results if s != 200]
+        codes = Counter(f"{s} {b['error']['code']}" if s != 200 else "200" for _, s, b in results)
+        print(f"{len(asked)} requests, {len(kills)} kills, {len(wrong)} by a wrong model; {dict(codes)}")
         assert wrong == []
         assert set(failed) <= BROKEN and len(failed) <= 6 * len(kills), failed
         for name in SIX:

@@ -2,7 +2,7 @@
 
     python benchmarks/standby.py rehearsal [--engine sglang|vllm] [--runs 3] [--json]
     python benchmarks/standby.py wake [--engine sglang|vllm] [--runs 10]
-    python benchmarks/standby.py switch [--engine sglang|vllm] [--switches 50] [--starts 2]
+    python benchmarks/standby.py switch [--engine sglang|vllm] [--switches 50] [--starts 2] [--home FOLDER]
     python benchmarks/standby.py first-requests [--engine sglang|vllm] [--runs 5] [--batch 64] [--json]
     python benchmarks/standby.py pulled [--engine sglang|vllm] [--runs 3] [--later 3]
 

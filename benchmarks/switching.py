@@ -40,17 +40,20 @@ ENGINE = click.option("--engine", type=click.Choice(["sglang", "vllm"]), default
 
 
 @contextlib.contextmanager
-def fresh_home() -> Iterator[Path]:
-    """A state folder of this run alone, with this machine's CRIU and compile caches."""
+def fresh_home(kept: Path | None = None) -> Iterator[Path]:
+    """A state folder of this run alone, or the folder `kept`, which stays; with this machine's CRIU and compile caches."""
     parent = state_home()
-    home = Path(tempfile.mkdtemp(prefix="bench-standby-", dir=parent))
+    home = kept or Path(tempfile.mkdtemp(prefix="bench-standby-", dir=parent))
+    home.mkdir(mode=0o700, exist_ok=True)
     try:
         for shared in ("criu", "compile"):
             (parent / shared).mkdir(mode=0o700, exist_ok=True)
-            (home / shared).symlink_to(parent / shared)
+            if not (home / shared).is_symlink():
+                (home / shared).symlink_to(parent / shared)
         yield home
     finally:
-        shutil.rmtree(home, ignore_errors=True)
+        if kept is None:
+            shutil.rmtree(home, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -189,6 +192,8 @@ def check(got: str, wanted: str, when: str) -> None:
 
 def other_model(source: Path, target: Path) -> Path:
     """A model of the same size whose answers differ: the weights of its last norm are moved by one."""
+    if target.exists():
+        return target
     target.mkdir()
     for file in source.iterdir():
         if file.suffix == ".safetensors":
@@ -212,21 +217,21 @@ def other_model(source: Path, target: Path) -> Path:
 @click.option(
     "--starts", default=2, show_default=True, help="Switches by stopping and starting the engine, as llama-swap does."
 )
-def switch(engine: str, switches: int, starts: int) -> None:
+@click.option(
+    "--home",
+    "kept",
+    type=click.Path(path_type=Path),
+    help="A state folder that stays; the next run with it takes no snapshots.",
+)
+def switch(engine: str, switches: int, starts: int, kept: Path | None) -> None:
     """A switch of two models behind one port: from standby, by a restore, and by stopping and starting the engine."""
     one = preset(engine, state_home())
-    with fresh_home() as home:
+    with fresh_home(kept) as home:
         models = {"one": one.model, "two": other_model(one.model, home / "two")}
-        expected: dict[tuple[str, str], str] = {}
-        for name, folder in models.items():
-            port = measure.free_port()
-            with running(home, one, f"cold-{name}", launch_words(one, folder, name, port)) as command:
-                assert command.process is not None
-                measure.waiting_client(port, str(folder), command.began, LIMIT_S, command.process)
-                wait_serving(port)
-                for prompt in PROMPTS:
-                    expected[name, prompt] = ask(port, str(folder), prompt).text
-        if any(expected["one", prompt] == expected["two", prompt] for prompt in PROMPTS):
+        expected = {name: cold_answers(home, one, name, folder) for name, folder in models.items()}
+        if not switches:
+            return
+        if any(expected["one"][prompt] == expected["two"][prompt] for prompt in PROMPTS):
             raise click.ClickException("both models give the same answer, so no wrong one would be seen")
         found = {
             "standby": measured_switches(home, one, models, expected, "standby", switches),
@@ -246,8 +251,23 @@ def switch(engine: str, switches: int, starts: int) -> None:
         print_memory(rests(home), min(Library(home).load(name).image_bytes for name in models))
 
 
+def cold_answers(home: Path, one: Preset, name: str, folder: Path) -> dict[str, str]:
+    """Take the snapshot of a model, unless the state folder has it; return its answers to the prompts."""
+    file = home / f"answers-{name}.json"
+    if file.exists():
+        return dict(json.loads(file.read_text()))
+    port = measure.free_port()
+    with running(home, one, f"cold-{name}", launch_words(one, folder, name, port)) as command:
+        assert command.process is not None
+        measure.waiting_client(port, str(folder), command.began, LIMIT_S, command.process)
+        wait_serving(port)
+        found = {prompt: ask(port, str(folder), prompt).text for prompt in PROMPTS}
+    file.write_text(json.dumps(found))
+    return found
+
+
 def measured_switches(
-    home: Path, one: Preset, models: dict[str, Path], expected: dict[tuple[str, str], str], way: str, count: int
+    home: Path, one: Preset, models: dict[str, Path], expected: dict[str, dict[str, str]], way: str, count: int
 ) -> tuple[list[float], list[float]]:
     """Switch `count` times; return the first tokens after a switch, and the warm ones between, in seconds.
 
@@ -283,7 +303,7 @@ def measured_switches(
             name, prompt = names[number % 2], PROMPTS[number % len(PROMPTS)]
             answer = ask(port, name, prompt)
             took.append(answer.first_s)
-            check(answer.text, expected[name, prompt], f"after switch {number} ({way})")
+            check(answer.text, expected[name][prompt], f"after switch {number} ({way})")
             ask(port, name, fresh_prompt())
             warm.append(ask(port, name, fresh_prompt()).first_s)
     return took, warm

@@ -30,6 +30,14 @@ def replica(port):
     return measure.status(port)["pools"][0]["replicas"][0]
 
 
+def wait_pages(port):
+    """Wait until the restored engine has all of its pages."""
+    limit = time.monotonic() + 60
+    while replica(port)["pages"].get("left"):
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+
+
 def memory_of(pid):
     return sum(map(memory_bytes, processes(pid)))
 
@@ -51,6 +59,7 @@ def test_an_engine_continues_with_the_same_answers_and_holds_no_more_than_its_im
     images = rig.library.load(NAME).image_bytes
     with rig.running() as (port, _, _, command):
         answer = ask(port, rig)
+        wait_pages(port)
         for _ in range(3):
             ask(port, rig, LONG)
             pid = replica(port)["pid"]

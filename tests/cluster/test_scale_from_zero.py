@@ -1,16 +1,28 @@
 """Requests to a workload at zero, through the API's double, with pods that are processes."""
 
 import asyncio
+import contextlib
 import json
 import time
 
 import httpx2
+import kubernetes_validate
 import pytest
+import yaml
 
+from plugin.proxy.endpoints.models import load
 from plugin.proxy.settings import Settings
 from tests.kits.cluster.rig import activator, cluster, executed, run, until
+from tests.kits.launch_rig import REPO
 
 pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.timeout(90)]
+
+
+def role():
+    """Return the verbs by resource that the example's role gives."""
+    documents = yaml.safe_load_all((REPO / "examples" / "kubernetes_proxy.yaml").read_text())
+    rules = next(each["rules"] for each in documents if each["kind"] == "Role")
+    return {resource: rule["verbs"] for rule in rules for resource in rule["resources"]}
 
 
 @pytest.mark.parametrize("kind", ["deployment", "statefulset"])
@@ -18,6 +30,7 @@ def test_held_requests_wake_the_workload_once_and_the_idle_one_goes_back_to_zero
     async def test():
         async with cluster(tmp_path) as nodes:
             nodes.workload("llama", plural=f"{kind}s")
+            nodes.api.allowed = role()
             async with activator(nodes, tmp_path, kind=kind, sleep_after_s=0.5) as proxy:
                 for woken in (1, 2):
                     answers = await asyncio.gather(*(proxy.ask(f"r{woken}{n}") for n in range(6)))
@@ -255,12 +268,38 @@ def test_conflicts_throttling_errors_and_versions_that_are_gone_cost_no_request(
     run(test())
 
 
-def test_without_the_role_the_held_request_says_so(tmp_path):
+@pytest.mark.parametrize("missing", ["endpointslices", "leases"])
+def test_without_endpoints_it_serves_by_the_pods_and_without_leases_it_scales_nothing_down(tmp_path, missing):
     async def test():
         async with cluster(tmp_path) as nodes:
             nodes.workload("llama")
+            nodes.api.allowed = {name: verbs for name, verbs in role().items() if name != missing}
+            async with activator(nodes, tmp_path, sleep_after_s=0.3) as proxy:
+                assert (await proxy.ask("r")).status_code == 200
+                with contextlib.suppress(TimeoutError):
+                    await until(lambda: nodes.api.scalings()[1:], 1.5)
+                assert nodes.api.scalings()[1:] == ([(1, 0)] if missing == "endpointslices" else [])
+
+    run(test())
+
+
+def test_the_example_is_valid_and_its_models_are_read(tmp_path):
+    documents = list(yaml.safe_load_all((REPO / "examples" / "kubernetes_proxy.yaml").read_text()))
+    for document in documents:
+        kubernetes_validate.validate(document, "1.31", strict=True)
+    (config,) = (each["data"]["models.yaml"] for each in documents if each["kind"] == "ConfigMap")
+    (tmp_path / "models.yaml").write_text(config)
+    models = load(tmp_path / "models.yaml").models
+    assert {model.upstream for model in models.values()} == {"k8s://models/llama:8000", "k8s://models/qwen:8000"}
+
+
+@pytest.mark.parametrize("missing", ["pods", "deployments/scale"])
+def test_without_the_role_the_held_request_says_so(tmp_path, missing):
+    async def test():
+        async with cluster(tmp_path) as nodes:
+            nodes.workload("llama")
+            nodes.api.allowed = {name: verbs for name, verbs in role().items() if name != missing}
             async with activator(nodes, tmp_path) as proxy:
-                nodes.api.allowed = {"pods": ("list", "watch"), "deployments/scale": ("get",)}
                 answer = await proxy.ask("r")
                 assert answer.status_code == 503 and answer.json()["error"]["code"] == "cluster-forbidden"
 

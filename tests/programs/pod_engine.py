@@ -54,7 +54,7 @@ async def main() -> None:
                     await writer.drain()
                 finally:
                     busy -= 1
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
             pass
         finally:
             open_.discard(writer)

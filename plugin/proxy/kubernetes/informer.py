@@ -19,7 +19,8 @@ import httpx2
 from lightkube import ApiError, operators
 from lightkube.core.exceptions import ConfigError
 
-from plugin.proxy.kubernetes.cluster import Cluster, cluster_error, is_gone
+from plugin.proxy.errors import StartFailed
+from plugin.proxy.kubernetes.cluster import Cluster, cluster_error, is_final, is_gone
 from plugin.proxy.pool.backoff import Backoff
 
 log = logging.getLogger("quickthaw.proxy")
@@ -72,6 +73,8 @@ class Informer:
         """Set once the objects were listed for the first time."""
         self.away_since: float | None = None
         """When the API stopped answering (monotonic seconds); None while it answers."""
+        self.refused: StartFailed | None = None
+        """Why the API refuses this kind altogether; None while it does not."""
         self._version: str | None = None
 
     async def run(self) -> None:
@@ -90,6 +93,7 @@ class Informer:
                     self._version = None
                     self.away_since = self.away_since or time.monotonic()
                 said = cluster_error(error)
+                self.refused = said if is_final(said) else self.refused
                 text = "%s in %s: %s; what is known of them stays in use"
                 level = logging.WARNING if pause.failures == 3 else logging.DEBUG
                 what = self.resource.__name__
@@ -108,7 +112,7 @@ class Informer:
             found[one.metadata.name] = one
         self._version = listing.resourceVersion
         self.objects = found
-        self.away_since = None
+        self.away_since = self.refused = None
         self.listed.set()
         self._notify()
 

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from plugin.proxy.kubernetes.session import Session
 
 log = logging.getLogger("quickthaw.proxy")
+_WRITE_LIMIT_S = 8.0
+"""How long a scale-down may take; the other proxies hold their requests for `agreement.HOLD_S`."""
 _LEAVE_LIMIT_S = 5.0
 """How long a sleep waits for the first sign that its pods go."""
 _AWAY_PAUSE_S = 1.0
@@ -91,7 +93,6 @@ class Workload:
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._waking_since: float | None = None
-        self._held_for_others = False
         self._rest()
 
     # -- the owner's side ------------------------------------------------------------------------
@@ -136,10 +137,7 @@ class Workload:
 
     def hold(self, on: bool) -> None:
         """Hold new requests while another proxy scales the workload to 0 (`agreement`), or send them on."""
-        self._held_for_others = on
-        if self.pool.sleeper.task is None:  # a sleep of its own holds them already, and ends that itself
-            for replica in self.pool.replicas.values():
-                replica.draining = on
+        self.pool.held_for_others += 1 if on else -1
         if not on:
             self.pool.dispatch()
 
@@ -211,12 +209,7 @@ class Workload:
 
     def _rest(self) -> Replica:
         """Add the replica that stands for the workload while it has no pod."""
-        return self._add(self.name)
-
-    def _add(self, name: str) -> Replica:
-        replica = self.pool.add(name, PhaseTracker(phase=Phase.ASLEEP))
-        replica.draining = self._held_for_others
-        return replica
+        return self.pool.add(self.name, PhaseTracker(phase=Phase.ASLEEP))
 
     def _resting(self) -> Replica:
         """Return a replica that has no pod; add one if there is none."""
@@ -228,7 +221,7 @@ class Workload:
         while f"{self.name}-{number}" in self.pool.replicas:
             number += 1
         name = self.name if self.name not in self.pool.replicas else f"{self.name}-{number}"
-        return self._add(name)
+        return self.pool.add(name, PhaseTracker(phase=Phase.ASLEEP))
 
     def _begin(self, why: str) -> None:
         """Begin a start, unless one is under way or a replica serves."""
@@ -357,8 +350,8 @@ class Workload:
                 if not self._members and time.monotonic() - looked > every:
                     await self._scale_up()  # somebody may have set it to 0 in the meantime
                     looked, every = time.monotonic(), min(30.0, every * 2)
-                if (fault := self._stuck()) is not None:
-                    raise fault
+                if (fault := self._stuck() or (self._pods.refused if self._pods is not None else None)) is not None:
+                    raise fault.fresh()
                 if time.monotonic() - began > self.spec.wake_limit_s:
                     raise StartFailed("wake-timeout", f"no pod was ready after {self.spec.wake_limit_s:g} s")
                 self._changed.clear()
@@ -437,11 +430,16 @@ class Workload:
         """
         address, cluster = self.spec.address, self._session.cluster
         async with self._session.agreement.quiet(self):
-            scale = await cluster.scale(address)
-            if not drained and self.busy:
-                raise StartFailed("busy", "a request came")
+            try:
+                async with asyncio.timeout(_WRITE_LIMIT_S):
+                    scale = await cluster.scale(address)
+                    if not drained and self.busy:
+                        raise StartFailed("busy", "a request came")
+                    if scale.spec.replicas:
+                        await cluster.set_scale(address, scale, 0)
+            except TimeoutError:
+                raise StartFailed("cluster-unreachable", "the cluster's API was too slow to scale down") from None
             if scale.spec.replicas:
-                await cluster.set_scale(address, scale, 0)
                 fields = {"pool": self.name, "workload": str(address), "replicas": 0}
                 log.info("%s: scaled to 0", self.name, extra={"event": "scaled", "fields": fields})
             await self._until_gone()

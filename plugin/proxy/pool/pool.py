@@ -67,9 +67,7 @@ class ReplicaPool:
         self.history = history or History()
         self.sleep_after_s, self.standby_after_s = sleep_after_s, standby_after_s
         self.speculative = speculative
-        self.max_held = 4096
-        self.max_hold_s = 3600.0
-        self.last_active = time.monotonic()
+        self.max_held, self.max_hold_s, self.last_active = 4096, 3600.0, time.monotonic()
         self.probes = 0
         """How many of the outstanding requests do not count as use (`path_rules.Verdict.QUIET`)."""
         self.on_phase: list[Callable[[Replica, Phase, str], None]] = []
@@ -84,6 +82,8 @@ class ReplicaPool:
         """Returns the kind of the next start, or None where the owner does not know it before it runs."""
         self.started_here = True
         """False when this process cannot start a replica; requests then wait for another process to start one."""
+        self.held_for_others = 0
+        """How many other proxies want its replicas quiet (kubernetes.agreement); while any does, requests are held and nothing is woken."""
         self.upstream_timeout_s: float | None = None
         """Maximum seconds that a replica may be silent within an answer; None uses the proxy's setting."""
         self._suspect_hook = suspect
@@ -92,9 +92,8 @@ class ReplicaPool:
         self._waiters: dict[Waiter, None] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._unbound: list[tuple[Replica, Phase, Phase, str, tuple[Span, ...]]] = []
-        self._ticking = False
+        self._ticking, self._rotation = False, 0
         self._closed: ProxyError | None = None
-        self._rotation = 0
 
     # -- the owner's API ---------------------------------------------------------------------------
 
@@ -368,6 +367,8 @@ class ReplicaPool:
 
     def ready(self) -> Replica | None:
         """Return the replica for the next request, or None if the request must wait."""
+        if self.held_for_others:
+            return None
         now, best, load = time.monotonic(), None, 0
         replicas = self.replicas
         if len(replicas) > 1:

@@ -27,6 +27,7 @@ class WokenPool(Protocol):
 
     name: str
     replicas: dict[str, Replica]
+    held_for_others: int
 
     @property
     def closed(self) -> bool:
@@ -114,7 +115,7 @@ class Waker:
 
     def _returns(self) -> bool:
         """Return True if a replica will take requests again by itself."""
-        return any(replica.will_recover for replica in self.pool.replicas.values())
+        return self.pool.held_for_others > 0 or any(replica.will_recover for replica in self.pool.replicas.values())
 
     def _refusing(self) -> bool:
         """Return True if a replica refuses connections, and a wake since has not helped."""

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import copy
 import itertools
+import os
 import signal
 import sys
 import time
@@ -175,7 +176,9 @@ class Nodes:
     async def _kubelet(self, name):
         """Run one pod until it is deleted; start its container again when it ends."""
         running = None
-        address = f"127.{next(_ADDRESSES) // 250 + 1}.0.{next(_ADDRESSES) % 250 + 2}"
+        # No two test processes share one. 127.0.0.0/16 is left to everybody else.
+        pid = os.getpid()
+        address = f"127.{pid % 250 + 1}.{pid // 250 % 250}.{next(_ADDRESSES) % 250 + 2}"
         restarts = 0
         try:
             self._status(name, waiting="ContainerCreating", image="")

@@ -36,19 +36,31 @@ async def cluster(folder, *, options=None, runtime=None, **nodes):
         await api.stop()
 
 
-class Activator:
+class Clients:
+    """Clients of a proxy's port."""
+
+    def __init__(self, port):
+        self.port = port
+
+    async def ask(self, name="?", *, answer=None, limit_s=30.0, body=None):
+        """Send one request; return the response."""
+        headers = {"x-request-id": name, **({"x-answer": str(answer)} if answer is not None else {})}
+        async with httpx2.AsyncClient(trust_env=False, timeout=limit_s) as client:
+            url = f"http://127.0.0.1:{self.port}/v1/completions"
+            return await client.post(url, json=body or {"model": "m", "prompt": "a"}, headers=headers)
+
+    async def stream(self, name, *, body, limit_s=30.0):
+        """Send one request for a stream; return all that came, comments included."""
+        return (await self.ask(name, body=body, limit_s=limit_s)).text
+
+
+class Activator(Clients):
     """One proxy in this process, in front of one workload."""
 
     def __init__(self, server, workload, session, port):
-        self.server, self.workload, self.session, self.port = server, workload, session, port
+        super().__init__(port)
+        self.server, self.workload, self.session = server, workload, session
         self.pool = workload.pool
-
-    async def ask(self, name="?", *, answer=None, limit_s=30.0, **headers):
-        """Send one request; return the response."""
-        headers = {"x-request-id": name, **({"x-answer": str(answer)} if answer is not None else {}), **headers}
-        async with httpx2.AsyncClient(trust_env=False, timeout=limit_s) as client:
-            url = f"http://127.0.0.1:{self.port}/v1/completions"
-            return await client.post(url, json={"model": "m", "prompt": "a"}, headers=headers)
 
 
 @contextlib.asynccontextmanager

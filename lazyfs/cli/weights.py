@@ -14,6 +14,7 @@ import click
 
 from lazyfs.cli.options import (
     Duration,
+    PathArgument,
     Source,
     json_option,
     open_chunks,
@@ -25,6 +26,7 @@ from lazyfs.cli.options import (
 from lazyfs.errors import one_line
 
 if TYPE_CHECKING:
+    from lazyfs.content.artifacts import Moved
     from lazyfs.content.importer import Progress
 
 
@@ -310,3 +312,56 @@ def gc(grace: float, untagged: bool, dry_run: bool, store: str | None, as_json: 
         f"{verb} {done.chunks} chunks ({size_text(done.bytes)}) and {done.manifests} manifests; "
         f"{done.kept} in use, {done.young} younger than --grace"
     )
+
+
+@weights.command()
+@click.argument("source", metavar="DIRECTORY|NAME")
+@click.argument("target", metavar="oci://HOST/REPOSITORY[:TAG]")
+@store_option
+@json_option
+@reports_errors
+def push(source: str, target: str, store: str | None, as_json: bool) -> None:
+    """Push a directory, or weights of the store by their name, to an OCI registry: one layer for each file, as ORAS and ModelPack do.
+
+    A directory is named by a path that begins with "/", "." or "~", or ends with "/". Credentials are those of `docker login`.
+
+    \b
+    quickthaw weights push ./model oci://registry.example/team/model:v1
+    quickthaw weights push model:v1 oci://registry.example/team/model:v1
+    """
+    from lazyfs.content.artifacts import push_folder, push_manifest
+    from lazyfs.stores import opened
+    from lazyfs.stores.oci import OciStore, parse
+
+    parse(target)
+    with opened(target) as registry:
+        assert isinstance(registry, OciStore)
+        if source.startswith(("/", ".", "~")) or source.endswith("/"):
+            done = push_folder(Path(source).expanduser(), registry)
+        else:
+            done = push_manifest(source, open_chunks(store), registry)
+    _print_moved(done, f"{done.new} blobs sent, the others were there", as_json)
+
+
+@weights.command()
+@click.argument("source", metavar="oci://HOST/REPOSITORY[:TAG|@DIGEST]")
+@click.argument("directory", type=PathArgument())
+@json_option
+@reports_errors
+def pull(source: str, directory: Path, as_json: bool) -> None:
+    """Pull the files of an artifact into DIRECTORY, each verified. (`import` pulls them into a store, `mount` reads them in place.)"""
+    from lazyfs.content.artifacts import pull as pull_files
+    from lazyfs.stores import opened
+    from lazyfs.stores.oci import OciStore, parse
+
+    parse(source)
+    with opened(source) as registry:
+        assert isinstance(registry, OciStore)
+        done = pull_files(registry, directory.expanduser())
+    _print_moved(done, f"{done.new} files written, the others were there", as_json)
+
+
+def _print_moved(done: Moved, what: str, as_json: bool) -> None:
+    click.echo(json.dumps(asdict(done)) if as_json else done.digest)
+    if not as_json:
+        click.echo(f"{done.files} files, {size_text(done.bytes)}; {what}", err=True)

@@ -42,11 +42,11 @@ def describe(url: str, known: Manifest | None = None) -> Manifest:
 
 def _describe_objects(store: Store, url: str, known: Manifest | None) -> Manifest:
     found = {info.key.rstrip("/"): info for info in retrying(lambda: list(store.list("")), RetryPolicy())}
+    # The URL of this very commit or artifact, where the store has such.
+    url = str(getattr(store, "pinned", url))
     if url.startswith("hf://"):
-        from lazyfs.stores.hub import HubStore, read_by_engines
+        from lazyfs.stores.hub import read_by_engines
 
-        assert isinstance(store, HubStore)
-        url = store.pinned
         found = {key: found[key] for key in read_by_engines(found)}
     return _describe_prefix(store, url, found, known)
 

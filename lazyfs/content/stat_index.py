@@ -127,8 +127,9 @@ def read_through(source: Path | str, *, cache_dir: Path | None = None) -> str:
 
 
 def _is_fixed(url: str) -> bool:
-    """Return whether what a URL names never changes: a commit of the hub."""
-    return url.startswith("hf://") and re.fullmatch(r"[0-9a-f]{40}", url.rpartition("@")[2]) is not None
+    """Return whether what a URL names never changes: a commit of the hub, an artifact by its digest."""
+    fixed = {"hf": r"[0-9a-f]{40}", "oci": r"sha256:[0-9a-f]{64}"}.get(url.partition("://")[0])
+    return fixed is not None and re.fullmatch(fixed, url.rpartition("@")[2]) is not None
 
 
 def source_folder(cache: Path) -> Path:

@@ -6,7 +6,9 @@ the file is hashed, and forgotten if it is not what the hub says.
 
 from __future__ import annotations
 
+import hashlib
 import os
+from pathlib import Path
 
 from lazyfs.content.manifest import File
 from lazyfs.stores.hub import hasher
@@ -17,6 +19,12 @@ _BLOCK = 8 << 20
 def has_digest(file: File) -> bool:
     """Return whether the source gives a digest of the whole file."""
     return hasher(file.version, file.size) is not None
+
+
+def hash_of(path: Path) -> str:
+    """Return `sha256:HEX` of a file. Raises OSError."""
+    with open(path, "rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
 def mismatch_of(file: File, fd: int) -> str:

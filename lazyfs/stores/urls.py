@@ -17,6 +17,7 @@ SCHEMES = {
     "http": "lazyfs.stores.http:open_url",
     "https": "lazyfs.stores.http:open_url",
     "hf": "lazyfs.stores.hub:open_url",
+    "oci": "lazyfs.stores.oci:open_url",
 }
 
 

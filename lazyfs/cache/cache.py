@@ -201,10 +201,14 @@ class Cache:
             if self._room < need:
                 # One process counts at a time.
                 with count_lock(self.root):
-                    free, size = self._ungranted(bound)
-                    batch = max(need, min(_BATCH, size // 8))
-                    if free < batch:
-                        free += self.evict(batch - free)
+                    try:
+                        free, size = self._ungranted(bound)
+                        batch = max(need, min(_BATCH, size // 8))
+                        if free < batch:
+                            free += self.evict(batch - free)
+                    except OSError:
+                        # A folder that cannot be read or written: `why_full` has the reason, and readers are served from memory.
+                        return False
                     if free < need:
                         return False
                     self._room = min(free, batch)
@@ -230,8 +234,12 @@ class Cache:
 
     def why_full(self) -> str:
         """Return, for a log, why `reserve_room` found no room, and the remedy."""
-        disk, bound = shutil.disk_usage(self.root), self.bound
+        bound = self.bound
         if bound == AUTO:
+            try:
+                disk = shutil.disk_usage(self.root)
+            except OSError as error:
+                return f"{self.root}: {error.strerror}"
             kept = kept_free(disk.total)
             return (
                 f"{disk.free / 1e9:.1f} GB of {disk.total / 1e9:.1f} are free on the disk of {self.root}, and the cache leaves "

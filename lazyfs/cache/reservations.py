@@ -19,6 +19,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from lazyfs.errors import LazyfsError
 from lazyfs.paths import flock_within, open_fd, private_dir
 
 log = logging.getLogger("lazyfs.cache.reservations")
@@ -123,6 +124,6 @@ def count_lock(root: Path) -> Iterator[None]:
                 log.warning(
                     "another process has held the count lock of %s for %.0f s; continuing without it", root, _COUNT_S
                 )
-        except OSError as error:
+        except (OSError, LazyfsError) as error:
             log.warning("cannot lock %s/claims: %s", root, error)
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import threading
@@ -19,6 +20,8 @@ from lazyfs.cli.options import (
 )
 from lazyfs.errors import Usage, os_errors
 
+# Period in which the free space of the cache's disk is watched, as each mount does.
+_WATCH_S = 2.0
 _LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -57,6 +60,8 @@ def peer(
     quickthaw peer --store s3://bucket/weights --peers dns://quickthaw-peers:9470
     quickthaw mount llama:v1 /mnt/llama --store s3://bucket/weights --peers dns://quickthaw-peers:9470
     """
+    from lazyfs.cache.bound import AUTO
+    from lazyfs.cache.cache import Cache
     from lazyfs.content.chunk_store import ChunkStore
     from lazyfs.logs import configure
     from lazyfs.paths import default_store_url, home
@@ -73,7 +78,8 @@ def peer(
         raise Usage(f"{listen} is reached by others: give --peer-token, or listen on 127.0.0.1", code="peer-token")
     configure("peer")
     above = Peers(Members(peers, peer_self), peer_token) if peers else None
-    chunks = Chunks(home() / "cache", ChunkStore(open_store(store or default_store_url())), memory_mb << 20, above)
+    cache = Cache(home() / "cache", AUTO)
+    chunks = Chunks(cache.root, ChunkStore(open_store(store or default_store_url())), memory_mb << 20, above)
     with os_errors(f"cannot listen on {listen}"):
         server = PeerServer((host, int(port)), peer_token, chunks)
     stop = threading.Event()
@@ -82,7 +88,9 @@ def peer(
     server.start()
     where = f"{server.address[0]}:{server.address[1]}"
     click.echo(json.dumps({"address": where}) if as_json else f"ready: serving chunks at {where}")
-    stop.wait()
+    while not stop.wait(_WATCH_S):
+        with contextlib.suppress(OSError):  # a disk that cannot be looked at
+            cache.watch()
     server.close()
     click.echo(
         json.dumps(server.counters()) if as_json else " ".join(f"{k}: {v}" for k, v in server.counters().items())

@@ -146,6 +146,17 @@ def test_a_pin_is_refused_if_even_evicting_makes_no_room(tmp_path, monkeypatch):
         cache.need_room(56 * MB, 0)
 
 
+def test_a_cache_that_cannot_be_looked_at_streams_and_says_why(tmp_path, monkeypatch):
+    cache = Cache(tmp_path / "c", AUTO)
+
+    def gone(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", gone)
+    assert not cache.reserve_room(1)
+    assert "Permission denied" in cache.why_full()
+
+
 def run(*words, code=0):
     result = CliRunner().invoke(command, words)
     assert result.exit_code == code, result.output

@@ -22,8 +22,10 @@ from lazyfs.stores.base import MOST_BYTES, ObjectInfo
 from lazyfs.stores.http import WebStore
 from lazyfs.stores.retry import RetryPolicy, retrying
 
+_PART = r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*"
 _URL = re.compile(
-    r"oci://([A-Za-z0-9.-]+(?::\d+)?|\[[0-9a-f:]+\](?::\d+)?)/([a-z0-9]+(?:[._/-]+[a-z0-9]+)*)(?::([\w][\w.-]{0,127})|@(sha256:[0-9a-f]{64}))?"
+    rf"oci://([A-Za-z0-9.-]+(?::\d+)?|\[[0-9a-f:]+\](?::\d+)?)/({_PART}(?:/{_PART})*)"
+    r"(?::([\w][\w.-]{0,127})|@(sha256:[0-9a-f]{64}))?"
 )
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"

@@ -62,6 +62,9 @@ class Store(Protocol):
     def put(self, key: str, data: bytes | memoryview) -> None:
         """Write the whole object atomically: no reader sees a part of it."""
 
+    def create(self, key: str, data: bytes) -> bool:
+        """Write the whole object atomically unless it exists; return whether it was written: one of several writers at once writes it."""
+
     def head(self, key: str) -> ObjectInfo | None:
         """Return size, age and version, or None if the object does not exist."""
 

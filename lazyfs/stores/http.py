@@ -107,6 +107,9 @@ class WebStore:
     def put(self, key: str, data: bytes | memoryview) -> None:
         raise self._read_only()
 
+    def create(self, key: str, data: bytes) -> bool:
+        raise self._read_only()
+
     def touch(self, key: str) -> None:
         raise self._read_only()
 

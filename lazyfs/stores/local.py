@@ -94,6 +94,20 @@ class LocalStore:
         private_dir(path.parent)
         write_atomic(path, data, sync=False)
 
+    def create(self, key: str, data: bytes) -> bool:
+        path = self.path(key)
+        private_dir(path.parent)
+        complete = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+        write_atomic(complete, data, sync=False)
+        with os_errors(f"cannot create {path}"):
+            try:
+                os.link(complete, path)
+            except FileExistsError:
+                return False
+            finally:
+                complete.unlink(missing_ok=True)
+        return True
+
     def head(self, key: str) -> ObjectInfo | None:
         with os_errors(f"cannot stat {self.path(key)}"):
             try:

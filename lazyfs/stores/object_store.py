@@ -104,6 +104,15 @@ class ObstoreStore:
         except Exception as error:
             raise self._translate(error, f"put {key}") from error
 
+    def create(self, key: str, data: bytes) -> bool:
+        try:
+            obstore.put(self._store, key, data, mode="create", use_multipart=False)
+        except failures.AlreadyExistsError:
+            return False
+        except Exception as error:
+            raise self._translate(error, f"create {key}") from error
+        return True
+
     def head(self, key: str) -> ObjectInfo | None:
         try:
             return _info(obstore.head(self._store, key))

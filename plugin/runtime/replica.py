@@ -391,8 +391,8 @@ class Replica:
         running = cold_start.begin(self, mounted)
         self.set_running(running)
         self.tracker.to(Phase.LOADING)
-        trial = take_snapshot.begin_trial(self)
-        if trial and self.weights.content:
+        prepared = take_snapshot.prepare(self)
+        if prepared and self.weights.content:
             self.weights.content.begin()
         place = running.place
         cold_start.wait_ready(self, running)
@@ -400,8 +400,10 @@ class Replica:
         cold_s = sum(span.took_s for span in self.start_spans())
         self.restored = False
         snapshot_wanted = isinstance(place, Sandbox) and not self._no_snapshot and take_snapshot.wanted(self)
-        if isinstance(place, Sandbox) and snapshot_wanted and take_snapshot.works(self, trial):
+        if isinstance(place, Sandbox) and snapshot_wanted and take_snapshot.works(self, prepared):
             take_snapshot.take(self, place, running, cold_s)
+        if prepared:
+            prepared.settle(self)
         self.serve()
         if cache:
             cache.push_later()

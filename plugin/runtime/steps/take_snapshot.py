@@ -34,6 +34,7 @@ from plugin.runtime.steps.sandbox_binds import compile_cache
 if TYPE_CHECKING:
     from checkpoint.cuda.driver import Driver
     from checkpoint.sandbox.sandbox import Sandbox
+    from checkpoint.store.claim import Claim
     from plugin.runtime.steps.context import StartContext
     from plugin.runtime.steps.criu_trial import Trial
     from plugin.runtime.steps.engine_process import Running
@@ -48,6 +49,8 @@ LEAST_PROOF_S, PROOF_SHARE = 10.0, 0.25
 wait meanwhile."""
 START_UP_S = 120.0
 """How long an engine that answers may take to become healthy, in seconds. Requests wait meanwhile."""
+CLAIM_LIMIT_S = 1.0
+"""How long an engine that is ready waits to hear who makes its snapshot, in seconds; the store was asked as it began to load."""
 DAMAGED = ("manifest-", "file-", "canary-differs", "signature-", "rehearsal-failed")
 """Prefixes of restore failures that mean the snapshot itself is wrong: the next cold start takes it again."""
 NO_CANARY = (
@@ -97,22 +100,68 @@ def wanted(replica: StartContext) -> bool:
     return True
 
 
-def begin_trial(replica: StartContext) -> Trial | None:
-    """Start to test, while the engine loads, whether this host can dump and restore; None if the result is not needed."""
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """What is found out while the engine loads: whether this host can dump and restore, and whether another launch makes the snapshot."""
+
+    trial: Trial
+    claim: Claim | None
+    before: Snapshot | None
+    """What the replica had been restored from until then."""
+
+    def settle(self, replica: StartContext) -> None:
+        """Keep the claim until the snapshot that was taken is pushed, or cannot be; give it up if none was taken."""
+        if self.claim is None:
+            return
+        library, snapshot, store = replica.library, replica.snapshot, replica.settings.snapshot_store or ""
+        if snapshot is None or snapshot is self.before:
+            self.claim.release()
+            return
+        from checkpoint.snapshot import rehearsal
+
+        name = snapshot.name
+
+        def made() -> bool:
+            gone = not library.has(name) or library.health(name).quarantined
+            return gone or rehearsal.pushed(library.path(name), store)
+
+        self.claim.hold(made)
+
+
+def prepare(replica: StartContext) -> Preparation | None:
+    """Begin to find out, while the engine loads, what a snapshot depends on; None if none will be taken."""
     if replica.criu is None or replica.capabilities.new_snapshots or not replica.settings.take_snapshot:
         return None
     from plugin.runtime.steps.criu_trial import Trial  # needed by cold starts only
 
-    return Trial(replica.criu, replica.settings.home)
+    return Preparation(Trial(replica.criu, replica.settings.home), _claim(replica), replica.snapshot)
 
 
-def works(replica: StartContext, trial: Trial | None) -> bool:
-    """Return True unless the trial failed; log the reason of a failure. Raises HostLacks (capability-off) on a failure with `--strict`."""
-    why = trial.wait() if trial else None
-    if why is None:
+def _claim(replica: StartContext) -> Claim | None:
+    """Claim the snapshot in the store that this launch will push it to; None if it pushes to none."""
+    settings = replica.settings
+    pushes = settings.snapshot_store and settings.rehearse and settings.push
+    # `strict`: whoever asked for the snapshot shall get it
+    if not pushes or settings.strict or (settings.trust_keys and settings.sign_key is None):
+        return None
+    from checkpoint.store.claim import Claim
+
+    return Claim(settings.snapshot_store or "", replica.snapshot_name)
+
+
+def works(replica: StartContext, prepared: Preparation | None) -> bool:
+    """Return True unless this host cannot take a snapshot, or another launch makes it: log which. Raises HostLacks (capability-off) with
+    `--strict` on a host that cannot.
+    """
+    if prepared is None:
         return True
-    _turn_off(replica, why)
-    return False
+    if why := prepared.trial.wait():
+        _turn_off(replica, why)
+        return False
+    if prepared.claim and (other := prepared.claim.holder(CLAIM_LIMIT_S)):
+        log.info("snapshot %s: %s makes it for the store; this launch takes none", replica.snapshot_name, other)
+        return False
+    return True
 
 
 def _turn_off(replica: StartContext, why: str) -> None:

@@ -108,6 +108,10 @@ class FaultyStore:
         self._hit("put", key)
         self.inner.put(key, data)
 
+    def create(self, key: str, data: bytes) -> bool:
+        self._hit("create", key)
+        return self.inner.create(key, data)
+
     def head(self, key: str) -> ObjectInfo | None:
         self._hit("head", key)
         return self.inner.head(key)

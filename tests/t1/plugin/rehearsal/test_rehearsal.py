@@ -14,10 +14,10 @@ import pytest
 
 from checkpoint.sandbox import freezer
 from checkpoint.snapshot import manifest, rehearsal
-from checkpoint.snapshot.library import QUARANTINE_AFTER
+from checkpoint.snapshot.library import QUARANTINE_AFTER, Library
 from plugin.rehearsal.rehearse import Pausing
 from plugin.runtime.steps.engine_process import process_stopped
-from tests.kits.launch_rig import REPO, fill
+from tests.kits.launch_rig import REPO, fill, stopped_at_the_end
 
 pytestmark = [
     *(pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow),
@@ -401,3 +401,31 @@ print(open("/proc/self/cgroup").read())
     assert after and "quickthaw-rehearsal-" not in after
     groups = [line.split(":", 2)[2].lstrip("/") for line in child.splitlines() if "quickthaw-rehearsal-" in line]
     assert not [group for group in groups for base in ("cpu", ".") if Path("/sys/fs/cgroup", base, group).exists()]
+
+
+def test_of_two_hosts_that_start_cold_at_once_one_takes_the_snapshot_and_the_other_gets_it_from_the_store(
+    launch_rig, tmp_path
+):
+    store, homes = tmp_path / "store", [launch_rig.home, tmp_path / "other"]
+    homes[1].mkdir()
+    launch_rig._criu(homes[1])
+    words = ("--rehearse", "--snapshot-store", store)
+
+    def running(home):
+        started = launch_rig.start(*words, env={"QUICKTHAW_HOME": str(home), "QUICKTHAW_REHEARSE": None})
+        return stopped_at_the_end(started)
+
+    with running(homes[0]) as one, running(homes[1]) as two:
+        answers = {one.ask()[0], two.ask()[0]}
+        for started in (one, two):
+            started.wait_serving()
+        left = [started for started in (one, two) if "makes it for the store; this launch takes none" in started.ours()]
+        assert len(answers) == len(left) == 1, (one.ours(), two.ours())
+        (maker,) = {one, two} - set(left)
+        maker.wait_for("pushed (", LIMIT_S)
+        wait_until(lambda: not list((store / "claims").rglob("*-*")))
+    assert sorted(len(Library(home).names()) for home in homes) == [0, 1]
+    (without,) = [home for home in homes if not Library(home).names()]
+    with running(without) as again:
+        assert again.ask()[0] in answers
+        assert again.phases()[0][:2] == ["mounting", "restoring"], again.ours()

@@ -1,0 +1,103 @@
+"""One launch makes each snapshot of a store: claims on a name, in a folder and in a bucket, and what a store that fails costs."""
+
+import os
+import threading
+import time
+
+import msgspec
+import pytest
+
+from checkpoint.store import claim
+from checkpoint.store.claim import Claim
+from lazyfs.stores import open_store
+
+pytestmark = [pytest.mark.t1, pytest.mark.slow]
+LIMIT_S = 20.0
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Claims whose times are a tenth and less."""
+    for name, seconds in (("EXPIRES_S", 1.5), ("RENEW_S", 0.3), ("POLL_S", 0.05)):
+        monkeypatch.setattr(claim, name, seconds)
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def url(request, tmp_path, monkeypatch):
+    if request.param == "folder":
+        yield str(tmp_path / "store")
+        return
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    import boto3
+
+    boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(Bucket="claims")
+    yield "s3://claims/store"
+    server.stop()
+
+
+def wait(what):
+    limit = time.monotonic() + LIMIT_S
+    while not what():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+def claimed(url):
+    return open_store(url).head("claims/snapshots/NAME") is not None
+
+
+def test_of_many_at_once_one_makes_it_and_the_next_after_it_was_released(url):
+    claims = [Claim(url, "NAME") for _ in range(6)]
+    others = [one.holder(LIMIT_S) for one in claims]
+    assert others.count("") == 1 and all(other == os.uname().nodename for other in others if other)
+    (maker,) = [one for one, other in zip(claims, others, strict=True) if not other]
+    made = threading.Event()
+    maker.hold(made.is_set)
+    time.sleep(2.0)  # longer than it lives unless it is renewed
+    late = Claim(url, "NAME")
+    assert late.holder(LIMIT_S) and claimed(url) and Claim(url, "OTHER").holder(LIMIT_S) == ""
+    made.set()
+    wait(lambda: not claimed(url))
+    after = Claim(url, "NAME")
+    assert after.holder(LIMIT_S) == "" and late.holder(0) and claims[0].holder(0) == others[0]
+    after.release()
+    wait(lambda: not claimed(url))
+
+
+@pytest.mark.parametrize("found", ["of a launch that was killed", "damaged"])
+def test_a_claim_that_is_not_renewed_is_taken_over_while_the_engine_loads(url, found):
+    document = msgspec.json.encode({"host": "gone", "token": "x", "renewed": time.time()})
+    open_store(url).put("claims/snapshots/NAME", document if "killed" in found else b"\xff")
+    taken = Claim(url, "NAME")
+    wait(lambda: taken._known.is_set() and not taken._other)
+    assert taken.holder(0) == ""
+    taken.release()
+    wait(lambda: not claimed(url))
+
+
+@pytest.mark.parametrize("store", ["http://127.0.0.1:1/store", "/proc/nowhere", "no-such-scheme://x"])
+def test_a_store_that_fails_costs_nothing_but_a_second_maker(store, caplog):
+    caplog.set_level("INFO", "quickthaw")
+    failing = Claim(store, "NAME")
+    assert failing.holder(LIMIT_S) == ""
+    wait(lambda: "no claim in the store" in caplog.text)
+
+
+def test_a_store_that_stalls_is_not_waited_for(monkeypatch, tmp_path):
+    from lazyfs.stores.local import LocalStore
+
+    go_on = threading.Event()
+    monkeypatch.setattr(LocalStore, "create", lambda *_: go_on.wait(LIMIT_S) and False)
+    stalled = Claim(str(tmp_path), "NAME")
+    began = time.monotonic()
+    assert stalled.holder(0.1) == "" and time.monotonic() - began < 5
+    go_on.set()

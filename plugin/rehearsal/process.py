@@ -7,6 +7,7 @@ output carries one `Report` a line.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import threading
@@ -72,7 +73,9 @@ def main() -> int:
 
 
 def _rehearse() -> int:
-    order = msgspec.json.decode(sys.stdin.buffer.readline(), type=ready(Order))
+    # Without a buffer: the thread that reads it holds no lock of it when the interpreter ends, which would abort.
+    words = io.FileIO(0, closefd=False)
+    order = msgspec.json.decode(words.readline(), type=ready(Order))
 
     from checkpoint import disk
     from checkpoint.errors import CheckpointError
@@ -94,7 +97,7 @@ def _rehearse() -> int:
             store_url=order.store_url,
         )
         one = Rehearsal(settings)
-        threading.Thread(target=_obey, args=(one,), name="owner", daemon=True).start()
+        threading.Thread(target=_obey, args=(one, words), name="owner", daemon=True).start()
         one.run()
         _say(Report("rehearsed"))
         if order.push_to:
@@ -115,9 +118,9 @@ def _rehearse() -> int:
     return 0
 
 
-def _obey(one: Rehearsal) -> None:
-    """Pause and go on as standard input says, and end everything when it closes."""
-    while word := sys.stdin.buffer.read(1):
+def _obey(one: Rehearsal, words: io.FileIO) -> None:
+    """Pause and go on as standard input (`words`) says, and end everything when it closes."""
+    while word := words.read(1):
         one.pause(word == PAUSE)
     if not one.over:
         one.end("launch-ended", "the launch that asked for it does not wait any more")

@@ -306,6 +306,15 @@ def test_its_owner_s_end_ends_it(launch_rig):
     assert rig.watch.gone(5) == set()
 
 
+def test_it_ends_well_while_its_owner_still_holds_its_input_open(launch_rig):
+    """The thread that waits for the owner's words holds no lock that the interpreter needs at its end."""
+    launch_rig.take()
+    process = ordered(launch_rig)
+    assert process.wait(LIMIT_S) == 0
+    said, _ = process.communicate()
+    assert json.loads(said.splitlines()[-1])["event"] == "rehearsed"
+
+
 def engine_words(rig):
     return ("--engine-python", rig.python, rig.engine, "--model-path", rig.model)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -105,7 +106,7 @@ class Waker:
         for replica in replicas.values():
             if replica.refusals.failures <= 1:  # a replica that keeps refusing stays paused
                 replica.suspect_until = 0.0
-        if failure is None and self.pool.ready() is None and not self._refusing() and not self._returns():
+        if failure is None and self.pool.ready() is None and not self._paused() and not self._returns():
             failure = StartFailed("wake-without-replica", "the wake ended, and no replica serves")
         if failure is not None:
             failure.retry_after_s = self.pause.failed()
@@ -120,6 +121,12 @@ class Waker:
     def _refusing(self) -> bool:
         """Return True if a replica refuses connections, and a wake since has not helped."""
         return any(replica.refuses_after_wake for replica in self.pool.replicas.values())
+
+    def _paused(self) -> bool:
+        """Return True if a serving replica refuses connections: its owner is about to notice its end, or it is tried again."""
+        now = time.monotonic()
+        replicas = self.pool.replicas.values()
+        return any(replica.tracker.phase is Phase.SERVING and replica.suspect_until > now for replica in replicas)
 
     def fail_finally(self, error: ProxyError) -> None:
         """End waiting requests with `error`, and new ones until another start begins."""

@@ -204,6 +204,32 @@ def test_a_wake_ends_with_the_phase_that_its_hook_has_just_reached():
     asyncio.run(check())
 
 
+def test_a_wake_that_finds_nothing_to_do_waits_for_the_end_of_an_engine_that_refuses():
+    """Two requests find it dead, the second during the wake for the first, before its owner does."""
+
+    async def check():
+        engine, wakes = Engine(), []
+
+        async def wake():
+            wakes.append(engine.tracker.phase)
+            if len(wakes) == 1:
+                engine.pool.refused(engine.replica, engine.replica.generation, "the second")
+            elif engine.tracker.phase is Phase.FAILED:
+                for phase in (Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING, Phase.SERVING):
+                    engine.tracker.to(phase)
+
+        engine.pool.waker.hook = wake
+        engine.pool.refused(engine.replica, engine.replica.generation, "the first")
+        waiting = asyncio.ensure_future(engine.pool.acquire())
+        await asyncio.sleep(0.05)
+        assert not waiting.done() and wakes == [Phase.SERVING] * 2
+        engine.tracker.to(Phase.FAILED)
+        async with asyncio.timeout(5):
+            assert (await waiting).name == "r0"
+
+    asyncio.run(check())
+
+
 def test_a_wake_waits_for_the_end_of_an_engine_that_died_a_moment_ago():
     async def check():
         started = []

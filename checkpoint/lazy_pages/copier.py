@@ -29,7 +29,7 @@ _STARTUP, _WARM, _BACKGROUND = "startup", "warm", "background"
 _WINDOW = 32
 _BACKGROUND_RANGE = CHUNK // 2
 # Bytes per second of the background phase while requests are there.
-_BUSY_RATE = 100e6
+_BUSY_RATE = 50e6
 # Amount placed between two checks for events.
 _STEP_BYTES = CHUNK
 _STEP_EXTENTS = 64

@@ -134,7 +134,8 @@ class Beside:
                     assert snapshot is not None
                     # Reads files, on what may be a slow disk.
                     if not await asyncio.to_thread(self._nothing_to_do, snapshot):
-                        await self._rehearse(snapshot, Yielding(self._alone))
+                        beside = not await asyncio.to_thread(priority.limited)
+                        await self._rehearse(snapshot, Yielding(self._alone, may_run_beside=beside))
         finally:
             # In a thread: the loop has requests to finish.
             await asyncio.to_thread(self._close)

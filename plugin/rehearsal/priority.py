@@ -51,6 +51,19 @@ def is_lowest() -> bool:
     return os.sched_getscheduler(0) == os.SCHED_IDLE
 
 
+def limited() -> bool:
+    """Return whether a control group limits this process's processor time: the lowest priority uses it up like any other."""
+    for group in _parents():
+        for one in (group, *group.parents):
+            if not one.is_relative_to(_GROUPS):
+                break
+            for name, no_limit in (("cpu.max", "max"), ("cpu.cfs_quota_us", "-1")):
+                with contextlib.suppress(OSError, IndexError):
+                    if (one / name).read_text().split()[0] != no_limit:
+                        return True
+    return False
+
+
 def remove_groups() -> None:
     """Remove the control groups of this process and of rehearsals that have ended: one that begins is empty for a moment."""
     for parent in _parents():

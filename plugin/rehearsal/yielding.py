@@ -2,7 +2,8 @@
 
 It pauses while a request is there. Where requests are always there, it runs beside them, and is dropped once they take
 longer than without it. How long requests take on average follows from how many are there and how many get done
-(Little's law), whatever they ask; so nothing is added to a request's way.
+(Little's law), whatever they ask; so nothing is added to a request's way. Under a limit of processor time (a container's), which
+the lowest priority uses up like any other, it never runs beside requests.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ WORSE = 1.2
 CALM_S = 0.2
 """Seconds without a request after which a paused rehearsal goes on."""
 YIELD_S, GIVE_UP_S = 30.0, 300.0
-"""Seconds that it pauses in all before it runs beside requests, and before it is dropped where their average time is not known."""
+"""Seconds that it pauses in all before it runs beside requests, and before it is dropped where it may not, or where their average
+time is not known."""
 
 
 @dataclass
@@ -60,6 +62,8 @@ class Yielding:
 
     alone: MeanTime
     beside: MeanTime = field(default_factory=MeanTime)
+    may_run_beside: bool = True
+    """Whether it may run beside requests at all."""
     why: str = ""
     """Why it is dropped."""
     _paused_s: float = 0.0
@@ -70,7 +74,7 @@ class Yielding:
     @property
     def runs_beside(self) -> bool:
         """Return whether it runs although requests are there: they always are, and how long they take without it is known."""
-        return self.alone.seconds is not None and self._paused_s >= YIELD_S
+        return self.may_run_beside and self.alone.seconds is not None and self._paused_s >= YIELD_S
 
     def course(self, now: float, there: int, answered: int) -> Course:
         """Return what to do, from a sample as in `MeanTime.add`."""

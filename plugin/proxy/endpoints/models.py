@@ -13,6 +13,7 @@ answers after `evict_grace`, or fails to sleep, continues to serve, and the requ
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import shlex
 import zlib
@@ -107,7 +108,8 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     gpu_memory: Bytes | None = None
     """GPU memory that it takes while it is awake; None: of a snapshot, what it held at its dump, of others unknown."""
     rehearse: bool | None = None
-    """--rehearse of the launch or restore that it starts; None leaves that to QUICKTHAW_REHEARSE."""
+    """--rehearse of the launch or restore that it starts. None: as QUICKTHAW_REHEARSE says, else not, since it would run
+    beside the requests of the other models, of which that process knows nothing."""
     push: bool | None = None
     """--push of the launch or restore that it starts, to its --snapshot-store; None leaves that to QUICKTHAW_PUSH."""
 
@@ -262,9 +264,10 @@ def spec_of(model: ModelConfig, sleep_after: float, standby_after: float = 0.0) 
     standby = model.standby_after if model.standby_after is not None else standby_after
     idle = model.sleep_after if model.sleep_after is not None else sleep_after
     wake, upstream, environment = model.wake, model.upstream, dict[str, str]()
-    for variable, given in (("QUICKTHAW_REHEARSE", model.rehearse), ("QUICKTHAW_PUSH", model.push)):
-        if given is not None:
-            environment[variable] = str(int(given))
+    if model.rehearse is not None or "QUICKTHAW_REHEARSE" not in os.environ:
+        environment["QUICKTHAW_REHEARSE"] = str(int(model.rehearse or False))
+    if model.push is not None:
+        environment["QUICKTHAW_PUSH"] = str(int(model.push))
     if upstream is None:
         port = free_port()
         upstream = f"http://127.0.0.1:{port}"

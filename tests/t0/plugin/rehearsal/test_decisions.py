@@ -209,14 +209,34 @@ def test_it_is_dropped_once_requests_take_longer_beside_it(takes, last):
     assert bool(yielding.why) == (last is Course.DROP)
 
 
+def test_under_a_limit_of_processor_time_it_never_runs_beside_requests():
+    yielding = Yielding(MeanTime(), may_run_beside=False)
+    courses = closed_loop(yielding, 0.0, GIVE_UP_S + 10, 0.5, yielding.course)
+    assert Course.RUN not in courses and courses[-1] is Course.DROP
+
+
 def test_it_is_dropped_where_requests_are_always_there_and_nothing_is_known_of_them():
     yielding = Yielding(MeanTime())
     courses = closed_loop(yielding, 0.0, GIVE_UP_S + 10, 1e9, yielding.course)
     assert Course.RUN not in courses and courses[-1] is Course.DROP
 
 
-@pytest.mark.parametrize("what", ["rehearse", "push"])
-@pytest.mark.parametrize(("given", "variable"), [(None, None), (True, "1"), (False, "0")])
-def test_a_model_of_the_proxy_s_file_may_say_whether_it_is_rehearsed_and_pushed(what, given, variable):
-    spec = spec_of(ModelConfig(command="quickthaw launch vllm --port ${PORT}", **{what: given}), 0.0)
-    assert dict(spec.environment).get(f"QUICKTHAW_{what.upper()}") == variable
+@pytest.mark.parametrize(
+    ("given", "set_before", "variables"),
+    [
+        ({}, None, {"QUICKTHAW_REHEARSE": "0"}),
+        ({}, "1", {}),
+        ({"rehearse": True}, None, {"QUICKTHAW_REHEARSE": "1"}),
+        ({"rehearse": False}, "1", {"QUICKTHAW_REHEARSE": "0"}),
+        ({"push": False}, "1", {"QUICKTHAW_PUSH": "0"}),
+        ({"push": True}, "1", {"QUICKTHAW_PUSH": "1"}),
+    ],
+)
+def test_a_model_of_the_proxy_s_file_may_say_whether_it_is_rehearsed_and_pushed(
+    given, set_before, variables, monkeypatch
+):
+    monkeypatch.delenv("QUICKTHAW_REHEARSE", raising=False)
+    if set_before is not None:
+        monkeypatch.setenv("QUICKTHAW_REHEARSE", set_before)
+    spec = spec_of(ModelConfig(command="quickthaw launch vllm --port ${PORT}", **given), 0.0)
+    assert {name: value for name, value in spec.environment if name != "PORT"} == variables

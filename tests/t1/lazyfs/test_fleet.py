@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -12,12 +16,14 @@ from lazyfs.cache.cache import Cache
 from lazyfs.content.chunk_store import ChunkStore
 from lazyfs.content.importer import import_tree
 from lazyfs.errors import LazyfsError
+from lazyfs.mount import kernel
 from lazyfs.peers.client import Peers, Wanted
 from lazyfs.peers.order import Members
 from lazyfs.peers.server import Chunks, PeerServer
 from lazyfs.stores.local import LocalStore
 from tests.kits.lazyfs.fleet import BadPeer, Host, SlowStore, dead_address, listed
 from tests.kits.lazyfs.models import make_model
+from tests.kits.lazyfs.rig import ROOT, assert_same, wait_for
 
 pytestmark = [pytest.mark.t1, pytest.mark.usefixtures("home")]
 TOKEN = "fleet"
@@ -187,3 +193,27 @@ def test_a_wrong_token_is_refused(model, store, started, tmp_path):
     asked = Asked(model[2], listed(host.server.address))
     started += [host, asked.peers]
     assert asked.ask()[0] is None and not host.server.counters()["served_chunks"]
+
+
+@pytest.mark.skipif(not kernel.may_mount(), reason="needs /dev/fuse and CAP_SYS_ADMIN")
+def test_a_mount_reads_through_the_peer_of_its_host(model, store, home, rig):
+    """The commands as users run them: a server, and a mount that asks it; at the end it says what it has served."""
+    folder, digest, _ = model
+    words = ["-m", "plugin", "peer", "--listen", "127.0.0.1:0", "--store", store.url, "--json"]
+    environment = {**os.environ, "QUICKTHAW_PEER_TOKEN": TOKEN}
+    with subprocess.Popen(
+        [sys.executable, *words], stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+    ) as server:
+        try:
+            address = json.loads(server.stdout.readline())["address"]
+            handle = rig.mount(digest, store_url=store.url, use_origin=False, peers=address, peer_token=TOKEN)
+            assert_same(rig.reader(), folder / "model", handle.mountpoint)
+            wait_for(lambda: handle.status()["fetcher"].get("peer_bytes", 0) > 40 << 20)
+            assert handle.status()["fetcher"]["store_bytes"] == 0
+            assert 'quickthaw_lazyfs_tier_bytes_total{tier="peer"}' in handle.control("metrics")["text"]
+            assert TOKEN not in handle.log_file.read_text()
+        finally:
+            server.terminate()
+            counters = json.loads(server.stdout.readline())
+        assert server.wait(30) == 0
+    assert counters["served_bytes"] == counters["fetched_bytes"] > 40 << 20

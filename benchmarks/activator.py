@@ -44,7 +44,7 @@ from plugin.proxy.kubernetes.workload import Workload  # noqa: E402
 from plugin.proxy.settings import Settings  # noqa: E402
 from tests.kits.cluster.containers import Containers  # noqa: E402
 from tests.kits.cluster.nodes import PORT  # noqa: E402
-from tests.kits.cluster.rig import Command, activator, cluster, until  # noqa: E402
+from tests.kits.cluster.rig import PLAIN, Command, activator, cluster, until  # noqa: E402
 from tests.kits.image_kit import Images, wheels  # noqa: E402
 from tests.kits.launch_rig import Rig, environment  # noqa: E402
 
@@ -76,7 +76,7 @@ async def alone(containers: Timed, number: int) -> float:
     pod = {"metadata": {"name": f"alone-{number}", "labels": {"app": "llama"}}}
     process = await containers.start(pod, address)
     began = containers.began
-    async with httpx2.AsyncClient(trust_env=False, timeout=60) as client:
+    async with httpx2.AsyncClient(trust_env=False, verify=PLAIN, timeout=60) as client:
         while True:
             try:
                 answer = await client.post(f"http://{address}:{PORT}/v1/completions", json=body)
@@ -140,7 +140,7 @@ async def latency(rounds: int, folder: Path) -> None:
         }
         times: dict[str, list[float]] = {name: [] for name in upstreams}
         try:
-            async with httpx2.AsyncClient(trust_env=False, timeout=20) as client:
+            async with httpx2.AsyncClient(trust_env=False, verify=PLAIN, timeout=20) as client:
                 for number in range(rounds + 1):
                     for name, command in commands.items():
                         for _ in range(50):
@@ -190,6 +190,7 @@ class Pretended:
 
     async def stop(self, running: tuple[str, asyncio.Event], grace_s: float) -> None:
         self.up.discard(running[0])
+        running[1].set()
 
 
 def hour(path: Path) -> list[tuple[float, float]]:

@@ -9,7 +9,7 @@ import httpx2
 import pytest
 
 from launchers.bare import free_port
-from tests.kits.cluster.rig import Command, cluster, executed, run
+from tests.kits.cluster.rig import PLAIN, Command, cluster, executed, run
 
 pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -35,7 +35,7 @@ class Service:
             proxy = self.proxies[number % len(self.proxies)]
             self.open[proxy].add(number)
             try:
-                async with httpx2.AsyncClient(trust_env=False, timeout=60) as client:
+                async with httpx2.AsyncClient(trust_env=False, verify=PLAIN, timeout=60) as client:
                     url = f"http://127.0.0.1:{proxy.port}/v1/completions"
                     answer = await client.post(url, json=body, headers=headers)
             except httpx2.ConnectError:

@@ -12,7 +12,7 @@ import yaml
 
 from plugin.proxy.endpoints.models import load
 from plugin.proxy.settings import Settings
-from tests.kits.cluster.rig import activator, cluster, executed, run, until
+from tests.kits.cluster.rig import PLAIN, activator, cluster, executed, run, until
 from tests.kits.launch_rig import REPO
 
 pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.timeout(90)]
@@ -83,7 +83,7 @@ def test_the_start_is_followed_in_the_status_and_in_comments_of_a_stream(tmp_pat
             async with activator(nodes, tmp_path, settings=settings) as proxy:
                 seen, steps = [], set()
                 url = f"http://127.0.0.1:{proxy.port}"
-                async with httpx2.AsyncClient(trust_env=False, timeout=20) as client:
+                async with httpx2.AsyncClient(trust_env=False, verify=PLAIN, timeout=20) as client:
                     body = {"model": "m", "prompt": "a", "stream": True}
                     async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
                         async for line in answer.aiter_lines():

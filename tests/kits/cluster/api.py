@@ -11,6 +11,7 @@ Faults are asked for on `faults`.
 import asyncio
 import contextlib
 import copy
+import itertools
 import json
 import random
 import re
@@ -24,6 +25,8 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
+KEPT = 3000
+"""How many changes are remembered for watches."""
 GROUPS = {
     "pods": "",
     "endpointslices": "discovery.k8s.io",
@@ -162,6 +165,8 @@ class Api:
 
     def _event(self, what, plural, obj, before):
         self.log.append((self.version, what, plural, obj, before))
+        if len(self.log) > KEPT:
+            self.known_from = self.log.popleft()[0]
         self.notify()
 
     def notify(self):
@@ -305,21 +310,22 @@ class Api:
                 yield json.dumps({"type": "ERROR", "object": status}) + "\n"
                 return
             if not since:
+                since = self.version
                 for obj in self.of(plural, namespace):
                     if selected(selector, obj["metadata"].get("labels", {})):
                         yield json.dumps({"type": "ADDED", "object": obj}) + "\n"
-                since = self.version
             while True:
-                changed = self._changed
-                for version, what, kind, obj, before in list(self.log):
-                    if version <= since or kind != plural or obj["metadata"]["namespace"] != namespace:
+                changed, at = self._changed, self.version  # what changes while this is sent comes in the next round
+                new = list(itertools.takewhile(lambda event, since=since: event[0] > since, reversed(self.log)))
+                for _, what, kind, obj, before in reversed(new):
+                    if kind != plural or obj["metadata"]["namespace"] != namespace:
                         continue
                     inside = selected(selector, obj["metadata"].get("labels", {}))
                     was = before is not None and selected(selector, before["metadata"].get("labels", {}))
                     kind_of = {(True, True): what, (True, False): "ADDED", (False, True): "DELETED"}.get((inside, was))
                     if kind_of is not None:
                         yield json.dumps({"type": kind_of, "object": obj}) + "\n"
-                since = self.version
+                since = at
                 limit = self.faults.short_watches_s
                 left = 60.0 if limit is None else limit - (time.monotonic() - began)
                 if left <= 0:

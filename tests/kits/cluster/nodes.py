@@ -13,8 +13,9 @@ import signal
 import sys
 import time
 
-import httpx2
-
+from plugin.proxy.endpoints.request import fetch
+from plugin.proxy.errors import UpstreamFault
+from plugin.proxy.http.address import tcp
 from tests.kits.launch_rig import REPO
 
 PORT = 8000
@@ -113,14 +114,18 @@ class Nodes:
                 async with asyncio.timeout(0.25):
                     await changed.wait()
 
+    def _by_app(self):
+        found = {}
+        for pod in self.api.of("pods"):
+            found.setdefault(pod["metadata"]["labels"].get("app"), []).append(pod)
+        return found
+
     def _reconcile(self):
+        by_app = self._by_app()
         for plural in ("deployments", "statefulsets"):
             for workload in self.api.of(plural):
                 labels, wanted = workload["spec"]["selector"]["matchLabels"], workload["spec"]["replicas"]
-                pods = [
-                    pod for pod in self.api.of("pods")
-                    if pod["metadata"]["labels"] == labels and "deletionTimestamp" not in pod["metadata"]
-                ]  # fmt: skip
+                pods = [pod for pod in by_app.get(labels["app"], ()) if "deletionTimestamp" not in pod["metadata"]]
                 for _ in range(wanted - len(pods)):
                     self._create(workload["metadata"]["name"], labels)
                 for pod in pods[wanted:] if wanted < len(pods) else ():
@@ -218,9 +223,8 @@ class Nodes:
     @staticmethod
     async def _answers(address):
         try:
-            async with httpx2.AsyncClient(trust_env=False, timeout=1.0) as client:
-                return (await client.get(f"http://{address}:{PORT}/health")).status_code == 200
-        except httpx2.HTTPError:
+            return (await fetch(tcp(address, PORT), "GET", "/health", limit_s=1.0))[0] == 200
+        except (OSError, UpstreamFault):
             return False
 
     def _status(self, name, *, address=None, waiting=None, restarts=0, ready=False, image="sha256:1"):
@@ -239,11 +243,12 @@ class Nodes:
 
     def _endpoints(self):
         """Keep the EndpointSlices as the pods are."""
+        by_app = self._by_app()
         for one in self.api.of("endpointslices"):
             app = one["metadata"]["labels"]["kubernetes.io/service-name"]
             found = []
-            for pod in self.api.of("pods"):
-                if pod["metadata"]["labels"].get("app") != app or "podIP" not in pod["status"]:
+            for pod in by_app.get(app, ()):
+                if "podIP" not in pod["status"]:
                     continue
                 conditions = {each["type"]: each["status"] == "True" for each in pod["status"]["conditions"]}
                 terminating = "deletionTimestamp" in pod["metadata"]

@@ -94,6 +94,7 @@ async def zero(runs: int, folder: Path) -> None:
     try:
         (folder / "context").mkdir()
         images.build(wheels(folder / "context"), ENGINE="vllm")
+        (folder / "rig").mkdir()
         rig = Rig(folder / "rig", folder / "double" / "bin" / "python")
         containers, body = Timed(images, rig), {"prompt": "What is it?", "max_tokens": 4, "temperature": 0}
         whole, scaled, kubelet, direct = [], [], [], []

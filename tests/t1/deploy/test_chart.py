@@ -273,13 +273,13 @@ def test_the_schema_knows_the_options_of_launch_and_proxy():
         assert "early-stream" in known
 
 
-def test_the_activator_reads_its_file_and_has_the_role_of_its_page(chart, tmp_path):
+def test_the_activator_reads_its_file_and_has_the_role_of_the_example(chart, tmp_path):
     from plugin.proxy.endpoints.models import load
     from plugin.proxy.kubernetes.address import parse
 
-    page = (REPO / "docs" / "kubernetes.md").read_text()
-    (text,) = re.findall(r"```yaml\n(apiVersion: rbac.*?)```", page, re.DOTALL)
-    described = {(rule["apiGroups"][0], *rule["resources"]): rule["verbs"] for rule in yaml.safe_load(text)["rules"]}
+    example = list(yaml.safe_load_all((REPO / "examples" / "kubernetes_proxy.yaml").read_text()))
+    (role,) = [item for item in example if item["kind"] == "Role"]
+    described = {(rule["apiGroups"][0], *rule["resources"]): rule["verbs"] for rule in role["rules"]}
     described["apps", "deployments/scale"] = described.pop(("apps", "deployments/scale", "statefulsets/scale"))
     objects = chart.render(MATRIX["activator"])
     rules = one(objects, "Role")["rules"]

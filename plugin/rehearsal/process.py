@@ -67,14 +67,13 @@ def main() -> int:
     """Rehearse as ordered. Returns 0 when the snapshot is rehearsed, and pushed if that was ordered, else 1."""
     priority.lower_own()
     try:
-        return _rehearse()
+        # Without a buffer: the thread that reads it holds no lock of it when the interpreter ends, which would abort.
+        return _rehearse(io.FileIO(0, closefd=False))
     finally:
         priority.leave_group()
 
 
-def _rehearse() -> int:
-    # Without a buffer: the thread that reads it holds no lock of it when the interpreter ends, which would abort.
-    words = io.FileIO(0, closefd=False)
+def _rehearse(words: io.RawIOBase | io.BytesIO) -> int:
     order = msgspec.json.decode(words.readline(), type=ready(Order))
 
     from checkpoint import disk

@@ -27,11 +27,10 @@ def test_a_disk_that_is_full_at_the_mark_is_reported(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Rehearsal, "_attempt", lambda *_: ["short"])
     monkeypatch.setattr("checkpoint.snapshot.rehearsal.write", full)
-    monkeypatch.setattr(module, "_obey", lambda one: None)  # it ends the process with its standard input
+    monkeypatch.setattr(module, "_obey", lambda *_: None)  # it ends the process with its standard input
     said = io.BytesIO()
     order = msgspec.json.encode(Order(home=str(tmp_path), name="one", lazy_restore=False)) + b"\n"
-    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(order)))
     monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(buffer=said))
-    assert module._rehearse() == 1
+    assert module._rehearse(io.BytesIO(order)) == 1
     report = msgspec.json.decode(said.getvalue(), type=Report)
     assert (report.event, report.code) == ("given-up", "disk-full")

@@ -13,7 +13,6 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,6 @@ from capacity.inputs.load import load  # noqa: E402
 from capacity.model import Demand, Forecast, Policy, Pool, Problem, Service  # noqa: E402
 from capacity.optimize import plan  # noqa: E402
 from capacity.simulation import simulate  # noqa: E402
-from capacity.simulation.policies import Hpa, Program  # noqa: E402
 from tests.kits.capacity_kit import naive, random_problem  # noqa: E402
 
 TYPES = (("H100", 8, 80.0, 24.0), ("A100", 8, 80.0, 14.0), ("L40S", 4, 48.0, 6.0), ("H200", 8, 141.0, 33.0))
@@ -233,45 +231,17 @@ def million_section(requests):
 
 
 def trace_section(path):
-    """The real hour. At equal p99 for each program's cheapest setting; and the autoscaler with restored lead times, which asks
-    how much of it restoring alone would give."""
+    """The real hour: as in the file, each program's cheapest setting at the autoscaler's p99, and wait against cost."""
     problem, requests = load(REPO / "examples" / "plan_trace.yaml"), trace.read(path)
     options = simulate.Options()
-    results = [
-        simulate.run(problem, requests, p, options)
-        for p in simulate.default_policies(problem) + simulate.restored_baselines()
-    ]
-    rows = {"as_in_the_file": report.simulation_json(results, [])["policies"]}
-    rows["at_equal_p99"] = report.simulation_json(simulate.equal_wait(problem, requests, options, results), [])[
-        "policies"
-    ]
-    frontier = []
-    for target in (0.5, 0.6, 0.7, 0.8, 0.9):
-        for kind in ("cold", "restored"):
-            frontier.append(
-                simulate.run(
-                    problem, requests, Hpa(name=f"hpa {kind}, target {target}", kind=kind, target=target), options
-                )
-            )
-    for hold, wait, level in (
-        (30.0, 79.0, 0.5),
-        (300.0, 79.0, 0.5),
-        (300.0, 40.0, 0.5),
-        (300.0, 15.0, 0.5),
-        (300.0, 15.0, 0.9),
-    ):
-        changed = replace(
-            problem, policy=replace(problem.policy, hysteresis=replace(problem.policy.hysteresis, hold_down=hold))
-        )
-        for kind in ("cold", "restored"):
-            name = f"lp {kind}, wait {wait:g} s, probability {level:g}, hold {hold:g} s"
-            frontier.append(
-                simulate.run(
-                    changed, requests, Program(name=name, kind=kind, target_wait=wait, probability=level), options
-                )
-            )
-    rows["what_each_can_reach"] = report.simulation_json(frontier, [])["policies"]
-    return rows
+    results = [simulate.run(problem, requests, policy, options) for policy in simulate.default_policies(problem)]
+    equal = [next(r for r in results if r.policy == "hpa")]
+    for kind in ("cold", "restored"):
+        able = [r for r in simulate.sweep(problem, requests, options, kind, equal[0].p99) if r.p99 <= equal[0].p99]
+        equal += sorted(able, key=lambda r: r.gpu_hours)[:1]
+    reached = simulate.pareto_of_each(simulate.frontier(problem, requests, options))
+    tables = {"as_in_the_file": results, "at_equal_p99": equal, "frontier": reached}
+    return {name: report.simulation_json(rows, [])["policies"] for name, rows in tables.items()}
 
 
 def marks(found):

@@ -356,24 +356,16 @@ def _row(result: Result) -> dict[str, Any]:
     }
 
 
-def simulation_json(
-    results: list[Result], matched: list[Result], reached: list[Result] | None = None
-) -> dict[str, Any]:
+def simulation_json(results: list[Result], reached: list[Result]) -> dict[str, Any]:
     report: dict[str, Any] = {"policies": [_row(result) for result in results]}
-    if matched:
-        report["at_equal_p99"] = [_row(result) for result in matched]
     if reached:
         report["frontier"] = [_row(result) for result in reached]
     return report
 
 
-def print_simulation(
-    console: Console, results: list[Result], matched: list[Result], reached: list[Result] | None = None
-) -> None:
-    """Print the results; `matched`: at equal p99, `reached`: those of a frontier that nothing else of their kind beats."""
+def print_simulation(console: Console, results: list[Result], reached: list[Result]) -> None:
+    """Print the results; `reached`: those of a frontier that nothing else of their kind beats."""
     tables = [("Policies side by side", results)]
-    if matched:
-        tables.append(("At the autoscaler's p99 wait or better: the cheapest setting of each", matched))
     if reached:
         tables.append(("Wait against cost: the settings that no other of the same kind beats", reached))
     for title, rows in tables:

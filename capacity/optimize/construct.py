@@ -21,6 +21,7 @@ from capacity.optimize.step_state import EPS, Shape, State
 from capacity.requirements import Need
 
 SWEEPS = 3
+GOOD = 1.01  # times the usual cost of a service
 SEVERAL = 1500  # integers
 RETRIES = 6  # orders of the services that are tried
 
@@ -29,7 +30,7 @@ RETRIES = 6  # orders of the services that are tried
 class Prices:
     """Prices of a GPU by pool, on instances held already and on those to be started.
 
-    `usual`: the cost of a unit per second of each service in the step before; a cheaper solution is not improved further.
+    `usual`: the cost of a unit per second of each service in the step before; one of at most GOOD times that is not improved further.
     """
 
     held: list[float]
@@ -112,7 +113,7 @@ def _place(state: State, j: int, near: dict[int, int], price: Prices) -> bool:
     for k, (p, room) in enumerate(zip(pools, options.room.tolist(), strict=True)):
         start[k] = min(left.get(p, 0), room)
         left[p] = left.get(p, 0) - int(start[k])
-    counts = cover.cheapest(options, start, price.usual[j] * state.target[j])
+    counts = cover.cheapest(options, start, GOOD * price.usual[j] * state.target[j])
     if counts is not None and state.target[j] > EPS:
         price.usual[j] = float(options.cost @ counts) / state.target[j]
     return counts is not None and all(

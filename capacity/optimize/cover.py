@@ -18,9 +18,9 @@ from capacity.optimize.program import Ints
 
 EPS = 1e-7
 GRID = 64  # maximum units of load
+MANY = 50  # options from which only the dynamic program is a starting point
 CAPS = 12  # maximum caps on a zone's load that are tried
 ROUNDS = 60
-SCARCE = 3  # replicas: an option with less room does not rule out others of its zone
 GIVE = np.array([1, 1, 2, 1, 3, 1, 3, 2])[:, None, None]
 TAKE = np.array([0, 1, 1, 2, 1, 3, 2, 3])[:, None, None]
 
@@ -67,17 +67,23 @@ def cheapest(options: Options, near: Ints, good: float = 0.0) -> Ints | None:
 
     `near`: the first starting point, completed if it does not suffice. If it leads to a cost of at most `good`, no other is tried.
     """
-    start = _complete(options, np.minimum(near, options.room))
-    first = None if start is None else _exchange(options, start)
-    if first is not None and float(options.cost @ first) <= good:
-        return first
-    start = _divide(options)
-    second = None if start is None else _exchange(options, start)
-    found = [count for count in (first, second) if count is not None]
-    return min(found, key=lambda count: float(options.cost @ count), default=None)
+    best: Ints | None = None
+    for begin in (_divide,) if not good and len(options.cost) > MANY else (_near, _divide):
+        start = begin(options, near)
+        if start is not None:
+            found = _exchange(options, start)
+            if best is None or options.cost @ found < options.cost @ best:
+                best = found
+            if options.cost @ best <= good:
+                break
+    return best
 
 
-def _divide(options: Options) -> Ints | None:
+def _near(options: Options, near: Ints) -> Ints | None:
+    return _complete(options, np.minimum(near, options.room))
+
+
+def _divide(options: Options, _near: Ints) -> Ints | None:
     """Return the cheapest replicas by dynamic programming over loads of the zones, in whole units of the demand.
 
     First the cheapest way to serve each load in each zone, one rate after the other. Then, for each of a few caps on the
@@ -173,10 +179,7 @@ def _complete(options: Options, start: Ints) -> Ints | None:
 def _exchange(options: Options, count: Ints) -> Ints:
     """Exchange replicas while that is cheaper and the requirements stay met."""
     cost, rate, zone = options.cost, options.rate, options.zone
-    take = _undominated(options)
-    its_cost, its_rate, its_zone = cost[take][None, None, :], rate[take][None, None, :], zone[take]
-    won, paid = TAKE * its_rate, TAKE * its_cost
-    gained = TAKE - GIVE
+    won, paid, gained = TAKE * rate, TAKE * cost, TAKE - GIVE
     tolerance, floor = -1e-9 * float(cost.max()), options.target - options.slack
     count = count.copy()
     loads = options.loads(count)
@@ -186,13 +189,13 @@ def _exchange(options: Options, count: Ints) -> Ints:
         lost = GIVE * rate[give][None, :, None]
         after = float(loads.sum()) + won - lost
         kept = (saving < tolerance) & (after >= floor)
-        kept &= (count[give][None, :, None] >= GIVE) & ((options.room - count)[take][None, None, :] >= TAKE)
+        kept &= (count[give][None, :, None] >= GIVE) & (options.room - count >= TAKE)
         if options.least:
             kept &= int(count.sum()) + gained >= options.least
         if not kept.any():
             break
         if options.rest > 0:
-            source, target = zone[give][:, None], its_zone[None, :]
+            source, target = zone[give][:, None], zone[None, :]
             inside = source == target
             fuller = loads[target] + won - lost * inside
             emptier = np.where(inside, 0.0, loads[source] - lost)
@@ -203,25 +206,9 @@ def _exchange(options: Options, count: Ints) -> Ints:
         if not kept[how, i, o]:
             break
         count[give[i]] -= int(GIVE[how, 0, 0])
-        count[take[o]] += int(TAKE[how, 0, 0])
+        count[o] += int(TAKE[how, 0, 0])
         loads = options.loads(count)
     return count
-
-
-def _undominated(options: Options) -> Ints:
-    """Return the options that no option of the same zone beats in both cost and rate."""
-    cost, rate = options.cost, options.rate
-    order = np.lexsort((-rate, cost, options.zone))
-    zone = options.zone[order].tolist()
-    rates, rooms = rate[order].tolist(), options.room[order].tolist()
-    found, at, best = [], -1, 0.0
-    for o, z, r, room in zip(order.tolist(), zone, rates, rooms, strict=True):
-        if z != at:
-            at, best = z, 0.0
-        if r > best:
-            found.append(o)
-            best = r if room > SCARCE else best  # an option with little room does not rule out others
-    return np.array(found, dtype=np.int64)
 
 
 def _others(loads: Floats) -> Floats:

@@ -30,12 +30,6 @@ from capacity.options import Number, Quantity, Samples, console, fail, folder_of
     show_default=True,
     help="Idle replicas per service that the fixed buffer policy holds.",
 )
-@option("--restored-baselines", is_flag=True, help="Also simulate the other policies with restored lead times.")
-@option(
-    "--equal-wait",
-    is_flag=True,
-    help="Also search each program's cheapest settings whose p99 wait is no longer than the autoscaler's.",
-)
 @option(
     "--frontier",
     is_flag=True,
@@ -70,8 +64,6 @@ def simulate_command(
     trace_file: Path,
     chosen: tuple[str, ...],
     fixed: int,
-    restored_baselines: bool,
-    equal_wait: bool,
     frontier: bool,
     cold: tuple[float, ...] | None,
     restored: tuple[float, ...] | None,
@@ -108,8 +100,6 @@ def simulate_command(
             problem = replace(problem, pools=tuple(replace(p, host_memory=host_memory) for p in problem.pools))
         options = simulate.Options(seed, refusals, interruptions, memory_price)
         policies = simulate.default_policies(problem, fixed)
-        if restored_baselines:
-            policies += simulate.restored_baselines(fixed)
         known = [policy.name for policy in policies]
         strange = [name for name in chosen if name not in known]
         if strange:
@@ -117,7 +107,6 @@ def simulate_command(
         results = [
             simulate.run(problem, trace, policy, options) for policy in policies if not chosen or policy.name in chosen
         ]
-        matched = simulate.equal_wait(problem, trace, options, results) if equal_wait else []
         reached = simulate.frontier(problem, trace, options) if frontier else []
         best = simulate.pareto_of_each(reached)
         if plot is not None:
@@ -129,7 +118,7 @@ def simulate_command(
                 plots.write(
                     plot,
                     title,
-                    lambda page: report.print_simulation(page, results, matched, best),
+                    lambda page: report.print_simulation(page, results, best),
                     *pictures,
                     plots.over_time(results, title),
                 )
@@ -137,9 +126,9 @@ def simulate_command(
     except CapacityError as error:
         fail(error)
     if as_json:
-        click.echo(json.dumps(report.simulation_json(results, matched, reached), indent=2))
+        click.echo(json.dumps(report.simulation_json(results, reached), indent=2))
     else:
-        report.print_simulation(console(), results, matched, best)
+        report.print_simulation(console(), results, best)
 
 
 @click.command("generate", short_help="Write a synthetic day of requests as CSV.")

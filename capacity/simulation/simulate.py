@@ -84,42 +84,23 @@ def default_policies(problem: Problem, fixed: int = 1) -> list[Autoscaler]:
     return policies + ([Program(name="lp ladder", ladder=True)] if any(s.standby for s in problem.services) else [])
 
 
-def restored_baselines(fixed: int = 1) -> list[Autoscaler]:
-    """Return the three baselines with restored lead times, which show the benefit of restoring alone."""
-    return [
-        Buffered(name="no buffer, restored", kind="restored"),
-        Buffered(name=f"fixed buffer {fixed}, restored", kind="restored", buffer=fixed),
-        Hpa(name="hpa, restored", kind="restored"),
-    ]
-
-
 def sweep(problem: Problem, trace: Trace, options: Options, kind: Kind, longest: float, **changes: Any) -> list[Result]:
     """Return the results of the program over a grid of target waits up to `longest` seconds, probabilities and hold-downs."""
     results = []
-    for hold in (30.0, 300.0):
+    for hold in HOLDS:
         hysteresis = replace(problem.policy.hysteresis, hold_down=hold)
         changed = replace(problem, policy=replace(problem.policy, hysteresis=hysteresis))
-        for wait in sorted({2.0, *(round(max(2.0, longest * share), 1) for share in (0.25, 0.5, 0.75, 1.0))}):
-            for level in (0.5, 0.8, 0.9, 0.99):
+        for wait in sorted({2.0, *(round(max(2.0, longest * share), 1) for share in WAITS)}):
+            for level in LEVELS:
                 name = f"lp {kind} (wait {wait:.0f} s, probability {level:g}, hold {hold:.0f} s)"
                 policy = Program(**{"name": name, "kind": kind, "target_wait": wait, "probability": level, **changes})
                 results.append(run(changed, trace, policy, options))
     return results
 
 
-def equal_wait(problem: Problem, trace: Trace, options: Options, results: list[Result]) -> list[Result]:
-    """Return the autoscaler's result and, per program, the setting with the fewest GPU hours whose p99 wait is no longer.
-
-    It compares what each can reach, not the result of one setting. Leaves out programs without such a setting.
-    """
-    bar = next((r for r in results if r.policy == "hpa"), None) or run(problem, trace, Hpa(), options)
-    found = [bar]
-    for kind in KINDS:
-        able = [r for r in sweep(problem, trace, options, kind, bar.p99) if r.p99 <= bar.p99]
-        found += sorted(able, key=lambda r: r.gpu_hours)[:1]
-    return found
-
-
+# The grid of a sweep: hold-downs in seconds, target waits as shares of the longest, probabilities; and the autoscaler's targets.
+HOLDS, WAITS, LEVELS = (30.0, 300.0), (0.25, 0.5, 1.0), (0.5, 0.9)
+TARGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 FRONTIER = ("autoscaler cold", "autoscaler restored", "plan")
 
 
@@ -127,7 +108,7 @@ def frontier(problem: Problem, trace: Trace, options: Options) -> list[Result]:
     """Return what each of FRONTIER can reach, wait against cost: the autoscaler at several targets, the plan over a grid."""
     found = []
     for kind in KINDS:
-        for target in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+        for target in TARGETS:
             policy = Hpa(name=f"autoscaler {kind}, target {target:.0%}", kind=kind, target=target)
             found.append(run(problem, trace, policy, options))
     longest = max(r.p99 for r in found)

@@ -355,7 +355,11 @@ def test_the_ladder_waits_no_longer_and_costs_what_its_memory_costs():
     assert "restored" in free.starts
 
 
-def test_wait_against_cost_for_the_three():
+@pytest.mark.slow
+def test_wait_against_cost_for_the_three(monkeypatch):
+    monkeypatch.setattr(simulate, "HOLDS", (30.0,))
+    monkeypatch.setattr(simulate, "WAITS", (1.0,))
+    monkeypatch.setattr(simulate, "TARGETS", (0.3, 0.9))
     trace = synthetic.generate(synthetic.Day(("s",), 60, 0.02, seed=4))
     found = simulate.frontier(problem(), trace, simulate.Options())
     for name in simulate.FRONTIER:

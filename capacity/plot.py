@@ -27,7 +27,7 @@ PAGE = """<!DOCTYPE html>
 :root {{ color-scheme: light }}
 body {{ font: 15px/1.4 sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em }}
 h1 {{ font-size: 1.3em }}
-pre {{ overflow-x: auto }}
+pre {{ font-size: 13px; overflow-x: auto }}
 svg {{ max-width: 100%; height: auto }}
 </style>
 </head>
@@ -70,7 +70,7 @@ def write(stem: Path, title: str, show: Callable[[Console], None], *pictures: Ca
                         written.append(path)
             finally:
                 pyplot.close(figure)
-    console = Console(record=True, width=150, file=io.StringIO())
+    console = Console(record=True, width=140, file=io.StringIO())
     show(console)
     tables = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
     path = stem.with_name(stem.name + ".html")

@@ -28,6 +28,19 @@ def skeleton(folder):
     return folder
 
 
+def _storage_driver(folder):
+    """overlay, as on users' hosts, where it can be mounted; else vfs, which copies the image for each container."""
+    parts = [folder / "trial" / name for name in ("lower", "upper", "work", "merged")]
+    for part in parts:
+        part.mkdir(parents=True)
+    options = f"lowerdir={parts[0]},upperdir={parts[1]},workdir={parts[2]}"
+    words = ["mount", "-t", "overlay", "-o", options, "trial", str(parts[3])]
+    if subprocess.run(words, capture_output=True, timeout=10, check=False).returncode:
+        return "vfs"
+    subprocess.run(["umount", str(parts[3])], timeout=10, check=True)
+    return "overlay"
+
+
 class Podman:
     """podman with a folder of its own; `close` removes everything of it."""
 
@@ -35,7 +48,8 @@ class Podman:
         assert shutil.which("podman") and shutil.which("runc"), "run: setup/system.sh test-packages.txt"
         self._short = Path(tempfile.mkdtemp(prefix="qt-"))  # podman takes no runroot above 50 characters
         places = ("--root", self._short / "root", "--runroot", self._short / "run", "--tmpdir", self._short / "tmp")
-        self._argv = ["podman", *places, "--storage-driver=vfs", "--cgroup-manager=cgroupfs", "--runtime=runc"]
+        driver = f"--storage-driver={_storage_driver(self._short)}"
+        self._argv = ["podman", *places, driver, "--cgroup-manager=cgroupfs", "--runtime=runc"]
         self._argv += ["--events-backend=none"]
 
     def run_argv(self, *options):

@@ -97,7 +97,7 @@ MATRIX = {
     "command": {"models": {"llama": {"image": IMAGE, "command": ["vllm", "serve", "/models/llama"]}}},
     "no privileges": model(privileges="none", snapshot={"store": "s3://bucket/a", "make": "none"}),
     "restore": model(privileges="restore", snapshot={"store": "gs://bucket/a", "pull": False, "make": "job"}),
-    "copied": model(quickthawImage="quickthaw:1", snapshot={"store": "/store"}, privileges="restore"),
+    "copied": model(quickthawImage="quickthaw:1", snapshot={"store": "/store", "make": "none"}, privileges="restore"),
     "claims": model(state={"type": "pvc"}, modelCache={"type": "pvc", "existingClaim": "models"}),
     "nothing kept": model(state={"type": "emptyDir"}, modelCache={"type": "none"}, disruptionBudget={"enabled": False}),
     "volumes": model(
@@ -236,6 +236,8 @@ REFUSED = {
     "option of the chart": (model(options={"snapshot-store": "s3://a/b"}), "snapshot-store"),
     "store": (model(snapshot={"store": "bucket"}), "store"),
     "job without a store": (model(snapshot={"make": "job"}), "needs snapshot.store"),
+    "nobody can make it": (model(privileges="restore"), "snapshot.make: job, or none"),
+    "nobody can restore it": (model(privileges="none", snapshot={"make": "job", "store": "/s"}), "snapshot.make: none"),
     "job and claim": (model(snapshot={"make": "job", "store": "/s"}, state={"type": "pvc"}), "state.type: pvc"),
     "two pods, one claim": (model(replicas=2, state={"type": "pvc"}), "one pod at a time"),
     "relative path": (model(state={"path": "var"}), "path"),

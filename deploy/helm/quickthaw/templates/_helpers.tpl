@@ -61,6 +61,8 @@ matchExpressions:
 {{- if not (or $m.model $m.command) -}}{{- fail (printf "models.%s: give model, or the engine's whole command" $name) -}}{{- end -}}
 {{- if and $m.model $m.command -}}{{- fail (printf "models.%s: give model or command, not both" $name) -}}{{- end -}}
 {{- if not $m.image.repository -}}{{- fail (printf "models.%s: give image.repository (make image)" $name) -}}{{- end -}}
+{{- if and (eq $m.snapshot.make "pod") (eq $m.privileges "restore") -}}{{- fail (printf "models.%s: pods with privileges: restore take no snapshot; set snapshot.make: job, or none" $name) -}}{{- end -}}
+{{- if and (eq $m.snapshot.make "job") (eq $m.privileges "none") -}}{{- fail (printf "models.%s: pods with privileges: none restore no snapshot; set snapshot.make: none" $name) -}}{{- end -}}
 {{- if and (eq $m.snapshot.make "job") (not $m.snapshot.store) -}}{{- fail (printf "models.%s: snapshot.make: job needs snapshot.store, by which pods get the snapshot" $name) -}}{{- end -}}
 {{- if and (eq $m.snapshot.make "job") (eq $m.state.type "pvc") -}}{{- fail (printf "models.%s: snapshot.make: job and the pods cannot share state.type: pvc; use hostPath or emptyDir" $name) -}}{{- end -}}
 {{- $asked := and $.Values.activator.enabled (eq $.Values.activator.scaler "keda") -}}

@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import csv
 import datetime
+import logging
 import os
 import random
 import statistics
@@ -42,6 +43,7 @@ from plugin.proxy.kubernetes.cluster import Cluster  # noqa: E402
 from plugin.proxy.kubernetes.session import Session  # noqa: E402
 from plugin.proxy.kubernetes.workload import Workload  # noqa: E402
 from plugin.proxy.settings import Settings  # noqa: E402
+from tests.kits.cluster import nodes as nodes_kit  # noqa: E402
 from tests.kits.cluster.containers import Containers  # noqa: E402
 from tests.kits.cluster.nodes import PORT  # noqa: E402
 from tests.kits.cluster.rig import PLAIN, Command, activator, cluster, until  # noqa: E402
@@ -208,12 +210,13 @@ def hour(path: Path) -> list[tuple[float, float]]:
 async def simulation(args: argparse.Namespace, folder: Path) -> None:
     rng, speed = random.Random(3), args.speed
     pretended = Pretended(args.wake, speed)
+    nodes_kit.PORT = port = free_port()  # on every address, so not the port that containers elsewhere listen at
     names = [f"model-{n}" for n in range(args.models)]
     weights = [1 / (n + 1) ** 1.2 for n in range(args.models)]
     waits: list[float] = []
     failed: Counter[str] = Counter()
     async with contextlib.AsyncExitStack() as stack:
-        server = await stack.enter_async_context(await asyncio.start_server(pretended.serve, "0.0.0.0", PORT))
+        server = await stack.enter_async_context(await asyncio.start_server(pretended.serve, "0.0.0.0", port))
         nodes = await stack.enter_async_context(
             cluster(folder, runtime=pretended, slots=args.nodes * 8, probe_s=1.0, grace_s=1.0)
         )
@@ -318,6 +321,7 @@ def main() -> None:
     )
     parser.add_argument("--sleep-after", type=float, default=120.0)
     args = parser.parse_args()
+    logging.getLogger("quickthaw.proxy").setLevel(logging.CRITICAL)
     with (
         tempfile.TemporaryDirectory(prefix="activator-") as name,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,

@@ -221,6 +221,38 @@ def test_a_request_that_comes_while_another_proxy_scales_down_is_held_and_wakes_
     run(test())
 
 
+def test_a_pod_that_comes_while_others_go_is_not_waited_for_and_serves(tmp_path):
+    async def test():
+        async with cluster(tmp_path) as nodes:
+            nodes.workload("llama")
+            async with activator(nodes, tmp_path) as proxy:
+                assert (await proxy.ask("r0")).status_code == 200
+                going = asyncio.create_task(proxy.workload._until_gone())
+                nodes.delete("llama-1")
+                async with asyncio.timeout(4):
+                    await going
+                assert (await proxy.ask("r1")).json()["name"] == "llama-2"
+                await asyncio.sleep(0.3)
+                assert [r.tracker.phase for r in proxy.pool.replicas.values()] == ["serving"]
+
+    run(test())
+
+
+def test_an_outage_is_logged_once_for_all_copies(tmp_path, caplog):
+    async def test():
+        async with cluster(tmp_path) as nodes:
+            nodes.workload("llama")
+            async with activator(nodes, tmp_path) as proxy:
+                assert (await proxy.ask("r0")).status_code == 200
+                await nodes.api.stop()
+                await until(lambda: "stays in use" in caplog.text)
+                await asyncio.sleep(3.0)
+                await nodes.api.start()
+
+    run(test())
+    assert caplog.text.count("stays in use") == 1
+
+
 def test_a_proxy_that_was_killed_delays_a_scale_down_until_its_lease_has_expired(tmp_path, monkeypatch):
     async def test():
         monkeypatch.setattr("plugin.proxy.kubernetes.agreement.VALID_S", 1.5)

@@ -114,6 +114,8 @@ class Cluster:
 
     def __init__(self, client: AsyncClient, transport: Paced, namespace: str) -> None:
         self.client, self._transport, self.namespace = client, transport, namespace
+        self.reported_away = False
+        """True once the log says that the API does not answer; False again once it does."""
 
     @classmethod
     def from_environment(cls) -> Cluster:

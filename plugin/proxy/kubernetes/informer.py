@@ -95,7 +95,10 @@ class Informer:
                 said = cluster_error(error)
                 self.refused = said if is_final(said) else self.refused
                 text = "%s in %s: %s; what is known of them stays in use"
-                level = logging.WARNING if pause.failures == 3 else logging.DEBUG
+                # Once for each time that the API is away, not for each of the copies.
+                first = pause.failures == 3 and not self.cluster.reported_away
+                self.cluster.reported_away = self.cluster.reported_away or first
+                level = logging.WARNING if first else logging.DEBUG
                 what = self.resource.__name__
                 fields = {"kind": what, "namespace": self.namespace, "code": said.code}
                 reason = said.detail or said.message
@@ -113,6 +116,7 @@ class Informer:
         self._version = listing.resourceVersion
         self.objects = found
         self.away_since = self.refused = None
+        self.cluster.reported_away = False
         self.listed.set()
         self._notify()
 

@@ -445,17 +445,16 @@ class Workload:
             await self._until_gone()
 
     async def _until_gone(self) -> None:
-        """Wait until the pods are being deleted, so that none of them takes the next request; at most 5 s."""
-        until = time.monotonic() + _LEAVE_LIMIT_S
-        while self._members and time.monotonic() < until:
+        """Wait until the pods that are there now are being deleted, so that none of them takes the next request; at most 5 s.
+
+        One that stays although `scale` is 0 serves on. One that comes meanwhile is another wake's, and is not waited for.
+        """
+        until, going = time.monotonic() + _LEAVE_LIMIT_S, set(self._members)
+        while going & self._members.keys() and time.monotonic() < until:
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0.25):
                     await self._changed.wait()
-        for member in self._members.values():
-            member.proven = False
-            if member.replica.tracker.phase in (Phase.SERVING, Phase.SUSPECT):
-                member.replica.tracker.to(Phase.ASLEEP)
 
     async def _watch_unserved(self, idle_s: float) -> None:
         """Set `scale` back to 0 where a pod was wanted, never served, and nobody has waited for it for `idle_s` seconds."""

@@ -182,8 +182,8 @@ class Nodes:
         """Run one pod until it is deleted; start its container again when it ends."""
         running = None
         # No two test processes share one. 127.0.0.0/16 is left to everybody else.
-        pid = os.getpid()
-        address = f"127.{pid % 250 + 1}.{pid // 250 % 250}.{next(_ADDRESSES) % 250 + 2}"
+        pid, number = os.getpid(), next(_ADDRESSES)
+        address = f"127.{pid % 250 + 1}.{(pid // 250 + number // 250) % 250}.{number % 250 + 2}"
         restarts = 0
         try:
             self._status(name, waiting="ContainerCreating", image="")

@@ -340,7 +340,7 @@ class Launch:
             upstream = Upstream(self._connector(replica), f"r{index}")
             behind = pool.add(f"r{index}", replica.tracker, upstream, recording=recording)
             replica.served = self._counter(behind)
-            replica.page_follower.busy = partial(_busy, pool, behind)
+            replica.page_follower.there = partial(_requests_there, pool, behind)
             behind.pages_pending, behind.pages = replica.pages_pending, replica.page_counts
             behind.kill_reason = replica.kill_reason
             behind.stopped = replica.stopped
@@ -473,9 +473,9 @@ class Launch:
             self.exit_code = max((_shell_code(code) for code in codes), default=0)
 
 
-def _busy(pool: ReplicaPool, behind: Any) -> bool:
-    """Return True while requests wait for a replica, or this one answers some."""
-    return bool(pool.held or behind.outstanding)
+def _requests_there(pool: ReplicaPool, behind: Any) -> int:
+    """Return how many requests wait for a replica, or are answered by this one."""
+    return int(pool.held + behind.outstanding)
 
 
 def _shell_code(code: int) -> int:

@@ -68,7 +68,7 @@ class Pace:
 class PageFollower:
     """Follow one replica's restores, one after the other.
 
-    `served` returns how many requests the replica has answered, `lives` whether it still runs, `busy` whether requests wait or are
+    `served` returns how many requests the replica has answered, `lives` whether it still runs, `there` how many requests wait or are
     being answered.
     """
 
@@ -76,7 +76,7 @@ class PageFollower:
     served: Callable[[], int]
     lives: Callable[[], bool]
     pace: Pace = field(default_factory=Pace)
-    busy: Callable[[], bool] = lambda: False
+    there: Callable[[], int] = lambda: 0
 
     def __post_init__(self) -> None:
         self._stopping = threading.Event()
@@ -117,7 +117,8 @@ class PageFollower:
         known = library.working_set(snapshot.name)
         # While the working set is recorded page by page, the first answer takes seconds: wait longer, so that it counts
         # in the first part.
-        self._wait_served(1, self.pace.first_answer_s * (10 if recording else 1))
+        # Where several requests wait, the first answer comes with the others, which need what comes after its pages.
+        self._wait_served(1, self.pace.first_answer_s * (10 if recording else 1), math.inf if recording else 1)
         early = pages.stats()
         log.debug("pages at the first token: %s", early)
         pages.first_token()
@@ -150,15 +151,16 @@ class PageFollower:
 
     def _report_requests(self, pages: PageServer) -> None:
         """Report when requests come and when there are none any more, until every page is in place."""
-        there = False
+        reported = False
         while not pages.ended.wait(REPORT_EVERY_S):
-            if self.busy() != there:
-                there = not there
-                pages.requests_there(there)
+            if (self.there() > 0) != reported:
+                reported = not reported
+                pages.requests_there(reported)
 
-    def _wait_served(self, count: int, limit_s: float) -> None:
+    def _wait_served(self, count: int, limit_s: float, most: float = math.inf) -> None:
+        """Wait for this many answers, `limit_s` seconds, or more than `most` requests at the same time."""
         limit = time.monotonic() + limit_s
-        while self.served() < count and time.monotonic() < limit and self.lives():
+        while self.served() < count and time.monotonic() < limit and self.lives() and self.there() <= most:
             if self._stopping.wait(0.02):
                 break
 

@@ -85,8 +85,13 @@ def bound(built, relaxed, start, seconds):
     own = np.flatnonzero(np.tile(owner < 0, built.steps))
     shared = np.flatnonzero(np.tile(row_owner < 0, built.steps))
     rows, low, high = matrix[shared], built.row_lower[shared], built.row_upper[shared]
-    best, best_dual, rounds = -np.inf, relaxed.row_dual[shared], 0
-    dual = best_dual
+    # The first prices: those of the pools themselves, as if starts cost nothing, which is near the best over many steps.
+    pools = built.at_u
+    gpus = np.bincount(built.row[: len(built.val)], np.where(built.col % built.columns < pools, built.val, 0.0))[:pools]
+    dual = np.zeros(built.steps * built.rows).reshape(built.steps, -1)
+    dual[:, :pools] = built.cost[:pools] / gpus
+    dual = dual.ravel()[shared]
+    best, best_dual, rounds = -np.inf, dual, 0
     while time.perf_counter() - began < seconds:
         rounds += 1
         price = built.cost - rows.T @ dual
@@ -97,6 +102,9 @@ def bound(built, relaxed, start, seconds):
         total += (np.where(dual != 0, side, 0.0) * dual).sum()
         if total > best:
             best, best_dual = total, dual
+        if rounds == 1:
+            dual = relaxed.row_dual[shared]
+            continue
         tables = [np.unique(np.array(part.found), axis=0).T for part in parts]
         blocks = [rows[:, own], *(csr_matrix(rows[:, p.columns] @ x) for p, x in zip(parts, tables, strict=True))]
         costs = [built.cost[own], *(built.cost[p.columns] @ x for p, x in zip(parts, tables, strict=True))]

@@ -137,7 +137,7 @@ class Host:
         names = {n: str(self.folder / n) for n in ("mountpoint", "log_file", "socket", "state_file", "home")}
         return MountConfig(
             manifest=digest, store_url=self.store_url, cache_dir=str(self.folder / "cache"), use_origin=False, cache_limit=0,
-            peers=peers, peer_token=self.token, peer_self=self.me, fetch_threads=4, **names,
+            peers=peers, peer_token=self.token, peer_self=self.me, fetch_threads=3, **names,
         )  # fmt: skip
 
     def load(self, digest: str, manifest, peers: str):

@@ -33,7 +33,7 @@ HOSTS = 8
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fleet")
-    make_model(folder / "model", megabytes=48)
+    make_model(folder / "model", megabytes=96)
     chunks = ChunkStore(LocalStore(folder / "store"), zstd=None)
     digest, manifest = import_tree(folder / "model", chunks)
     return folder, digest, manifest
@@ -41,9 +41,15 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def store(model):
-    store = SlowStore(model[0] / "store", rate=40e6)
+    store = SlowStore(model[0] / "store", rate=80e6)
     yield store
     store.close()
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """A slow machine's pauses are not a peer's silence: these tests count bytes, and benchmarks/lazyfs_fleet.py the time."""
+    monkeypatch.setattr("lazyfs.peers.client.GRACE_S", 2.0)
 
 
 @pytest.fixture
@@ -90,16 +96,20 @@ def unique_bytes(manifest):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("patient")
 def test_a_chunk_leaves_the_store_once_for_eight_hosts(model, store, started, tmp_path):
     _, digest, manifest = model
     hosts = [Host(tmp_path / f"h{i}", store.url, TOKEN, address=f"127.0.0.{i + 2}") for i in range(HOSTS)]
     started += hosts
     load_all(hosts, digest, manifest, listed(*(host.server.address for host in hosts)))
     assert_right(hosts, manifest)
-    assert store.sent <= 1.3 * unique_bytes(manifest)
+    copies = store.sent / unique_bytes(manifest)
+    assert copies <= 1.3
+    print(f"{copies:.2f} copies")
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("patient")
 def test_peers_that_are_dead_lie_and_stall_cost_little_more_than_one_copy(model, store, started, tmp_path):
     _, digest, manifest = model
     bad = [BadPeer("lie"), BadPeer("stall"), BadPeer("half")]
@@ -109,10 +119,13 @@ def test_peers_that_are_dead_lie_and_stall_cost_little_more_than_one_copy(model,
     load_all(hosts, digest, manifest, listed(*good, *(peer.address for peer in bad)))
     assert_right(hosts, manifest)
     assert all(peer.asked for peer in bad)
-    assert store.sent <= 1.3 * unique_bytes(manifest)
+    copies = store.sent / unique_bytes(manifest)
+    assert copies <= 1.3
+    print(f"{copies:.2f} copies")
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("patient")
 def test_peers_that_die_within_the_load_cost_little_more_than_one_copy(model, store, started, tmp_path):
     _, digest, manifest = model
     hosts = [Host(tmp_path / f"h{i}", store.url, TOKEN, address=f"127.0.0.{i + 2}") for i in range(HOSTS)]
@@ -123,7 +136,9 @@ def test_peers_that_die_within_the_load_cost_little_more_than_one_copy(model, st
     load_all(hosts, digest, manifest, addresses)
     killer.join()
     assert_right(hosts, manifest)
-    assert store.sent <= 1.3 * unique_bytes(manifest)
+    copies = store.sent / unique_bytes(manifest)
+    assert copies <= 1.3
+    print(f"{copies:.2f} copies")
 
 
 class Asked:
@@ -208,7 +223,7 @@ def test_a_mount_reads_through_the_peer_of_its_host(model, store, home, rig):
             address = json.loads(server.stdout.readline())["address"]
             handle = rig.mount(digest, store_url=store.url, use_origin=False, peers=address, peer_token=TOKEN)
             assert_same(rig.reader(), folder / "model", handle.mountpoint)
-            wait_for(lambda: handle.status()["fetcher"].get("peer_bytes", 0) > 40 << 20)
+            wait_for(lambda: handle.status()["fetcher"].get("peer_bytes", 0) > 90 << 20)
             assert handle.status()["fetcher"]["store_bytes"] == 0
             assert 'quickthaw_lazyfs_tier_bytes_total{tier="peer"}' in handle.control("metrics")["text"]
             assert TOKEN not in handle.log_file.read_text()
@@ -216,4 +231,4 @@ def test_a_mount_reads_through_the_peer_of_its_host(model, store, home, rig):
             server.terminate()
             counters = json.loads(server.stdout.readline())
         assert server.wait(30) == 0
-    assert counters["served_bytes"] == counters["fetched_bytes"] > 40 << 20
+    assert counters["served_bytes"] == counters["fetched_bytes"] > 90 << 20

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import socket
+import sys
 import threading
 from collections import OrderedDict
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -185,6 +186,10 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
 
     def handle_error(self, request: Any, client_address: Any) -> None:
+        if isinstance(sys.exc_info()[1], OSError):
+            # A client that gave up a request, or whose host is gone.
+            log.debug("the connection of %s ended: %s", client_address[0], sys.exc_info()[1])
+            return
         log.exception("defect while serving %s", client_address[0])
 
 

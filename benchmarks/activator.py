@@ -56,7 +56,7 @@ TARGET_S, OURS_S = 1.5, 0.2
 
 def spread(values: list[float], unit: float = 1.0) -> str:
     ordered = sorted(value * unit for value in values)
-    return f"{statistics.median(ordered):.2f} ({ordered[0]:.2f} – {ordered[-1]:.2f})"
+    return f"{statistics.median(ordered):.3f} ({ordered[0]:.3f} – {ordered[-1]:.3f})"
 
 
 # -- zero ------------------------------------------------------------------------------------------
@@ -100,6 +100,7 @@ async def zero(runs: int, folder: Path) -> None:
         rig = Rig(folder / "rig", folder / "double" / "bin" / "python")
         containers, body = Timed(images, rig), {"prompt": "What is it?", "max_tokens": 4, "temperature": 0}
         whole, scaled, kubelet, direct = [], [], [], []
+        phases: dict[str, list[float]] = {}
         settings = Settings(hold_timeout_s=120.0)
         async with cluster(rig.folder, runtime=containers, grace_s=30.0) as nodes:
             nodes.workload("llama")
@@ -113,6 +114,9 @@ async def zero(runs: int, folder: Path) -> None:
                     await until(lambda: not nodes.api.of("pods"), 90)
                     if number >= 0:
                         whole.append(took)
+                        kind = list(proxy.pool.history.last)[-1]
+                        for span in proxy.pool.history.last[kind]:
+                            phases.setdefault(f"{kind}: {span.phase}", []).append(span.took_s)
                         scaled.append(written - began)
                         kubelet.append(container - written)
                         direct.append(await alone(containers, number))
@@ -122,6 +126,8 @@ async def zero(runs: int, folder: Path) -> None:
         print(f"  scale written after       {spread(scaled)}")
         print(f"  kubelet's double          {spread(kubelet)}")
         print(f"  container alone → answer  {spread(direct)}")
+        for phase, values in phases.items():  # mounting lasts until a quickthaw in the pod answers: podman, and imports
+            print(f"    seen from the proxy, {phase:22} {spread(values)}")
         print(f"  ours, scale included      {spread(ours)}   mark {OURS_S}")
     finally:
         images.close()

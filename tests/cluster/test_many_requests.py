@@ -71,6 +71,8 @@ async def trouble(nodes, service, proxies, rng):
         elif alive and step % 3 == 1:
             nodes.delete(rng.choice(alive))
         else:
+            nodes.api.faults.conflicts = 1
+            nodes.api.compact()  # the watches that are cut begin anew with a list
             nodes.api.drop_watches()
         if step == 3:
             await service.restart(proxies[0])

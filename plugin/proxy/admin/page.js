@@ -93,7 +93,7 @@ function sentence(pool, phase, replica) {
   if (STARTING.has(phase)) {
     if (p.expected_s === null) return `: for ${span(replica.seconds_in_phase)}; nothing here starts it`;
     const late = usual && p.elapsed_s > usual.median_s ? `longer than the usual ${typical}` : usual ? `usually ${typical}` : "no start of this kind has been measured yet";
-    return `: ${p.elapsed_s.toFixed(1)} s so far, ${late}`;
+    return `: ${p.step ? `${p.step}, ` : ""}${p.elapsed_s.toFixed(1)} s so far, ${late}`;
   }
   if (phase === "serving") return ` for ${span(replica.seconds_in_phase)}`;
   if (phase === "standby") return ` for ${span(replica.seconds_in_phase)}: the next request continues it${typical ? `, usually ${typical}` : ""}`;

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("quickthaw.proxy")
 Hook = Callable[[], Awaitable[None]]
+DIED_AT_ONCE = 3
+"""Wakes in a row whose replica may die as soon as it serves before the waiting requests end."""
 
 
 class WokenPool(Protocol):
@@ -56,6 +58,8 @@ class Waker:
         self.last_failure: ProxyError | None = None
         self.final: ProxyError | None = None
         """Why the last start has finally failed; None again once another start begins."""
+        self._died = 0
+        """Wakes in a row whose replica served and had died when they ended."""
         self.pause = Backoff(1.0, 30.0)
         self.on_failed: list[Callable[[ProxyError], None]] = []
         """Callbacks (error), run on the loop when a start has finally failed."""
@@ -85,6 +89,7 @@ class Waker:
     async def _run(self, hook: Hook) -> None:
         replicas = self.pool.replicas
         failure: ProxyError | None = None
+        before = {name: replica.generation for name, replica in replicas.items()}
         self.wakes += 1
         for replica in replicas.values():
             replica.woken_at = replica.refusals.failures
@@ -106,7 +111,11 @@ class Waker:
         for replica in replicas.values():
             if replica.refusals.failures <= 1:  # a replica that keeps refusing stays paused
                 replica.suspect_until = 0.0
-        if failure is None and self.pool.ready() is None and not self._paused() and not self._returns():
+        without = failure is None and self.pool.ready() is None and not self._paused() and not self._returns()
+        # One that served and died at once, before this looked, is woken again, a few times.
+        died = without and any(replica.generation != before.get(name, 0) for name, replica in replicas.items())
+        self._died = self._died + 1 if died else 0
+        if without and not 0 < self._died <= DIED_AT_ONCE:
             failure = StartFailed("wake-without-replica", "the wake ended, and no replica serves")
         if failure is not None:
             failure.retry_after_s = self.pause.failed()

@@ -230,6 +230,31 @@ def test_a_wake_that_finds_nothing_to_do_waits_for_the_end_of_an_engine_that_ref
     asyncio.run(check())
 
 
+@pytest.mark.parametrize(("deaths", "answered"), [(2, True), (9, False)])
+def test_an_engine_that_dies_as_soon_as_it_serves_is_woken_again_a_few_times(deaths, answered):
+    async def check():
+        engine, wakes = Engine(), []
+        engine.tracker.to(Phase.FAILED)
+
+        async def wake():
+            wakes.append(1)
+            for phase in (Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING, Phase.SERVING):
+                engine.tracker.to(phase)
+            if len(wakes) <= deaths:
+                engine.tracker.to(Phase.FAILED)
+
+        engine.pool.waker.hook = wake
+        async with asyncio.timeout(5):
+            if answered:
+                assert (await engine.pool.acquire()).name == "r0" and len(wakes) == deaths + 1
+            else:
+                with pytest.raises(StartFailed) as refused:
+                    await engine.pool.acquire()
+                assert refused.value.code == "wake-without-replica" and len(wakes) == 4
+
+    asyncio.run(check())
+
+
 def test_a_wake_waits_for_the_end_of_an_engine_that_died_a_moment_ago():
     async def check():
         started = []

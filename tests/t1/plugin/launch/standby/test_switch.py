@@ -118,9 +118,10 @@ BROKEN = {
     "upstream-reset",
     "engine-died",
     "engine-gone",
+    "wake-without-replica",
 }
 """Codes of requests that were in an engine when it was killed: whether it ran them is unknown, so they are not sent again. And
-of those whose restore was killed twice."""
+of those whose restore was killed twice, or whose engine was killed as soon as it served, several times in a row."""
 PAUSE_S = 0.02
 """Mean pause between two requests of a client."""
 

@@ -76,7 +76,7 @@ class Launches:
         argv += ["--engine-python", str(chosen.python), chosen.engine, *chosen.arguments]
         argv += ["--host", "127.0.0.1", "--port", str(self.port)]
         env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        env |= chosen.environment | {"QUICKTHAW_HOME": str(self.home), "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+        env |= chosen.environment | {"QUICKTHAW_HOME": str(self.home)}
         return Command(argv, env, self.log, ROOT)
 
     @contextlib.contextmanager

@@ -59,7 +59,7 @@ def _refuse_own_address(upstream: Upstream | None, host: str, port: int) -> None
 
 def _read_import(path: Path) -> None:
     """Raise UsageError unless it is a configuration of llama-swap; warn of what has no counterpart."""
-    from plugin.proxy.endpoints.models import check_import
+    from plugin.proxy.endpoints.models_file import check_import
 
     try:
         check_import(path, warn)
@@ -70,7 +70,7 @@ def _read_import(path: Path) -> None:
 def _read_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
     """Take the file's settings as defaults of the other options: a variable or an option takes precedence."""
     if value is not None and not ctx.resilient_parsing:
-        from plugin.proxy.endpoints.models import settings_in
+        from plugin.proxy.endpoints.models_file import settings_in
 
         try:
             ctx.default_map = settings_in(value, warn)
@@ -242,7 +242,8 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
     target: ReplicaPool | Router
     try:
         if options["config"] is not None:
-            from plugin.proxy.endpoints.models import ModelRouter, Models, load
+            from plugin.proxy.endpoints.models import ModelRouter, Models
+            from plugin.proxy.endpoints.models_file import load
 
             config = load(options["config"])
             scales = options["keda_listen"] is None

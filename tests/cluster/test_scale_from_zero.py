@@ -10,7 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from plugin.proxy.endpoints.models import load
+from plugin.proxy.endpoints.models_file import load
 from plugin.proxy.settings import Settings
 from tests.kits.cluster.rig import PLAIN, activator, cluster, executed, run, until
 from tests.kits.launch_rig import REPO

@@ -45,7 +45,8 @@ async def work(control_fd: int, listen_fd: int, admin_fd: int | None = None) -> 
     if hello["config"] is None:
         server = ProxyServer(next(iter(mirror.pools.values())), Settings(**values))
     else:
-        from plugin.proxy.endpoints.models import ModelRouter, load
+        from plugin.proxy.endpoints.models import ModelRouter
+        from plugin.proxy.endpoints.models_file import load
 
         server = ProxyServer(ModelRouter(load(Path(hello["config"])), mirror.pools), Settings(**values))
 

@@ -91,7 +91,7 @@ def test_the_document_lists_every_option_and_its_variable():
 
 
 def test_the_file_accepts_the_commands_options():
-    from plugin.proxy.endpoints.models import SETTINGS
+    from plugin.proxy.endpoints.models_file import SETTINGS
 
     assert EVERY | {"listen", "root_path", "workers"} == SETTINGS
 

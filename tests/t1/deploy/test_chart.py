@@ -276,7 +276,7 @@ def test_the_schema_knows_the_options_of_launch_and_proxy():
 
 
 def test_the_activator_reads_its_file_and_has_the_role_of_the_example(chart, tmp_path):
-    from plugin.proxy.endpoints.models import load
+    from plugin.proxy.endpoints.models_file import load
     from plugin.proxy.kubernetes.address import parse
 
     example = list(yaml.safe_load_all((REPO / "examples" / "kubernetes_proxy.yaml").read_text()))

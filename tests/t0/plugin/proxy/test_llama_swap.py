@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from plugin.proxy.endpoints import llama_swap
-from plugin.proxy.endpoints.models import check_import, load, spec_of
+from plugin.proxy.endpoints.models_file import check_import, load, spec_of
 
 pytestmark = pytest.mark.t0
 FILE = """

@@ -19,7 +19,8 @@ from capacity.inputs.units import parse
 from checkpoint.compatibility.launch_options import looks_secret
 from lazyfs.content.chunk_store import _REF
 from plugin.proxy.endpoints.forms import form_field
-from plugin.proxy.endpoints.models import Config, ModelConfig, ModelRouter
+from plugin.proxy.endpoints.models import ModelRouter
+from plugin.proxy.endpoints.models_file import Config, ModelConfig
 from plugin.proxy.errors import ClientFault
 from plugin.proxy.http import wire
 from plugin.proxy.http.path_rules import PathRules

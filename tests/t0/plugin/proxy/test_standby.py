@@ -9,7 +9,7 @@ import pytest
 from plugin.proxy.admin.actions import act, pool_named
 from plugin.proxy.endpoints import admission
 from plugin.proxy.endpoints.admission import Admission, Member
-from plugin.proxy.endpoints.sizes import Bytes
+from plugin.proxy.endpoints.models_file import Bytes
 from plugin.proxy.errors import ClientFault, ProxyError, StartFailed
 from plugin.proxy.http.address import from_url
 from plugin.proxy.pool.facts import Facts

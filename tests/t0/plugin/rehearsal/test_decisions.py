@@ -5,7 +5,7 @@ import types
 import pytest
 
 from checkpoint.snapshot import manifest, rehearsal
-from plugin.proxy.endpoints.models import ModelConfig, spec_of
+from plugin.proxy.endpoints.models_file import ModelConfig, spec_of
 from plugin.rehearsal import memory
 from plugin.rehearsal.beside import LATEST_S, PAUSE_S, QUIET_S, TRIES, Beside, Timing
 from plugin.rehearsal.yielding import CALM_S, GIVE_UP_S, YIELD_S, Course, MeanTime, Yielding

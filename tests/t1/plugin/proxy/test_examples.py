@@ -62,7 +62,7 @@ def test_the_example_of_a_starlette_gateway():
 
 def test_the_models_file_is_accepted():
     from plugin.options import seconds
-    from plugin.proxy.endpoints.models import load, settings_in, spec_of
+    from plugin.proxy.endpoints.models_file import load, settings_in, spec_of
 
     config = load(EXAMPLES / "proxy_models.yaml")
     assert set(config.models) == {"chat", "embed", "far"} and config.max_awake == 1

@@ -79,7 +79,8 @@ models:
 
 
 def test_a_probe_without_a_model_tells_whether_any_model_accepts_requests(tmp_path):
-    from plugin.proxy.endpoints.models import ModelRouter, load
+    from plugin.proxy.endpoints.models import ModelRouter
+    from plugin.proxy.endpoints.models_file import load
     from plugin.proxy.errors import Unavailable
     from plugin.proxy.http.request import Request
     from plugin.proxy.pool.pool import ReplicaPool
@@ -188,7 +189,8 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, text, said):
 
 def test_the_upstream_timeout_is_set_for_all_and_for_each_model(tmp_path):
     from plugin.options import Duration, Limit
-    from plugin.proxy.endpoints.models import ModelRouter, load
+    from plugin.proxy.endpoints.models import ModelRouter
+    from plugin.proxy.endpoints.models_file import load
     from plugin.proxy.pool.pool import ReplicaPool
 
     limits = {"a": ReplicaPool(), "b": ReplicaPool(), "c": ReplicaPool()}
@@ -206,7 +208,7 @@ def test_the_upstream_timeout_is_set_for_all_and_for_each_model(tmp_path):
 
 
 def test_old_keys_work_with_a_warning_and_a_current_one_takes_precedence(tmp_path):
-    from plugin.proxy.endpoints.models import load, settings_in
+    from plugin.proxy.endpoints.models_file import load, settings_in
 
     text = "models: {a: {command: x, idle_timeout: 90}, b: {command: x, idle_timeout: 1, sleep_after: 2}}\nidle_timeout: 10m"
     file, warned = Path(models_file(tmp_path, text)), []

@@ -14,7 +14,7 @@ import pytest
 
 from launchers.bare import free_port
 from plugin.proxy.endpoints.endpoint import Endpoint, EndpointSpec
-from plugin.proxy.endpoints.models import ModelConfig, spec_of
+from plugin.proxy.endpoints.models_file import ModelConfig, spec_of
 from plugin.proxy.endpoints.watch import WatchIntervals
 from plugin.proxy.http.address import tcp
 from plugin.runtime.phases import Phase

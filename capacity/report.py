@@ -218,8 +218,17 @@ def _sums(plan: Plan) -> list[str]:
             f"{service.name}, {service.unit}/s: {need.typical[j, 0]:.4g} expected; {planned:.4g} at the {level:.0%} quantile, "
             f"{base:.4g} with headroom; {spare}. A replica serves {serves}: {count} replica{'' if count == 1 else 's'}"
             + (", also when the largest zone is lost" if zones else "")
+            + _instead_of_idle(count, {speeds[gpu] for gpu in used}, base + hot, zones)
         )
     return lines
+
+
+def _instead_of_idle(count: int, rates: set[float], load: float, zones: bool) -> str:
+    """Return in words how many replicas are more than the load takes: they serve instead of GPUs that would stand idle."""
+    least = -(-load // rates.pop()) if len(rates) == 1 and not zones else count
+    if count <= least:
+        return ""
+    return f", {count - least:.0f} of them more than that takes: they stand by in place of idle GPUs, at the same price"
 
 
 def _spares(plan: Plan) -> list[str]:

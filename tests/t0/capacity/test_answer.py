@@ -156,3 +156,11 @@ def test_one_run_names_all_that_is_wrong(tmp_path):
     assert result.exit_code == 2
     assert [line.startswith("quickthaw: ") for line in result.stderr.splitlines()] == [True] * len(found)
     assert len(json.loads(result.stdout)["others"]) == len(found) - 1
+
+
+@pytest.mark.parametrize(("count", "said"), [(5, ""), (7, ", 2 of them more than that takes")])
+def test_replicas_that_stand_in_for_idle_gpus_are_counted(count, said):
+    text = report._instead_of_idle(count, {1.0}, 4.6, False)
+    assert text.startswith(said) and bool(text) == bool(said)
+    assert report._instead_of_idle(7, {1.0}, 4.6, True) == ""  # the loss of a zone takes the others
+    assert report._instead_of_idle(7, {1.0, 2.0}, 4.6, False) == ""  # not one sum over replicas of two speeds

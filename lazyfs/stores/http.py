@@ -163,12 +163,12 @@ class WebStore:
         """
         try:
             there = urljoin(url, location)
-            place = _origin(there)
+            place = origin(there)
         except ValueError:
             place = ("", "", 0)
         if place[0] not in ("http", "https") or not place[1]:
             raise Permanent(f"{shown_url(url)}: redirects to a target that is not an HTTP URL", code="bad-redirect")
-        if _origin(url)[0] == "https" and place[0] == "http":
+        if origin(url)[0] == "https" and place[0] == "http":
             raise Permanent(
                 f"{shown_url(url)}: redirects to {shown_url(there)}, which is not encrypted; give that URL to use it",
                 code="bad-redirect",
@@ -186,7 +186,7 @@ class WebStore:
         if connection.sock is not None:
             connection.sock.settimeout(self.inactivity_s)
         sent = {**self._headers, **headers}
-        if _origin(url) != _origin(self.base):
+        if origin(url) != origin(self.base):
             # Send credentials only to the scheme, host and port that they are for.
             sent.pop("Authorization", None)
         target = parts.path + (f"?{parts.query}" if parts.query else "")
@@ -309,7 +309,7 @@ class _DeadlineReader(io.RawIOBase):
         super().close()
 
 
-def _origin(url: str) -> tuple[str, str, int]:
+def origin(url: str) -> tuple[str, str, int]:
     """Return scheme, host and port, which credentials are bound to.
 
     Raises ValueError for an invalid port.

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode, urljoin, urlsplit
+from urllib.parse import urlencode, urlsplit
 
-from lazyfs.errors import Integrity, LazyfsError, NotFound, Permanent, Usage
+from lazyfs.errors import Integrity, LazyfsError, NotFound, Permanent, Temporary, Usage
 from lazyfs.stores.base import MOST_BYTES, ObjectInfo
-from lazyfs.stores.http import WebStore
+from lazyfs.stores.http import WebStore, origin
 from lazyfs.stores.retry import RetryPolicy, retrying
 
 _PART = r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*"
@@ -35,6 +35,7 @@ CONFIG = "application/vnd.cncf.model.config.v1+json"
 WEIGHT, OTHER = "application/vnd.cncf.model.weight.v1.raw", "application/vnd.cncf.model.doc.v1.raw"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 TITLE = "org.opencontainers.image.title"
+_LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?")
 _CHALLENGE = re.compile(r'(\w+)="([^"]*)"')
 
 
@@ -77,7 +78,7 @@ class OciStore(WebStore):
 
     def __init__(self, url: str) -> None:
         self.host, self.repository, self.reference = parse(url)
-        local = self.host.startswith(("127.", "localhost", "[::1]"))
+        local = _LOOPBACK.fullmatch(self.host)
         super().__init__(f"{'http' if local else 'https'}://{self.host}/v2/{self.repository}")
         self.url = f"oci://{self.host}/{self.repository}{'@' if ':' in self.reference else ':'}{self.reference}"
         self._headers.pop("Authorization", None)
@@ -210,7 +211,7 @@ class OciStore(WebStore):
 
         def upload() -> None:
             place = self._write("POST", f"{self.base}/blobs/uploads/", b"", {})
-            target = urljoin(f"{self.base}/blobs/uploads/", place)
+            target = self._redirected(f"{self.base}/blobs/uploads/", place)
             target += ("&" if urlsplit(target).query else "?") + urlencode({"digest": digest})
             headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
             self._write("PUT", target, read(), headers)
@@ -222,30 +223,26 @@ class OciStore(WebStore):
         """Send a body; return the Location of the answer. Raises Permanent, Temporary."""
         import http.client
 
-        from lazyfs.errors import Temporary
-
         for attempt in (0, 1):
             parts = urlsplit(url)
             kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
             connection = kind(parts.hostname or "", parts.port, timeout=self.whole_s)
             try:
                 sent = {**self._headers, **headers}
-                if (parts.scheme, parts.netloc) != (urlsplit(self.base).scheme, urlsplit(self.base).netloc):
+                if origin(url) != origin(self.base):
                     sent.pop("Authorization", None)
                 connection.request(method, f"{parts.path}?{parts.query}" if parts.query else parts.path, body, sent)
                 response = connection.getresponse()
                 response.read(4096)
                 if response.status in (200, 201, 202, 204):
                     return response.headers.get("Location", "")
-                # A body that was an iterator has been used: only a request without one can be repeated here.
-                if (
-                    response.status == 401
-                    and attempt == 0
-                    and isinstance(body, bytes)
-                    and self._sign_in(response.headers)
-                ):
-                    continue
-                raise self._status_error(response.status, self.url, response.headers)
+                refused = self._status_error(response.status, url, response.headers)
+                if isinstance(refused, _Unauthorized) and attempt == 0 and self._sign_in(refused.headers):
+                    if isinstance(body, bytes):
+                        continue
+                    # The token expired while the blob was sent. Its iterator has been used: the upload begins again.
+                    raise Temporary(f"{self.url}: the token expired during an upload")
+                raise refused
             except (OSError, http.client.HTTPException) as error:
                 raise Temporary(f"{self.url}: {error or type(error).__name__}") from error
             finally:
@@ -266,8 +263,11 @@ class OciStore(WebStore):
             return self._follow(method, f"{self.base}/{path}", headers, into, limit)[:3]
 
     def _status_error(self, status: int, url: str, answer: Any) -> LazyfsError:
-        if status == 401:
+        if status == 401 and origin(url) == origin(self.base):
             return _Unauthorized(f"{self.url}: HTTP 401; docker login {self.host}", answer)
+        if status == 401:
+            # Answering its challenge would send the registry's password to whoever a blob or an upload is redirected to.
+            return Permanent(f"{self.url}: HTTP 401 by {origin(url)[1]}", code="permission-denied")
         if status == 404:
             return NotFound(f"{self.url}: HTTP 404")
         return super()._status_error(status, self.url, answer)

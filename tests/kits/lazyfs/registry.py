@@ -14,7 +14,12 @@ class Registry:
     """A running registry. `requests`: (method, path) of each. `password`: user:password that pushing and pulling need, by a token."""
 
     def __init__(self, password: str = "") -> None:
-        self.password = password
+        self.password, self.token = password, "sesame"
+        # Where a GET of a blob is redirected to.
+        self.blobs_at = ""
+        # Uploads that are refused as if their token had expired, and passwords that were seen.
+        self.expire_uploads = 0
+        self.passwords = 0
         self.blobs: dict[str, bytes] = {}
         self.manifests: dict[tuple[str, str], bytes] = {}
         self.requests: list[tuple[str, str]] = []
@@ -57,11 +62,12 @@ def _handler(registry: Registry) -> type[BaseHTTPRequestHandler]:
             path = self.path.partition("?")[0]
             registry.requests.append((self.command, path))
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            registry.passwords += self.headers.get("Authorization", "").startswith("Basic ")
             if path == "/token":
                 right = base64.b64encode(registry.password.encode()).decode()
                 good = self.headers.get("Authorization") == f"Basic {right}"
-                return self._send(200 if good else 401, json.dumps({"token": "sesame"}).encode() if good else b"")
-            if registry.password and self.headers.get("Authorization") != "Bearer sesame":
+                return self._send(200 if good else 401, json.dumps({"token": registry.token}).encode() if good else b"")
+            if registry.password and self.headers.get("Authorization") != f"Bearer {registry.token}":
                 challenge = (
                     f'Bearer realm="http://{registry.host}/token",service="registry",scope="repository:x:pull,push"'
                 )
@@ -70,8 +76,14 @@ def _handler(registry: Registry) -> type[BaseHTTPRequestHandler]:
             if match is None:
                 return self._send(404, b"")
             repository, kind, name = match.groups()
+            if kind == "blobs" and self.command == "GET" and registry.blobs_at:
+                return self._send(307, b"", {"Location": registry.blobs_at})
             if name == "uploads/":
                 return self._send(202, b"", {"Location": f"/v2/{repository}/blobs/uploads/1?state=x"})
+            if self.command == "PUT" and kind == "blobs" and registry.expire_uploads:
+                registry.expire_uploads -= 1
+                registry.token = "another"
+                return self._send(401, b"", {"WWW-Authenticate": f'Bearer realm="http://{registry.host}/token"'})
             if self.command == "PUT":
                 return self._put(repository, kind, name, body)
             data = registry.manifests.get((repository, name)) if kind == "manifests" else registry.blobs.get(name)

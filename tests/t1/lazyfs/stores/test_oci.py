@@ -13,10 +13,10 @@ from lazyfs.api import import_directory, read_through
 from lazyfs.cli.weights import weights
 from lazyfs.content.chunk_store import ChunkStore
 from lazyfs.content.manifest import decode
-from lazyfs.errors import Integrity, LazyfsError, Permanent, Usage
+from lazyfs.errors import Integrity, LazyfsError, NotFound, Permanent, Usage
 from lazyfs.stores import opened
 from lazyfs.stores.local import LocalStore
-from lazyfs.stores.oci import TITLE, parse
+from lazyfs.stores.oci import TITLE, OciStore, parse
 from tests.kits.lazyfs.models import make_model
 from tests.kits.lazyfs.registry import Registry
 
@@ -156,3 +156,55 @@ def test_a_registry_that_asks_for_a_token_gets_the_one_of_docker_login(model, do
     finally:
         registry.close()
     assert issubclass(Permanent, LazyfsError)
+
+
+@pytest.fixture
+def secured(docker):
+    """A registry that wants a password, which `docker login` has stored."""
+    registry = Registry(password="me:secret")
+    docker.write_text(json.dumps({"auths": {registry.host: {"auth": base64.b64encode(b"me:secret").decode()}}}))
+    yield registry
+    registry.close()
+
+
+def test_the_password_is_not_given_to_whoever_blobs_are_redirected_to(secured, model, tmp_path):
+    url, thief = f"oci://{secured.host}/team/model:v1", Registry(password="no:body")
+    try:
+        run("push", model, url)
+        secured.blobs_at = f"http://{thief.host}/v2/a/blobs/b"
+        assert "permission-denied" in run("pull", url, tmp_path / "there", code=1)
+        assert thief.requests and not thief.passwords
+    finally:
+        thief.close()
+
+
+def test_an_upload_whose_token_expires_begins_again(secured, model, tmp_path):
+    url = f"oci://{secured.host}/team/model:v1"
+    secured.expire_uploads = 1
+    run("push", model, url)
+    secured.expire_uploads = 0
+    run("pull", url, tmp_path / "there")
+    assert_equal(model, tmp_path / "there")
+
+
+@pytest.mark.parametrize("place", ["http://127.0.0.1:1/x", "file:///etc/passwd"])
+def test_an_upload_is_never_sent_without_encryption_where_the_registry_has_it(place, monkeypatch):
+    store = OciStore("oci://registry.example/a/b")
+    monkeypatch.setattr(store, "_checked", lambda *_: (_ for _ in ()).throw(NotFound("no blob")))
+    monkeypatch.setattr(store, "_write", lambda method, *_: place if method == "POST" else pytest.fail("sent"))
+    with pytest.raises(Permanent, match="redirects to"):
+        store._blob("sha256:" + "0" * 64, 1, lambda: iter([b"x"]))
+
+
+@pytest.mark.parametrize(
+    ("host", "scheme"),
+    [
+        ("127.0.0.1:5000", "http"),
+        ("localhost", "http"),
+        ("[::1]:5000", "http"),
+        ("localhost.example.com", "https"),
+        ("127.example.com:5000", "https"),
+    ],
+)
+def test_only_this_host_is_spoken_to_without_encryption(host, scheme):
+    assert OciStore(f"oci://{host}/a").base.startswith(f"{scheme}://{host}/")

@@ -391,19 +391,17 @@ class Replica:
         running = cold_start.begin(self, mounted)
         self.set_running(running)
         self.tracker.to(Phase.LOADING)
-        prepared = take_snapshot.prepare(self)
-        if prepared and self.weights.content:
-            self.weights.content.begin()
-        place = running.place
-        cold_start.wait_ready(self, running)
-        self.tracker.to(Phase.WARMING)
-        cold_s = sum(span.took_s for span in self.start_spans())
-        self.restored = False
-        snapshot_wanted = isinstance(place, Sandbox) and not self._no_snapshot and take_snapshot.wanted(self)
-        if isinstance(place, Sandbox) and snapshot_wanted and take_snapshot.works(self, prepared):
-            take_snapshot.take(self, place, running, cold_s)
-        if prepared:
-            prepared.settle(self)
+        with take_snapshot.prepared(self) as found_out:
+            if found_out and self.weights.content:
+                self.weights.content.begin()
+            place = running.place
+            cold_start.wait_ready(self, running)
+            self.tracker.to(Phase.WARMING)
+            cold_s = sum(span.took_s for span in self.start_spans())
+            self.restored = False
+            snapshot_wanted = isinstance(place, Sandbox) and not self._no_snapshot and take_snapshot.wanted(self)
+            if isinstance(place, Sandbox) and snapshot_wanted and take_snapshot.works(self, found_out):
+                take_snapshot.take(self, place, running, cold_s)
         self.serve()
         if cache:
             cache.push_later()

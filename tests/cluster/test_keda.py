@@ -9,6 +9,8 @@ import pytest
 from grpc_tools import protoc
 
 from launchers.bare import free_port
+from plugin.proxy.kubernetes.keda import ExternalScaler
+from plugin.proxy.pool.pool import ReplicaPool
 from tests.kits.cluster.rig import Clients, Command, cluster, executed, run
 from tests.kits.launch_rig import REPO
 
@@ -33,6 +35,36 @@ def keda(tmp_path_factory):
         yield importlib.import_module("externalscaler_pb2"), importlib.import_module("externalscaler_pb2_grpc")
     finally:
         sys.path.remove(str(folder))
+
+
+def test_a_port_that_another_scaler_has_is_refused_and_the_number_of_streams_is_bounded(keda):
+    messages, stubs = keda
+
+    async def test():
+        first, second = (ExternalScaler({"llama": ReplicaPool(name="llama")}) for _ in range(2))
+        port = await first.start("127.0.0.1", 0)
+        try:
+            with pytest.raises(ValueError, match="keda-port"):
+                await second.start("127.0.0.1", port)
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                scaler = stubs.ExternalScalerStub(channel)
+                streams = [scaler.StreamIsActive(messages.ScaledObjectRef()) for _ in range(64)]
+                assert not any([(await stream.read()).result for stream in streams])
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await scaler.IsActive(messages.ScaledObjectRef())
+                assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                streams.pop().cancel()
+                async with asyncio.timeout(5):
+                    while True:
+                        try:
+                            await scaler.IsActive(messages.ScaledObjectRef())
+                            break
+                        except grpc.aio.AioRpcError:
+                            await asyncio.sleep(0.02)
+        finally:
+            await first.close()
+
+    run(test(), 20)
 
 
 def test_keda_scales_by_what_is_held_and_the_proxy_only_follows(keda, tmp_path):

@@ -8,7 +8,8 @@ the wish is withdrawn: the others send requests on, or wake the workload anew.
 Guarantees: nobody scales a workload down under the requests of a proxy whose Lease is valid. A proxy that asked and was
 killed delays the others by 15 s at most. One whose Lease has expired counts as dead: killed, or cut off from the API;
 the requests of the latter still end in order, because a pod that is deleted finishes those that it has.
-Validity is measured on the reader's own clock, from the last change that it saw.
+Validity is measured on the reader's own clock, from the last change that it saw; a reader that saw nothing for 10 s, not
+even its own renewals, takes nobody for dead, and scales nothing down.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import secrets
 import socket
 import time
@@ -40,6 +42,8 @@ _LABEL = "quickthaw.dev/proxy"
 _NOTE = "quickthaw.dev/agreement"
 RENEW_S = 5.0
 VALID_S = 15.0
+HEARD_S = 10.0
+"""How long the copy of the Leases counts without a change; this proxy's own renewals are changes, too."""
 ASK_S = 4.0
 """How long the others may take to answer."""
 HOLD_S = 15.0
@@ -92,8 +96,15 @@ class _Circle:
     wants: dict[str, str] = field(default_factory=dict)
     answers: dict[str, str] = field(default_factory=dict)
     heard: asyncio.Event = field(default_factory=asyncio.Event)
+    heard_at: float = -math.inf
+    """When the copy of the Leases changed last (monotonic seconds)."""
     registered: bool = False
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def current(self) -> bool:
+        """Return True if what others wrote is seen here."""
+        return time.monotonic() - self.heard_at < HEARD_S
 
 
 class Agreement:
@@ -110,7 +121,7 @@ class Agreement:
         """Tell the others that this proxy serves a workload."""
         namespace = workload.address.namespace
         if namespace not in self._circles:
-            leases = Informer(self.cluster, Lease, namespace, labels=[(_LABEL, None)])
+            leases = Informer(self.cluster, Lease, namespace, labels=[(_LABEL, None)], silent_s=HEARD_S)
             circle = self._circles[namespace] = _Circle(namespace, leases)
             leases.changed.append(lambda: self._heard(circle))
             self._run(leases.run())
@@ -123,6 +134,8 @@ class Agreement:
         circle, key = self._circles[workload.address.namespace], _key(workload)
         if not circle.registered or not circle.leases.listed.is_set():
             raise StartFailed("busy", "this proxy's Lease is not written yet, so others may not know of it")
+        if not circle.current:
+            raise StartFailed("busy", f"nothing was heard of the Leases for {HEARD_S:g} s, so others may have requests")
         if not self._serving(circle, key):
             yield
             return
@@ -155,19 +168,18 @@ class Agreement:
     def _heard(self, circle: _Circle) -> None:
         """Read the Leases; answer who wants quiet."""
         now, found = time.monotonic(), dict[str, _Other]()
+        missed, circle.heard_at = not circle.current, now
         for name, lease in circle.leases.objects.items():
             if lease.spec is None or lease.spec.holderIdentity in (None, self.identity):
                 continue
             before = circle.others.get(name)
             if before is not None and before.version == lease.metadata.resourceVersion:
                 found[name] = before
+                if missed:  # it may have been cut off just as this proxy was
+                    before.seen_at = now
                 continue
-            note = _note_of(lease)
-            serves = frozenset(str(each) for each in note.get("serves", ()))
             # One that is seen for the first time may be dead already; it has its whole time again.
-            found[name] = _Other(
-                lease.metadata.resourceVersion, now, serves, note.get("wants", {}), note.get("answers", {})
-            )
+            found[name] = _Other(lease.metadata.resourceVersion, now, *_note_of(lease))
         circle.others = found
         circle.heard.set()
         for other in found.values():
@@ -208,7 +220,7 @@ class Agreement:
         while True:
             await self._write_quietly(circle)
             dead = [name for name, other in circle.others.items() if time.monotonic() - other.seen_at > 4 * VALID_S]
-            for name in dead:
+            for name in dead if circle.current else ():
                 with contextlib.suppress(StartFailed):
                     async with self.cluster.errors():
                         await self.cluster.client.delete(Lease, name, namespace=circle.namespace)
@@ -290,11 +302,18 @@ def _key(workload: Shared) -> str:
     return f"{address.kind}/{address.name}"
 
 
-def _note_of(lease: Lease) -> dict[str, Any]:
-    """Return what a proxy wrote into its Lease, empty if it is none of ours."""
+def _note_of(lease: Lease) -> tuple[frozenset[str], dict[str, str], dict[str, str]]:
+    """Return what a proxy wrote into its Lease: what it serves, wants and answers. Whatever is not ours is left out."""
     meta = lease.metadata
     try:
         note = json.loads((meta.annotations or {}).get(_NOTE, "") if meta else "")
-    except ValueError:
-        return {}
-    return note if isinstance(note, dict) else {}
+    except (ValueError, RecursionError):
+        note = None
+    note = note if isinstance(note, dict) else {}
+    serves, wants, answers = (note.get(name) for name in ("serves", "wants", "answers"))
+    named = frozenset(each for each in serves if isinstance(each, str)) if isinstance(serves, list) else frozenset()
+    return named, _texts(wants), _texts(answers)
+
+
+def _texts(value: Any) -> dict[str, str]:
+    return {key: text for key, text in value.items() if isinstance(text, str)} if isinstance(value, dict) else {}

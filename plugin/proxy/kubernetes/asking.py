@@ -90,7 +90,7 @@ class Asker:
         if status == 200 and ready is True:
             return None
         if isinstance(text := said.get("progress"), str):
-            self.replica.step = text[:200]
+            self.replica.step = " ".join(text.split())[:200]
         with contextlib.suppress(ValueError):
             phase = Phase(said.get("phase", ""))
             for steps in (RESTORED, COLD):

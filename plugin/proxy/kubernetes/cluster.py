@@ -85,6 +85,8 @@ def cluster_error(error: Exception) -> StartFailed:
     if status == 409:
         return StartFailed("busy", "the workload was changed by others meanwhile", detail=said)
     what = "the cluster's API does not answer" if status is None else f"the cluster's API answers {status}"
+    if isinstance(error, ValueError):
+        what = "the cluster's API sends what cannot be read"
     return StartFailed("cluster-unreachable", what, detail=f"{what}: {said}")
 
 
@@ -166,7 +168,7 @@ class Cluster:
         try:
             async with asyncio.timeout(CALL_LIMIT_S + 5.0):
                 yield
-        except (httpx2.HTTPError, ApiError, ConfigError, TimeoutError, OSError) as error:
+        except (httpx2.HTTPError, ApiError, ConfigError, TimeoutError, OSError, ValueError) as error:
             raise cluster_error(error) from error
 
     async def close(self) -> None:

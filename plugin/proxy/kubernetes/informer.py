@@ -2,6 +2,7 @@
 
 A watch that breaks is opened again where it ended. It begins anew with a list after 410 Gone, and whatever was missed
 then shows as a change. A watch that is silent for 55 s is opened again, too: a dead connection has no other sign.
+A line that was cut off is a watch that broke. A callback that fails is logged, and ends neither the copy nor the others.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class Informer:
                 if self._version is None:
                     await self._list()
                 await self._watch(pause)
-            except (httpx2.HTTPError, ApiError, ConfigError, OSError) as error:
+            except (httpx2.HTTPError, ApiError, ConfigError, OSError, ValueError) as error:
                 if is_gone(error):
                     self._version = None
                     continue
@@ -148,4 +149,10 @@ class Informer:
 
     def _notify(self) -> None:
         for callback in tuple(self.changed):
-            callback()
+            try:
+                callback()
+            except Exception:  # the next change calls it again, with all that is known by then
+                fields = {"kind": self.resource.__name__, "namespace": self.namespace}
+                text = "a change of %s in %s was not taken in"
+                extra = {"event": "change-failed", "fields": fields}
+                log.exception(text, self.resource.__name__, self.namespace, extra=extra)

@@ -32,6 +32,9 @@ _KEPT = 0.999
 _FIRST_RATE = 1.0
 """Requests a second that a pod is taken to answer before any was measured."""
 _PUSH_S = 0.05
+_CALLS = 64
+"""Calls at the same time that are answered at least; four for each model where that is more."""
+_MAX_MESSAGE = 1 << 16
 
 
 class Rate:
@@ -138,7 +141,11 @@ class ExternalScaler:
 
     async def start(self, host: str, port: int) -> int:
         """Listen; return the port. Raises ValueError (keda-port) if that fails."""
-        types, server = self._types, grpc.aio.server()
+        types = self._types
+        # By default grpc shares a port with whoever listens there already, and answers any number of calls; each stream costs.
+        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", _MAX_MESSAGE)]
+        most = max(_CALLS, 4 * len(self.demand.pools))
+        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=most)
         one, many = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
 
         def served(kind: Callable[..., Any], handler: Callable[..., Any], request: str) -> Any:

@@ -29,10 +29,19 @@ class Listed:
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a pod does not start: a stable code, and the cluster's own sentence."""
+    """Why a pod does not start: a stable code, one line for clients, and for the log and the admin endpoints what the node says.
+
+    The scheduler's sentence is for clients. What a node says is not: it names registries and secrets.
+    """
 
     code: str
     message: str
+    detail: str = ""
+
+    @property
+    def whole(self) -> str:
+        """Return all that is known."""
+        return self.detail or self.message
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,10 @@ def state_of(pod: Pod, listed: Mapping[str, Listed], address: WorkloadAddress) -
     )
 
 
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:1000]
+
+
 def _container_port(pod: Pod) -> int | None:
     containers = (pod.spec.containers if pod.spec else None) or ()
     return next((port.containerPort for each in containers for port in each.ports or ()), None)
@@ -112,8 +125,8 @@ def _step(pod: Pod, containers: list[ContainerStatus], running: bool) -> tuple[s
         (each for each in (status.conditions if status else None) or () if each.type == "PodScheduled"), None
     )
     if scheduled is not None and scheduled.status == "False":
-        message = f"pod-unschedulable: {scheduled.message or scheduled.reason or 'no node takes the pod'}"
-        return "unscheduled", Fault("pod-unschedulable", message.partition(": ")[2])
+        message = _one_line(scheduled.message or scheduled.reason or "no node takes the pod")
+        return "unscheduled", Fault("pod-unschedulable", message)
     if scheduled is None and not (pod.spec and pod.spec.nodeName):
         return "unscheduled", None
     initial = list((status.initContainerStatuses if status else None) or ())
@@ -121,11 +134,12 @@ def _step(pod: Pod, containers: list[ContainerStatus], running: bool) -> tuple[s
         waiting = each.state.waiting if each.state else None
         if waiting is None or not waiting.reason:
             continue
-        said = f"container {each.name}: {waiting.reason}" + (f": {waiting.message}" if waiting.message else "")
+        said = f"container {each.name}: {waiting.reason}"
+        detail = _one_line(f"{said}: {waiting.message}") if waiting.message else ""
         if waiting.reason in _IMAGE:
-            return "pulling", Fault("pod-image", said)
+            return "pulling", Fault("pod-image", said, detail)
         if waiting.reason in _CONFIG:
-            return "creating", Fault("pod-config", said)
+            return "creating", Fault("pod-config", said, detail)
         if waiting.reason == "CrashLoopBackOff":
             last = each.lastState.terminated if each.lastState else None
             code = f", last with code {last.exitCode}" if last is not None else ""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ _WRITE_LIMIT_S = 8.0
 _LEAVE_LIMIT_S = 5.0
 """How long a sleep waits for the first sign that its pods go."""
 _AWAY_PAUSE_S = 1.0
+_CONFLICT_PAUSE_S = 0.02
 
 
 @dataclass(eq=False)
@@ -169,6 +171,8 @@ class Workload:
         while True:
             try:
                 scale = await self._session.cluster.scale(address)
+                if scale.status is None or not scale.status.selector:  # it would name all pods of the namespace
+                    raise StartFailed("workload-not-found", "the workload's scale names no pods yet")
                 break
             except StartFailed as error:
                 log.warning("%s: %s", self.name, error.detail or error.message, extra={"event": "cluster-away"})
@@ -178,8 +182,7 @@ class Workload:
                 pause = min(30.0, pause * 2)
         if scale.spec.replicas:
             self._begin("scaled already")
-        selector = (scale.status.selector if scale.status else None) or ""
-        self._pods = self._session.pods(address.namespace, selector)
+        self._pods = self._session.pods(address.namespace, scale.status.selector)
         slices = self._session.slices(address.namespace)
         for informer in (self._pods, slices):
             informer.changed.append(self._update)
@@ -286,6 +289,8 @@ class Workload:
         """Stop sending requests to a pod until it answers again."""
         member.proven = member.waits = False
         member.fault = None
+        if member.prober is not None and member.prober.done():
+            member.prober = None  # it had found a fault
         if member.replica.tracker.phase in (Phase.SERVING, Phase.SUSPECT):
             member.replica.tracker.to(Phase.FAILED, why)
 
@@ -387,10 +392,12 @@ class Workload:
                     raise
                 if self.pool.ready() is not None:
                     return
-                if error.code != "busy":
-                    self._resting_step(error.message)
-                    await asyncio.sleep(pause)
-                    pause = min(5.0, pause * 2)
+                if error.code == "busy":  # changed since it was read
+                    await asyncio.sleep(_CONFLICT_PAUSE_S * random.uniform(0.5, 1.0))
+                    continue
+                self._resting_step(error.message)
+                await asyncio.sleep(pause)
+                pause = min(5.0, pause * 2)
 
     def _resting_step(self, text: str) -> None:
         for replica in self.pool.replicas.values():
@@ -408,7 +415,8 @@ class Workload:
                 return None
             faults.append(fault)
         first = faults[0]
-        return StartFailed(first.code, f"no pod of {self.spec.address.name} starts: {first.message}")
+        said = f"no pod of {self.spec.address.name} starts"
+        return StartFailed(first.code, f"{said}: {first.message}", detail=f"{said}: {first.whole}")
 
     def _give_up(self) -> None:
         """End the start of pods that have been faulty for the grace; requests that wait get the reason."""
@@ -419,7 +427,7 @@ class Workload:
             for member in self._members.values():
                 fault = member.fault or member.pod.fault
                 if member.replica.tracker.phase in STARTING and fault is not None:
-                    member.replica.tracker.to(Phase.FAILED, f"{fault.code}: {fault.message}")
+                    member.replica.tracker.to(Phase.FAILED, f"{fault.code}: {fault.whole}")
             if self.pool.held and not self.spec.scales:
                 self.pool.waker.fail(stuck)
 

@@ -7,11 +7,12 @@ engine that does not resume is reported as `engine-not-resumed`, and its owner s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -128,13 +129,22 @@ class Preparation:
         self.claim.hold(made)
 
 
-def prepare(replica: StartContext) -> Preparation | None:
-    """Begin to find out, while the engine loads, what a snapshot depends on; None if none will be taken."""
+@contextlib.contextmanager
+def prepared(replica: StartContext) -> Iterator[Preparation | None]:
+    """Find out, while the engine loads, what a snapshot depends on; None if none will be taken.
+
+    However the block ends, the claim is then kept for a snapshot that was taken, or given up.
+    """
     if replica.criu is None or replica.capabilities.new_snapshots or not replica.settings.take_snapshot:
-        return None
+        yield None
+        return
     from plugin.runtime.steps.criu_trial import Trial  # needed by cold starts only
 
-    return Preparation(Trial(replica.criu, replica.settings.home), _claim(replica), replica.snapshot)
+    found_out = Preparation(Trial(replica.criu, replica.settings.home), _claim(replica), replica.snapshot)
+    try:
+        yield found_out
+    finally:
+        found_out.settle(replica)
 
 
 def _claim(replica: StartContext) -> Claim | None:

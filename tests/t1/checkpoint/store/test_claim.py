@@ -73,15 +73,23 @@ def test_of_many_at_once_one_makes_it_and_the_next_after_it_was_released(url):
     wait(lambda: not claimed(url))
 
 
-@pytest.mark.parametrize("found", ["of a launch that was killed", "damaged"])
+@pytest.mark.parametrize("found", ["of a launch that was killed", "damaged", "of a clock that runs ahead"])
 def test_a_claim_that_is_not_renewed_is_taken_over_while_the_engine_loads(url, found):
-    document = msgspec.json.encode({"host": "gone", "token": "x", "renewed": time.time()})
-    open_store(url).put("claims/snapshots/NAME", document if "killed" in found else b"\xff")
+    renewed = time.time() + (86400 if "ahead" in found else 0)
+    document = msgspec.json.encode({"host": "gone", "token": "x", "renewed": renewed})
+    open_store(url).put("claims/snapshots/NAME", b"\xff" if found == "damaged" else document)
     taken = Claim(url, "NAME")
     wait(lambda: taken._known.is_set() and not taken._other)
     assert taken.holder(0) == ""
     taken.release()
     wait(lambda: not claimed(url))
+
+
+def test_the_name_of_another_host_is_shown_without_what_controls_a_terminal(tmp_path):
+    document = msgspec.json.encode({"host": "\x1b[2J\nforged" + "x" * 1000, "token": "x", "renewed": time.time()})
+    open_store(str(tmp_path)).put("claims/snapshots/NAME", document)
+    other = Claim(str(tmp_path), "NAME").holder(LIMIT_S)
+    assert other.startswith("\\x1b[2J\\nforged") and len(other) < 200
 
 
 @pytest.mark.parametrize("store", ["http://127.0.0.1:1/store", "/proc/nowhere", "no-such-scheme://x"])

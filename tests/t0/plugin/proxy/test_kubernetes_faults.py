@@ -1,0 +1,252 @@
+"""What goes wrong between a proxy and its cluster: watches that are cut, Leases that are not heard, what nodes say in public."""
+
+import asyncio
+import contextlib
+import json
+from types import SimpleNamespace
+
+import pytest
+from lightkube.resources.coordination_v1 import Lease
+from lightkube.resources.core_v1 import Pod
+
+from plugin.proxy.errors import StartFailed
+from plugin.proxy.kubernetes import agreement, cluster, workload
+from plugin.proxy.kubernetes.address import parse
+from plugin.proxy.kubernetes.agreement import Agreement
+from plugin.proxy.kubernetes.asking import Asker, WorkloadSpec
+from plugin.proxy.kubernetes.cluster import cluster_error
+from plugin.proxy.kubernetes.informer import Informer
+from plugin.proxy.kubernetes.pods import state_of
+from plugin.proxy.kubernetes.workload import Workload
+
+pytestmark = pytest.mark.t0
+
+
+class Listing:
+    """What a list of the client's returns."""
+
+    def __init__(self, objects):
+        self.objects, self.resourceVersion = objects, "1"
+
+    async def __aiter__(self):
+        for one in self.objects:
+            yield one
+
+
+class Client:
+    """Lists `objects`; each watch is the next of `watches`: events, then an error if one is named, else silence."""
+
+    def __init__(self, objects, *watches):
+        self.objects, self.watches, self.lists = objects, list(watches), 0
+
+    def list(self, *_, **__):
+        self.lists += 1
+        return Listing(self.objects)
+
+    async def watch(self, *_, **__):
+        for one in self.watches.pop(0) if self.watches else ():
+            if isinstance(one, Exception):
+                raise one
+            yield one
+        await asyncio.sleep(60)
+
+
+def named(name, version="2", **fields):
+    return Pod.from_dict({"metadata": {"name": name, "resourceVersion": version}, **fields})
+
+
+async def until(what, limit_s=5.0):
+    async with asyncio.timeout(limit_s):
+        while not what():  # noqa: ASYNC110 - what is awaited belongs to the code under test
+            await asyncio.sleep(0.005)
+
+
+def follow(client, *callbacks):
+    """Run an informer until the last object, `z`, is seen; return it."""
+
+    async def test():
+        seen = Informer(SimpleNamespace(client=client, reported_away=False), Pod, "models")
+        seen.changed.extend(callbacks)
+        running = asyncio.create_task(seen.run())
+        try:
+            await until(lambda: "z" in seen.objects or running.done())
+            assert not running.done(), "the copy ended"
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+        return seen
+
+    return asyncio.run(test())
+
+
+def test_a_watch_whose_last_line_was_cut_off_is_opened_again():
+    cut = [("ADDED", named("a")), json.JSONDecodeError("Unterminated string", '{"type"', 7)]
+    assert set(follow(Client([], cut, [("ADDED", named("z"))])).objects) == {"a", "z"}
+
+
+def test_a_callback_that_fails_is_logged_and_ends_neither_the_copy_nor_the_others(caplog):
+    seen = []
+
+    def fails():
+        raise KeyError("no such phase")
+
+    follow(Client([], [("ADDED", named("a")), ("ADDED", named("z"))]), fails, lambda: seen.append(1))
+    assert len(seen) == 3 and "no such phase" in caplog.text  # the list and two events
+
+
+def lease(name, version, note):
+    return Lease.from_dict(
+        {
+            "metadata": {"name": name, "resourceVersion": version, "annotations": {"quickthaw.dev/agreement": note}},
+            "spec": {"holderIdentity": name},
+        }
+    )
+
+
+def shared(busy=False):
+    """Return a workload as the agreement sees it."""
+    held = []
+
+    async def settle():
+        return None
+
+    return SimpleNamespace(address=parse("k8s://models/llama"), busy=busy, hold=held.append, settle=settle, held=held)
+
+
+@contextlib.asynccontextmanager
+async def circle_of(one, *leases):
+    """Yield an agreement, and its circle with these Leases heard a moment ago. Nothing is sent to an API."""
+    agreed = Agreement(SimpleNamespace(client=None), "me")
+    agreed._write_quietly = agreed._write = lambda circle: asyncio.sleep(0)
+    circle = agreement._Circle("models", SimpleNamespace(objects={}, listed=asyncio.Event()))
+    agreed._circles["models"], circle.registered = circle, True
+    circle.workloads["deployment/llama"] = one
+    circle.leases.listed.set()
+    circle.leases.objects.update({each.metadata.name: each for each in leases})
+    agreed._heard(circle)
+    try:
+        yield agreed, circle
+    finally:
+        for task in tuple(agreed._tasks):
+            task.cancel()
+        await asyncio.gather(*agreed._tasks, return_exceptions=True)
+
+
+SERVES = json.dumps({"serves": ["deployment/llama"]})
+
+
+@pytest.mark.parametrize("note", ['{"serves": 1, "wants": ["x"], "answers": "no"}', '{"wants": {"deployment/llama": 7}}', "[]", "[" * 99999])  # fmt: skip
+def test_a_lease_that_others_wrote_ends_nothing(note):
+    async def test():
+        one = shared()
+        async with circle_of(one, lease("odd", "1", note), lease("b", "1", SERVES)) as (agreed, circle):
+            assert [other.serves for other in agreed._serving(circle, "deployment/llama")] == [{"deployment/llama"}]
+            assert circle.others["odd"].wants == circle.others["odd"].answers == {} and not one.held
+
+    asyncio.run(test())
+
+
+def test_a_proxy_that_hears_nothing_of_the_leases_takes_nobody_for_dead(monkeypatch):
+    monkeypatch.setattr(agreement, "ASK_S", 0.05)
+    now = [1000.0]
+    monkeypatch.setattr(agreement, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def quiet(agreed, one):
+        async with agreed.quiet(one):
+            return True
+
+    async def test():
+        one = shared()
+        async with circle_of(one, lease("b", "1", SERVES)) as (agreed, circle):
+            now[0] += 2 * agreement.VALID_S  # cut off
+            with pytest.raises(StartFailed, match="nothing was heard of the Leases"):
+                await quiet(agreed, one)
+            agreed._heard(circle)  # the API is back, and b has not renewed yet
+            with pytest.raises(StartFailed, match="did not answer"):
+                await quiet(agreed, one)
+            for _ in range(4):
+                now[0] += agreement.RENEW_S  # heard of all the while, but not of b: dead
+                agreed._heard(circle)
+            assert await quiet(agreed, one)
+
+    asyncio.run(test())
+
+
+def test_what_a_node_says_is_for_the_log_and_not_for_clients():
+    waiting = {"reason": "ErrImagePull", "message": "failed to pull\nregistry.internal/secret/llama:1"}
+    status = {
+        "containerStatuses": [
+            {"name": "engine", "image": "", "imageID": "", "ready": False, "restartCount": 0, "state": {"waiting": waiting}}
+        ]
+    }  # fmt: skip
+    pod = Pod.from_dict(
+        {"metadata": {"name": "p", "uid": "u"}, "spec": {"containers": [], "nodeName": "n"}, "status": status}
+    )
+    fault = state_of(pod, {}, parse("k8s://models/llama")).fault
+    assert fault.message == "container engine: ErrImagePull"
+    assert fault.whole == "container engine: ErrImagePull: failed to pull registry.internal/secret/llama:1"
+    member = SimpleNamespace(faulty_since=0.0, fault=None, pod=SimpleNamespace(fault=fault))
+    spec = WorkloadSpec(parse("k8s://models/llama"), schedule_grace_s=0.0)
+    error = Workload._stuck(SimpleNamespace(_members={"u": member}, spec=spec))
+    assert "registry" not in error.message and "registry.internal" in error.detail
+
+
+def test_the_scheduler_s_sentence_is_one_line():
+    said = {"type": "PodScheduled", "status": "False", "message": "0/3 nodes:\n3 no GPU"}
+    pod = Pod.from_dict({"metadata": {"name": "p"}, "spec": {"containers": []}, "status": {"conditions": [said]}})
+    assert state_of(pod, {}, parse("k8s://models/llama")).fault.message == "0/3 nodes: 3 no GPU"
+
+
+def test_the_progress_that_a_pod_tells_is_one_line_in_a_comment_of_a_stream(monkeypatch):
+    body = json.dumps({"ready": False, "progress": "restoring\n\ndata: {}"}).encode()
+
+    async def fetch(*_, **__):
+        return 503, body
+
+    monkeypatch.setattr("plugin.proxy.kubernetes.asking.fetch", fetch)
+    replica = SimpleNamespace(upstream=object(), step="")
+    asker = Asker(replica, WorkloadSpec(parse("k8s://models/llama")))
+    assert asyncio.run(asker.not_ready()) == "it is starting"
+    assert replica.step == "restoring data: {}"
+
+
+def test_an_answer_that_cannot_be_read_has_a_code():
+    async def test():
+        async with cluster.Cluster(None, None, "models").errors():
+            json.loads("<html>")
+
+    with pytest.raises(StartFailed, match="sends what cannot be read") as raised:
+        asyncio.run(test())
+    assert raised.value.code == "cluster-unreachable" and cluster_error(raised.value) is raised.value
+
+
+def test_a_scale_that_names_no_pods_does_not_mean_all_of_the_namespace(monkeypatch):
+    monkeypatch.setattr(workload, "_AWAY_PAUSE_S", 0.005)
+    selectors, asked = iter((None, "", "app=llama")), []
+
+    class Session:
+        cluster = SimpleNamespace()
+
+        def pods(self, namespace, selector):
+            asked.append(selector)
+            return Informer(self.cluster, Pod, namespace)
+
+        slices = pods
+
+    async def scale(_):
+        text = next(selectors)
+        status = None if text is None else SimpleNamespace(selector=text)
+        return SimpleNamespace(spec=SimpleNamespace(replicas=0), status=status)
+
+    async def test():
+        session = Session()
+        session.cluster.scale = scale
+        session.slices = lambda namespace: Informer(session.cluster, Pod, namespace)
+        one = Workload("llama", WorkloadSpec(parse("k8s://models/llama")), session)
+        following = asyncio.create_task(one._follow())
+        await until(lambda: asked or following.done())
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+
+    asyncio.run(test())
+    assert asked == ["app=llama"]

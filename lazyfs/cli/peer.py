@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import signal
 import threading
@@ -22,7 +23,13 @@ from lazyfs.errors import Usage, os_errors
 
 # Period in which the free space of the cache's disk is watched, as each mount does.
 _WATCH_S = 2.0
-_LOOPBACK = ("127.", "::1", "localhost")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 @click.command()
@@ -62,6 +69,7 @@ def peer(
     """
     from lazyfs.cache.bound import AUTO
     from lazyfs.cache.cache import Cache
+    from lazyfs.cache.open_sparse_files import raise_descriptor_limit
     from lazyfs.content.chunk_store import ChunkStore
     from lazyfs.logs import configure
     from lazyfs.paths import default_store_url, home
@@ -74,9 +82,10 @@ def peer(
     host = host.strip("[]") or "0.0.0.0"
     if not port.isdecimal() or int(port) > 65535:
         raise click.UsageError(f"--listen {listen!r} is not HOST:PORT, such as 127.0.0.1:9470 or :9470")
-    if not peer_token and not host.startswith(_LOOPBACK):
+    if not peer_token.strip() and not _is_loopback(host):
         raise Usage(f"{listen} is reached by others: give --peer-token, or listen on 127.0.0.1", code="peer-token")
     configure("peer")
+    raise_descriptor_limit()  # every host of the fleet keeps connections
     above = Peers(Members(peers, peer_self), peer_token) if peers else None
     cache = Cache(home() / "cache", AUTO)
     chunks = Chunks(cache.root, ChunkStore(open_store(store or default_store_url())), memory_mb << 20, above)

@@ -68,6 +68,7 @@ class Wanted:
 class _State:
     failures: int = 0
     out_until: float = 0.0
+    lied: bool = False
 
 
 class Peers:
@@ -76,7 +77,7 @@ class Peers:
     def __init__(self, members: Members, token: str, *, silence_s: float = SILENCE_S, limit_s: float = 20.0) -> None:
         self.members, self.silence_s, self.limit_s = members, silence_s, limit_s
         self.repeats = RepeatLimiter(log)
-        self._token = f"Authorization: Bearer {token}\r\n" if token else ""
+        self._token = f"Authorization: Bearer {token.strip()}\r\n" if token else ""
         self._idle: OrderedDict[tuple[Address, int], socket.socket] = OrderedDict()
         self._states: dict[Address, _State] = {}
         self._lock = threading.Lock()
@@ -112,7 +113,7 @@ class Peers:
                     return True
                 there = exchange.receive(view, max(self.silence_s, GRACE_S - self.silence_s))
             if there and digest_of(view) != digest:
-                self._failed(peer, "it sent wrong bytes", _BANNED_S)
+                self._failed(peer, "it sent wrong bytes", lied=True)
                 return False
             self._works(peer)
             self._keep(exchange)
@@ -132,8 +133,11 @@ class Peers:
         except (Silent, OSError):
             return False
         try:
-            there = exchange.receive(view, self.silence_s) and digest_of(view) == digest
+            there = exchange.receive(view, self.silence_s)
             self._keep(exchange)
+            if there and digest_of(view) != digest:
+                self._failed(peer, "it sent wrong bytes", lied=True)
+                return False
             return there
         except (Silent, OSError, ValueError):
             exchange.close()
@@ -156,11 +160,12 @@ class Peers:
         own = [me] if me is not None and not relay and me not in left_out else []
         return own + sources(digest, peers, me)
 
-    def _failed(self, peer: Address, why: str, out_s: float = 0.0) -> None:
+    def _failed(self, peer: Address, why: str, *, lied: bool = False) -> None:
         with self._lock:
             state = self._states.setdefault(peer, _State())
             state.failures += 1
-            out_s = out_s or min(_COOL_MOST_S, _COOL_S * 2 ** min(10, state.failures - 1))
+            state.lied |= lied
+            out_s = _BANNED_S if lied else min(_COOL_MOST_S, _COOL_S * 2 ** min(10, state.failures - 1))
             state.out_until = max(state.out_until, time.monotonic() + out_s)
             for key in [key for key in self._idle if key[0] == peer]:
                 self._idle.pop(key).close()
@@ -168,7 +173,10 @@ class Peers:
 
     def _works(self, peer: Address) -> None:
         with self._lock:
-            self._states.pop(peer, None)
+            state = self._states.get(peer)
+            # Right bytes in another thread do not undo wrong ones.
+            if state is not None and not (state.lied and state.out_until > time.monotonic()):
+                del self._states[peer]
 
     def _has_failed(self, peer: Address) -> bool:
         with self._lock:
@@ -180,8 +188,10 @@ class Peers:
         """Send a request, over a kept connection if there is one. Raises OSError."""
         request = f"GET {path} HTTP/1.1\r\nHost: {peer}\r\n{self._token}\r\n".encode()
         while (kept := self._take(peer)) is not None:
-            # A connection that can be read has been closed by the peer.
-            if not select.select([kept], [], [], 0)[0]:
+            # A connection that can be read has been closed by the peer. (Not select(): it knows no descriptor above 1023.)
+            readable = select.poll()
+            readable.register(kept, select.POLLIN)
+            if not readable.poll(0):
                 exchange = _Exchange(peer, kept)
                 try:
                     exchange.send(request, self.silence_s)

@@ -44,6 +44,8 @@ _CLIENT_S, _IDLE_S = 10.0, 60.0
 _SENDING = 32
 # Fetches at a time. Hosts wait for each other, each for those of lower rank: too few threads could wait in a circle.
 _FETCHING = 256
+# Largest index and offset: those of a file of the largest size that the kernel knows, less than what pread() takes.
+_MOST = 1 << 62
 _POLICY = RetryPolicy(attempts=None, limit=30.0)
 
 
@@ -58,7 +60,7 @@ class Chunks:
         self.fetched = self.relayed = self.failed = 0
         self._kept: OrderedDict[str, bytes] = OrderedDict()
         self._size = 0
-        self._fetches: dict[str, Future[bytes]] = {}
+        self._fetches: dict[tuple[str, int], Future[bytes]] = {}
         self._lock = threading.Lock()
         self._closed = False
         self._pool = ThreadPoolExecutor(_FETCHING, thread_name_prefix="store")
@@ -91,9 +93,11 @@ class Chunks:
         with self._lock:
             if self.store is None or self._closed:
                 return None
-            future = self._fetches.get(wanted.digest)
+            # With its length: one who asks for a wrong one fails alone.
+            key = (wanted.digest, wanted.length)
+            future = self._fetches.get(key)
             if future is None:
-                future = self._fetches[wanted.digest] = self._pool.submit(self._fetch, wanted)
+                future = self._fetches[key] = self._pool.submit(self._fetch, wanted)
         return future
 
     def _fetch(self, wanted: Wanted) -> bytes:
@@ -114,7 +118,7 @@ class Chunks:
             raise
         finally:
             with self._lock:
-                self._fetches.pop(wanted.digest, None)
+                self._fetches.pop((wanted.digest, wanted.length), None)
 
     def _get(self, wanted: Wanted) -> bytes:
         if self._closed or self.store is None:
@@ -122,8 +126,8 @@ class Chunks:
         return self.store.get(wanted.digest, wanted.length, wanted.encoding)
 
     def _keep(self, digest: str, data: bytes) -> None:
+        self._size += len(data) - len(self._kept.pop(digest, b""))
         self._kept[digest] = data
-        self._size += len(data)
         while self._size > self.memory and self._kept:
             self._size -= len(self._kept.popitem(last=False)[1])
 
@@ -144,7 +148,7 @@ class PeerServer:
 
     def __init__(self, listen: tuple[str, int], token: str, chunks: Chunks) -> None:
         self.chunks = chunks
-        self.token = token
+        self.token = token.strip()
         self.served = self.served_chunks = 0
         self.sending = _Turns(_SENDING)
         self.repeats = RepeatLimiter(log)
@@ -241,7 +245,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         peer = self.server_of
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if peer.token and not hmac.compare_digest(given.encode(), peer.token.encode()):
+        if peer.token and not hmac.compare_digest(given.encode("latin-1"), peer.token.encode()):
             self._refuse(HTTPStatus.UNAUTHORIZED)
             return
         parts = urlsplit(self.path)
@@ -253,7 +257,13 @@ class _Handler(BaseHTTPRequestHandler):
             digest, file = parts.path.removeprefix("/v1/chunks/"), query["file"]
             index, start, length = (int(query[name]) for name in ("index", "start", "length"))
             encoding = int(query["encoding"])
-            good = is_digest(digest) and is_digest(file) and min(index, start) >= 0 < length <= MAX_CHUNK
+            good = (
+                is_digest(digest)
+                and is_digest(file)
+                and 0 <= index < _MOST
+                and 0 <= start < _MOST
+                and 0 < length <= MAX_CHUNK
+            )
             if not good or encoding not in (RAW, ZSTD):
                 raise ValueError(self.path)
         except (KeyError, ValueError):
@@ -270,6 +280,9 @@ class _Handler(BaseHTTPRequestHandler):
             data = self._fetched(wanted, may_fetch)
             if data is None:
                 return
+        if data is not None and len(data) != length:
+            self._refuse(HTTPStatus.NOT_FOUND)
+            return
         turn = turns.enter()
         try:
             while not turn.wait(HEARTBEAT_S):

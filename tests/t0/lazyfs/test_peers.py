@@ -11,6 +11,7 @@ from lazyfs.cli.peer import peer
 from lazyfs.content.chunk_store import digest_of
 from lazyfs.errors import Usage
 from lazyfs.peers import order
+from lazyfs.peers.client import Peers
 from lazyfs.peers.order import DEFAULT_PORT, FANOUT, Address, Members, own_address, parse_peers, ranked, sources
 
 pytestmark = pytest.mark.t0
@@ -103,7 +104,17 @@ def test_names_are_resolved_and_stay_when_the_name_server_fails(monkeypatch):
         members.close()
 
 
-def test_a_peer_that_others_reach_needs_a_token(tmp_path, monkeypatch):
+@pytest.mark.parametrize("words", [[":0"], ["[::1:2]:0"], ["localhost.example.com:0"], [":0", "--peer-token", "\n"]])
+def test_a_peer_that_others_reach_needs_a_token(words, tmp_path, monkeypatch):
     monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path))
-    result = CliRunner().invoke(peer, ["--listen", ":0"])
+    result = CliRunner().invoke(peer, ["--listen", *words])
     assert result.exit_code == 2 and "peer-token" in result.output
+
+
+def test_a_peer_that_lied_stays_out_though_it_was_right_in_another_thread():
+    known, (liar, other) = Peers(Members(""), ""), peers(2)
+    known._failed(liar, "it sent wrong bytes", lied=True)
+    known._failed(other, "silent")
+    known._works(liar)
+    known._works(other)
+    assert known._has_failed(liar) and not known._has_failed(other)

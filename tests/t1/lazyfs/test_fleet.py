@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import http.client
 import json
 import os
 import subprocess
@@ -13,6 +16,7 @@ import pytest
 
 from lazyfs.admin.verify import VerifyReport, verify_cache
 from lazyfs.cache.cache import Cache
+from lazyfs.cache.open_sparse_files import raise_descriptor_limit
 from lazyfs.content.chunk_store import ChunkStore
 from lazyfs.content.importer import import_tree
 from lazyfs.errors import LazyfsError
@@ -208,6 +212,57 @@ def test_a_wrong_token_is_refused(model, store, started, tmp_path):
     asked = Asked(model[2], listed(host.server.address))
     started += [host, asked.peers]
     assert asked.ask()[0] is None and not host.server.counters()["served_chunks"]
+
+
+def test_a_token_of_a_file_ends_with_a_newline_and_may_hold_any_letters(model, store, started, tmp_path):
+    host = Host(tmp_path / "h", store.url, "ключ\n")
+    asked = Asked(model[2], listed(host.server.address))
+    asked.peers = Peers(Members(listed(host.server.address)), "ключ")
+    started += [host, asked.peers]
+    assert asked.ask()[0] is not None
+
+
+def test_a_kept_connection_may_have_any_descriptor(model, store, started, tmp_path):
+    """A host of a large fleet, or with many open files, has more than the 1,024 that select() knows."""
+    host = Host(tmp_path / "h", store.url, TOKEN)
+    asked = Asked(model[2], listed(host.server.address))
+    started += [host, asked.peers]
+    raise_descriptor_limit()
+    with contextlib.ExitStack() as stack:
+        null = stack.enter_context(open(os.devnull))
+        for _ in range(1024):
+            stack.callback(os.close, os.dup(null.fileno()))
+        assert asked.ask()[0] is not None
+        assert max(connection.fileno() for connection in asked.peers._idle.values()) > 1023
+        assert asked.ask()[0] is not None
+
+
+def test_who_asks_for_a_wrong_length_or_place_fails_alone(model, store, started, tmp_path, caplog):
+    host = Host(tmp_path / "h", store.url, TOKEN)
+    asked = Asked(model[2], listed(host.server.address))
+    started += [host, asked.peers]
+    right = Wanted.of(asked.file, 0)
+    assert asked.ask()[0] is not None
+    for more in (
+        {"length": right.length - 1},
+        {"length": right.length - 1, "file": "0" * 64},
+        {"index": 1 << 70},
+        {"start": 1 << 63},
+    ):
+        connection = http.client.HTTPConnection(*host.server.address, timeout=10)
+        connection.request("GET", dataclasses.replace(right, **more).path, headers={"Authorization": f"Bearer {TOKEN}"})
+        assert connection.getresponse().status in (400, 404), more
+        connection.close()
+    assert asked.ask()[0] is not None and "defect" not in caplog.text
+
+
+def test_a_chunk_that_is_fetched_twice_counts_once(tmp_path):
+    chunks = Chunks(tmp_path, None, 100)
+    for _ in range(5):
+        chunks._keep("a", bytes(40))
+    chunks._keep("b", bytes(40))
+    assert chunks.in_memory("a") and chunks.in_memory("b")
+    chunks.close()
 
 
 @pytest.mark.skipif(not kernel.may_mount(), reason="needs /dev/fuse and CAP_SYS_ADMIN")

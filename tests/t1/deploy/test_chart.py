@@ -62,7 +62,7 @@ EVERYTHING = {
             "fuseResource": "squat.ai/fuse",
             "snapshot": {"store": "s3://bucket/quickthaw", "make": "job"},
             "privileges": "restore",
-            "autoscaling": {"enabled": True, "prometheus": "http://prometheus.monitoring:9090", "minReplicas": 0},
+            "autoscaling": {"enabled": True, "prometheus": "http://prometheus.monitoring:9090", "minReplicas": 0, "moreQuery": "vector(1)"},
             "env": [{"name": "OMP_NUM_THREADS", "value": "8"}],
             "envFrom": [{"secretRef": {"name": "hub-token"}}],
             "podLabels": {"team": "chat"},
@@ -111,6 +111,11 @@ MATRIX = {
         "activator": {**ACTIVATOR, "scaler": "keda", "options": {"early-stream": True}},
         "admin": {"tokenSecret": {"name": "admin"}},
     },
+    "long names": {
+        "fullnameOverride": "a-platform-team-s-production-llm-serving",
+        "models": {"a-model-of-20-letter": {**MODEL, "snapshot": {"store": "s3://bucket/a", "make": "job"}}},
+    },
+    "names that YAML takes for something else": {"models": dict.fromkeys(("123", "null", "true", "1e3"), MODEL), "activator": ACTIVATOR},
     "no policy": {**model(), "networkPolicy": {"enabled": False}, "nameOverride": "q"},
 }  # fmt: skip
 
@@ -144,7 +149,8 @@ def test_every_object_is_as_the_schemas_say_and_they_fit_together(chart, values)
         assert {"app.kubernetes.io/name", "app.kubernetes.io/instance", "helm.sh/chart"} <= set(
             item["metadata"]["labels"]
         )
-        assert len(item["metadata"]["name"]) <= 63
+        # A Service's name is one of DNS, a Job's a label of its pods.
+        assert len(item["metadata"]["name"]) <= (63 if item["kind"] in ("Service", "Job") else 253)
     keys = [(item["kind"], item["metadata"]["name"]) for item in objects]
     assert len(set(keys)) == len(keys)
     pods = {item["metadata"]["name"]: item["spec"]["template"] for item in objects if item["kind"] == "Deployment"}
@@ -221,7 +227,52 @@ def test_other_arguments_are_another_job_and_the_same_are_the_same(chart):
     assert len(names) == 3 and job() in names
 
 
+def test_names_cut_to_one_length_stay_two_jobs(chart):
+    job = {**MODEL, "snapshot": {"store": "s3://a/b", "make": "job"}}
+    values = {"fullnameOverride": "a" * 40, "models": {"llama-3-8b": job, "llama-3-70b": job}}
+    names = {item["metadata"]["name"] for item in chart.render(values) if item["kind"] == "Job"}
+    assert len(names) == 2 and max(map(len, names)) <= 63
+
+
+def test_numbers_are_written_out(chart):
+    pod = one(chart.render(model(options={"max-held": 2_000_000, "sleep-after": 1.5, "grace": 30})), "Deployment")
+    env = {one["name"]: one.get("value") for one in pod["spec"]["template"]["spec"]["containers"][0]["env"]}
+    assert (env["QUICKTHAW_MAX_HELD"], env["QUICKTHAW_SLEEP_AFTER"], env["QUICKTHAW_GRACE"]) == ("2000000", "1.5", "30")
+
+
+@pytest.mark.parametrize(("more", "limit"), [({}, "3600s"), ({"options": {"start-timeout": "2h"}}, "2h")])
+def test_a_slow_cold_start_is_waited_for_by_probe_and_launch_alike(chart, more, limit):
+    pod = one(chart.render(model(startTimeoutSeconds=3600, **more)), "Deployment")["spec"]["template"]["spec"]
+    (engine,) = pod["containers"]
+    env = {one["name"]: one.get("value") for one in engine["env"]}
+    probe = engine["startupProbe"]
+    assert probe["failureThreshold"] * probe["periodSeconds"] == 3600 and env["QUICKTHAW_START_TIMEOUT"] == limit
+
+
+def test_with_named_clients_the_activator_and_helms_test_still_reach_the_engines(chart):
+    """Kubernetes' own words: a peer with a podSelector alone is of the policy's namespace."""
+    clients = [{"podSelector": {"matchLabels": {"app": "gateway"}}}]
+    values = {**model(), "activator": ACTIVATOR, "networkPolicy": {"clients": clients}}
+    objects = chart.render(values)
+    rule = one(objects, "NetworkPolicy")["spec"]["ingress"][0]
+    pods = [one(objects, "Deployment", "activator")["spec"]["template"], one(objects, "Pod")]
+    stranger = {"metadata": {"labels": {"app.kubernetes.io/component": "activator"}}}
+    assert rule["ports"] == [{"port": "http"}] and rule["from"][0] == clients[0]
+    for pod, let_in in [*((pod, True) for pod in pods), (stranger, False)]:
+        assert any(selects(peer["podSelector"], pod) for peer in rule["from"]) is let_in
+
+
 REFUSED = {
+    "name of the whole": ({**model(), "fullnameOverride": "My_App"}, "fullnameOverride"),
+    "zero and nobody wakes it": (
+        model(autoscaling={"enabled": True, "prometheus": "http://p", "minReplicas": 0}),
+        "nothing would wake it",
+    ),
+    "fewest above most": (
+        model(autoscaling={"enabled": True, "prometheus": "http://p", "minReplicas": 5}),
+        "is above maxReplicas",
+    ),
+    "one port for two": (model(port=9090), "are the same"),
     "typo": ({**model(), "modles": {}}, "modles"),
     "typo of a model": (model(replica=2), "replica"),
     "no image": ({"models": {"llama": {"model": "/m"}}}, "image.repository"),

@@ -52,6 +52,7 @@ matchExpressions:
 {{- define "quickthaw.models" -}}
 {{- $all := dict -}}
 {{- if and .Values.activator.enabled (not .Values.activator.image.repository) -}}{{- fail "activator: give image.repository (make image)" -}}{{- end -}}
+{{- if not (regexMatch "^[a-z]" (include "quickthaw.fullname" .)) -}}{{- fail "names of Services begin with a letter; give fullnameOverride" -}}{{- end -}}
 {{- range $name, $own := .Values.models -}}
 {{- $m := mergeOverwrite (deepCopy $.Values.defaults) (deepCopy $own) -}}
 {{- range $key := list "resources" "nodeSelector" "affinity" "strategy" -}}
@@ -69,6 +70,9 @@ matchExpressions:
 {{- if and $m.autoscaling.enabled (not $m.autoscaling.prometheus) (not $asked) -}}{{- fail (printf "models.%s: autoscaling needs the address of Prometheus, or an activator whose scaler is keda" $name) -}}{{- end -}}
 {{- if and $m.autoscaling.enabled $.Values.activator.enabled (not $asked) -}}{{- fail (printf "models.%s: autoscaling and the activator would both scale it; set activator.scaler: keda" $name) -}}{{- end -}}
 {{- if and $asked (not $m.autoscaling.enabled) -}}{{- fail (printf "models.%s: activator.scaler is keda, so it needs autoscaling, or nothing scales it" $name) -}}{{- end -}}
+{{- if and $m.autoscaling.enabled (not $asked) (eq (int $m.autoscaling.minReplicas) 0) (not $m.autoscaling.moreQuery) -}}{{- fail (printf "models.%s: at minReplicas: 0 nothing would wake it; give autoscaling.moreQuery, or use the activator" $name) -}}{{- end -}}
+{{- if gt (int $m.autoscaling.minReplicas) (int $m.autoscaling.maxReplicas) -}}{{- fail (printf "models.%s: autoscaling.minReplicas is above maxReplicas" $name) -}}{{- end -}}
+{{- if eq (int $m.port) (int $.Values.admin.port) -}}{{- fail (printf "models.%s: port and admin.port are the same" $name) -}}{{- end -}}
 {{- $scaled := or $m.autoscaling.enabled $.Values.activator.enabled -}}
 {{- if and $scaled (ne (toString $m.replicas) "<nil>") (ne (int $m.replicas) (int $.Values.defaults.replicas)) -}}{{- fail (printf "models.%s: its replicas are scaled; leave replicas out" $name) -}}{{- end -}}
 {{- if $scaled -}}{{- $_ := set $m "replicas" nil -}}{{- end -}}
@@ -116,6 +120,11 @@ quickthaw.dev/model: {{ .name | quote }}
 {{- end -}}
 {{- end -}}
 
+{{/* A value of `options` as a word. helm reads numbers as floats, and writes those from a million on as 1e+06. */}}
+{{- define "quickthaw.word" -}}
+{{- if and (kindIs "float64" .) (eq . (floor .)) -}}{{- printf "%.0f" . -}}{{- else -}}{{- toString . -}}{{- end -}}
+{{- end -}}
+
 {{- define "quickthaw.env" -}}
 - name: QUICKTHAW_HOME
   value: /var/lib/quickthaw
@@ -142,9 +151,13 @@ quickthaw.dev/model: {{ .name | quote }}
 - name: QUICKTHAW_MOUNT
   value: "0"
 {{- end }}
+{{- if not (hasKey .m.options "start-timeout") }}
+- name: QUICKTHAW_START_TIMEOUT
+  value: "{{ int .m.startTimeoutSeconds }}s"
+{{- end }}
 {{- range $key, $value := .m.options }}
 - name: QUICKTHAW_{{ $key | upper | replace "-" "_" }}
-  value: {{ $value | toString | quote }}
+  value: {{ include "quickthaw.word" $value | quote }}
 {{- end }}
 {{- end -}}
 

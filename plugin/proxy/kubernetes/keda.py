@@ -6,7 +6,8 @@ pods are wanted as answer everything within the target.
 
 The interface is KEDA's own `externalscaler.proto`, whose messages are described here, so no generated code is needed.
 Of a trigger's metadata it reads `model` (needed where the proxy has several), `drainSeconds`, and `proxies`: how many
-proxies share the load, since KEDA asks one of them.
+proxies share the load. Each of these needs a trigger of its own, since KEDA asks one of those behind an address, and takes the
+largest of what all triggers say.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class Demand:
     def requests(self, name: str) -> int:
         """Return how many requests are held or in flight."""
         pool = self.pools[name]
-        return pool.held + pool.outstanding - pool.probes
+        # A probe may still be answered by a pod that has left, whose requests are not counted any more.
+        return max(0, pool.held + pool.outstanding - pool.probes)
 
     def seconds(self, name: str) -> float:
         """Return for how many seconds one pod would be busy with them."""

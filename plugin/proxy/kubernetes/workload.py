@@ -92,7 +92,7 @@ class Workload:
         self._members: dict[str, Member] = {}
         """By the pods' uid."""
         self._pods: Informer | None = None
-        self._changed = asyncio.Event()
+        self._changed, self._found = asyncio.Event(), asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._waking_since: float | None = None
         self._rest()
@@ -178,7 +178,10 @@ class Workload:
                 log.warning("%s: %s", self.name, error.detail or error.message, extra={"event": "cluster-away"})
                 if not self._members:
                     self._resting().step = error.message
-                await asyncio.sleep(pause)
+                self._found.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause):
+                        await self._found.wait()  # a wake reads `scale`, too
                 pause = min(30.0, pause * 2)
         if scale.spec.replicas:
             self._begin("scaled already")
@@ -379,6 +382,7 @@ class Workload:
         while True:
             try:
                 scale = await cluster.scale(self.spec.address)
+                self._found.set()
                 if scale.spec.replicas:
                     return
                 await cluster.set_scale(self.spec.address, scale, 1)

@@ -16,6 +16,7 @@ from plugin.proxy.kubernetes.agreement import Agreement
 from plugin.proxy.kubernetes.asking import Asker, WorkloadSpec
 from plugin.proxy.kubernetes.cluster import cluster_error
 from plugin.proxy.kubernetes.informer import Informer
+from plugin.proxy.kubernetes.keda import Demand
 from plugin.proxy.kubernetes.pods import state_of
 from plugin.proxy.kubernetes.workload import Workload
 
@@ -218,6 +219,37 @@ def test_an_answer_that_cannot_be_read_has_a_code():
     with pytest.raises(StartFailed, match="sends what cannot be read") as raised:
         asyncio.run(test())
     assert raised.value.code == "cluster-unreachable" and cluster_error(raised.value) is raised.value
+
+
+def test_a_wake_that_finds_the_workload_ends_the_pause_of_what_follows_its_pods(monkeypatch):
+    monkeypatch.setattr(workload, "_AWAY_PAUSE_S", 60.0)
+    asked, calls = [], []
+
+    async def scale(_):
+        calls.append(1)
+        if len(calls) == 1:
+            raise StartFailed("workload-not-found", "there is none yet")
+        return SimpleNamespace(spec=SimpleNamespace(replicas=1), status=SimpleNamespace(selector="app=llama"))
+
+    async def test():
+        session = SimpleNamespace(cluster=SimpleNamespace(scale=scale))
+        session.slices = lambda namespace: Informer(session.cluster, Pod, namespace)
+        session.pods = lambda namespace, selector: asked.append(selector) or Informer(session.cluster, Pod, namespace)
+        one = Workload("llama", WorkloadSpec(parse("k8s://models/llama")), session)
+        following = asyncio.create_task(one._follow())
+        await until(lambda: calls)
+        await asyncio.sleep(0)
+        await one._scale_up()
+        await until(lambda: asked)
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+
+    asyncio.run(test())
+
+
+def test_the_demand_is_never_below_zero():
+    pool = SimpleNamespace(held=0, outstanding=0, probes=1)  # the pod that answers the probe has left
+    assert Demand({"llama": pool}).requests("llama") == 0
 
 
 def test_a_scale_that_names_no_pods_does_not_mean_all_of_the_namespace(monkeypatch):

@@ -29,7 +29,9 @@ from capacity.options import fail, option
 )
 @option("--region", "regions", multiple=True, help="A region with all these types. Repeatable.")
 @option(
-    "--prices", type=click.Path(path_type=Path), help="CSV of prices: instance, gpu, gpus, price[, memory, region]."
+    "--prices",
+    type=click.Path(path_type=Path),
+    help="CSV of prices: instance, gpu, gpus, price[, memory, region].  [default: a table from memory, not checked]",
 )
 @option("--trace", type=click.Path(path_type=Path), help="CSV of past requests, from which demand is learned.")
 @option("--step", default="1h", show_default=True, help="Length of a step of the plan.")
@@ -56,6 +58,7 @@ def init_command(
     quickthaw plan init --model chat,gpus=4,rate=2/s,cold=97s,restored=1.9s --gpu 8xH100,gpus=8,price=24,boot=3m --region east
     """
     from capacity.inputs import new_file
+    from capacity.inputs import prices as prices_of
 
     def ask(question: str, default: str | None) -> str | None:
         if not sys.stdin.isatty():
@@ -80,4 +83,6 @@ def init_command(
         fail(error)
     for note in problem.demand.notes:
         click.echo(note)
+    if prices_of.SOURCE in text:
+        click.echo(f"Prices: {prices_of.SOURCE}")
     click.echo(f"wrote {file}; next: quickthaw plan {file}")

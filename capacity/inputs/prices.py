@@ -1,4 +1,4 @@
-"""List prices of GPU instances: a built-in table with its date, or a CSV of one's own."""
+"""List prices of GPU instances: a CSV of one's own, or a built-in table, which nobody has checked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from capacity.errors import Errors, InputError
 from capacity.inputs.units import parse
 
-SOURCE = "AWS on demand, us-east-1, Linux, list price of January 2025"
+# Written from memory, not taken from a price list: whoever reads a price of it is told so.
+SOURCE = "not checked: from memory, AWS on demand, us-east-1, about January 2025; give yours by --prices"
 _TABLE = """\
 instance,gpu,gpus,memory,price
 p5.48xlarge,H100,8,80GiB,98.32

@@ -52,7 +52,9 @@ def test_one_model_two_types_and_a_trace(tmp_path):
     said = typed("init", file, *words, "--trace", trace(tmp_path / "week.csv"), "--steps", 3).stdout
     assert "bins of" in said
     text = file.read_text()
-    assert prices.SOURCE in text
+    # The table is from memory: the answer and the file say so, and how to give others.
+    for place in (said, text):
+        assert prices.SOURCE in place and "not checked" in place and "--prices" in place
     assert "path: ../week.csv" in text
     problem = load(file)
     assert [(p.name, p.gpu, p.gpus, p.price, p.boot) for p in problem.pools] == [
@@ -136,7 +138,7 @@ def test_prices_of_ones_own(tmp_path):
     table.write_text("instance,gpu,gpus,price,memory,region\nbig,H100,8,16 $/h,80GiB,west\n")
     file = tmp_path / "p.yaml"
     words = ("--model", MODEL + ",demand=1,peak=2", "--gpu", "H100,boot=60s", "--prices", table)
-    typed("init", file, *words, "--region", "west")
+    assert "not checked" not in typed("init", file, *words, "--region", "west").stdout
     assert load(file).pools[0].price == 16.0
     assert "# prices.csv" in file.read_text()
     table.write_text("instance,gpu,gpus,price\nbig,H100,8,x\nsmall,H100,0,1\n")

@@ -24,13 +24,15 @@ from lazyfs.stores.urls import local_path, normal_url
 
 # Most safetensors headers fit in one request of this size.
 _HEADER = 256 << 10
+# Largest sum of sizes, in bytes. A list entry of each 8 MiB is kept in memory, and a server may name any size.
+_MOST = 16 << 40
 
 
 def describe(url: str, known: Manifest | None = None) -> Manifest:
     """Return the manifest of the directory or prefix at `url`. Reads only listings and safetensors headers.
 
     `known`: an earlier manifest of the same URL; headers of files that have not changed since are not read again. Raises
-    NotFound, Permanent (name-clash, no-version), what `walk` raises, or what the store raises.
+    NotFound, Permanent (name-clash, no-version, too-large), what `walk` raises, or what the store raises.
     """
     url = normal_url(url)
     folder = local_path(url)
@@ -80,6 +82,10 @@ def _describe_prefix(store: Store, url: str, found: dict[str, ObjectInfo], known
         objects.append((key, info))
     if not objects:
         raise NotFound(f"no objects under {url}; check the URL")
+    if min(info.size for _, info in objects) < 0 or sum(info.size for _, info in objects) > _MOST:
+        raise Permanent(
+            f"{url}: the sizes of its files are no model's (at most {_MOST} bytes in all)", code="too-large"
+        )
     files = _described(store, objects, known)
     directories = tuple(Directory(p, 0o755) for p in sorted(folders))
     return Manifest(VERSION, "source", directories, tuple(sorted(files, key=lambda f: f.path)), (), {}, url)

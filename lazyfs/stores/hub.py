@@ -32,6 +32,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NEXT = re.compile(r'<([^>]+)>;\s*rel="next"')
 # Signed addresses hold for an hour; a few minutes save as much.
 _KEPT_S = 300.0
+# The hub's list of files comes in pages of a thousand.
+_PAGES = 1000
 # What an address answers that serves no ranges: a whole file that is too large, or a refusal.
 _NO_RANGES = ("too-large", "refused")
 # Formats of other frameworks, and those of the same weights beside safetensors: engines read one format.
@@ -99,6 +101,14 @@ def _token() -> str:
         return ""
 
 
+def _info(entry: dict[str, Any]) -> ObjectInfo:
+    """Return a file of the hub's list. Raises KeyError, TypeError, ValueError or AttributeError for what is none."""
+    large = entry.get("lfs") or {}
+    digest = large.get("oid") or large.get("sha256")
+    version = f"sha256:{digest}" if digest else f"git:{entry['oid']}"
+    return ObjectInfo(str(entry["path"]), int(large.get("size") or entry["size"]), 0.0, version)
+
+
 class HubStore(WebStore):
     """The files of one commit. Safe to use from many threads."""
 
@@ -125,10 +135,11 @@ class HubStore(WebStore):
                     f"{self.url}: HF_HUB_OFFLINE is set, so the hub is not asked; name a commit", code="offline"
                 )
             path = f"api/models/{self.repository}/revision/{quote(self.revision, safe='')}"
-            found = self._api(f"{self.base}/{path}")[0].get("sha", "")
-            if not is_commit(str(found)):
+            answer = self._api(f"{self.base}/{path}")[0]
+            found = str(answer.get("sha", "")) if isinstance(answer, dict) else ""
+            if not is_commit(found):
                 raise Permanent(f"{self.url}: the hub names no commit", code="hub-answer")
-            self._commit = str(found)
+            self._commit = found
         return self._commit
 
     @property
@@ -156,14 +167,18 @@ class HubStore(WebStore):
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         url = f"{self.base}/api/models/{self.repository}/tree/{self.commit}?recursive=true"
-        while url:
+        for _ in range(_PAGES):
             page, url = self._api(url)
-            for entry in page:
-                if entry.get("type") == "file" and str(entry["path"]).startswith(prefix):
-                    large = entry.get("lfs") or {}
-                    digest = large.get("oid") or large.get("sha256")
-                    version = f"sha256:{digest}" if digest else f"git:{entry['oid']}"
-                    yield ObjectInfo(str(entry["path"]), int(large.get("size") or entry["size"]), 0.0, version)
+            try:
+                found = [_info(entry) for entry in page if entry.get("type") == "file"]
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise Permanent(
+                    f"{self.url}: the hub's list of files cannot be read; check $HF_ENDPOINT", code="hub-answer"
+                ) from error
+            yield from (info for info in found if info.key.startswith(prefix))
+            if not url:
+                return
+        raise Permanent(f"{self.url}: the hub's list of files does not end", code="hub-answer")
 
     def head(self, key: str) -> ObjectInfo | None:
         return next((info for info in self.list(key) if info.key == key), None)

@@ -137,6 +137,36 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub, model, name, code):
     assert caught.value.code == code and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        ({"sha": 5}, ""),
+        ([], ""),
+        ("x", ""),
+        ([{"type": "file", "path": "config.json"}], ""),
+        ([{"type": "file", "path": "a", "oid": "0", "size": "many"}], ""),
+        (["a"], ""),
+        ({"error": "none"}, ""),
+    ],
+)
+def test_what_is_no_answer_of_the_hub_is_said_in_one_line(hub, monkeypatch, answer):
+    commit = "" if answer[0] in ({"sha": 5}, [], "x") else "0" * 40
+    monkeypatch.setattr("lazyfs.stores.hub.HubStore._api", lambda *_: answer)
+    with pytest.raises(Permanent) as caught:
+        read_through(f"hf://org/toy@{commit}" if commit else "hf://org/toy")
+    assert caught.value.code == "hub-answer"
+
+
+def test_a_list_without_an_end_and_sizes_of_no_model_are_refused(hub, monkeypatch):
+    entry = {"type": "file", "path": "a.bin", "oid": "0" * 40, "size": 1 << 60}
+    monkeypatch.setattr("lazyfs.stores.hub.HubStore._api", lambda *_: ([entry], ""))
+    with pytest.raises(Permanent, match="sizes"):
+        read_through("hf://org/toy@" + "0" * 40)
+    monkeypatch.setattr("lazyfs.stores.hub.HubStore._api", lambda _, url: ([], url))
+    with pytest.raises(Permanent, match="does not end"):
+        read_through("hf://org/toy@" + "0" * 40)
+
+
 def test_a_token_opens_a_private_model_and_stays_with_the_hub(hub, model, monkeypatch):
     hub.add("org/private", model, token="secret")
     with pytest.raises(Permanent, match="HF_TOKEN"):

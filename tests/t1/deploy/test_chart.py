@@ -122,6 +122,7 @@ MATRIX = {
 
 SELECTS = {
     "Deployment": "one",
+    "StatefulSet": "one",
     "Service": "one",
     "PodDisruptionBudget": "one",
     "NetworkPolicy": "all",
@@ -153,7 +154,8 @@ def test_every_object_is_as_the_schemas_say_and_they_fit_together(chart, values)
         assert len(item["metadata"]["name"]) <= (63 if item["kind"] in ("Service", "Job") else 253)
     keys = [(item["kind"], item["metadata"]["name"]) for item in objects]
     assert len(set(keys)) == len(keys)
-    pods = {item["metadata"]["name"]: item["spec"]["template"] for item in objects if item["kind"] == "Deployment"}
+    kinds = ("Deployment", "StatefulSet")
+    pods = {item["metadata"]["name"]: item["spec"]["template"] for item in objects if item["kind"] in kinds}
     others = [item["spec"]["template"] for item in objects if item["kind"] == "Job"]
     others += [item for item in objects if item["kind"] == "Pod"]
     activator = values.get("activator", {}).get("enabled", False)
@@ -163,10 +165,11 @@ def test_every_object_is_as_the_schemas_say_and_they_fit_together(chart, values)
             continue
         selector = item["spec"].get("selector") or item["spec"]["podSelector"]
         found = {name for name, pod in pods.items() if selects(selector, pod)}
-        assert found == ({item["metadata"]["name"]} if SELECTS[item["kind"]] == "one" else set(pods))
+        name = item["metadata"]["name"].removesuffix("-pods")  # the addresses of a StatefulSet's pods
+        assert found == ({name} if SELECTS[item["kind"]] == "one" else set(pods))
         assert not any(selects(selector, pod) for pod in others)
         if item["kind"] == "Service":
-            ports = {port["name"] for port in pods[item["metadata"]["name"]]["spec"]["containers"][0]["ports"]}
+            ports = {port["name"] for port in pods[name]["spec"]["containers"][0]["ports"]}
             assert {port["targetPort"] for port in item["spec"]["ports"]} <= ports
     for pod in [*pods.values(), *others]:
         volumes = {volume["name"] for volume in pod["spec"].get("volumes", [])}
@@ -350,8 +353,20 @@ def test_the_activator_reads_its_file_and_has_the_role_of_the_example(chart, tmp
     address = parse(read.upstream)
     assert (address.namespace, address.name, address.port) == ("models", engine["metadata"]["name"], 8000)
     assert (read.served_name, list(read.aliases)) == ("llama-3", ["llama-3"]) and "replicas" not in engine["spec"]
-    (trigger,) = one(chart.render(MATRIX["activator and KEDA"]), "ScaledObject")["spec"]["triggers"]
-    assert trigger["metadata"]["scalerAddress"] == f"{account}.models:9091"
+
+
+def test_keda_asks_each_activator_at_its_own_address(chart):
+    """Behind one address it asks one of them, and what the other one holds would wake nothing."""
+    objects, name = chart.render(MATRIX["activator and KEDA"]), "release-quickthaw-activator"
+    triggers = one(objects, "ScaledObject")["spec"]["triggers"]
+    pods = one(objects, "StatefulSet")
+    assert pods["spec"]["replicas"] == 2 == len(triggers)
+    (own,) = [item for item in objects if item["kind"] == "Service" and item["spec"].get("clusterIP") == "None"]
+    assert (pods["metadata"]["name"], pods["spec"]["serviceName"]) == (name, own["metadata"]["name"])
+    assert own["spec"]["selector"] == pods["spec"]["selector"]["matchLabels"]
+    addresses = [trigger["metadata"]["scalerAddress"] for trigger in triggers]
+    assert addresses == [f"{name}-{number}.{own['metadata']['name']}.models:9091" for number in range(2)]
+    assert {trigger["metadata"]["proxies"] for trigger in triggers} == {"2"}
 
 
 def exported():

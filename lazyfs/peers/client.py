@@ -200,7 +200,10 @@ class Peers:
                     exchange.close()
             else:
                 kept.close()
-        exchange = _Exchange(peer, socket.create_connection((peer.host, peer.port), timeout=self.silence_s))
+        place = self.members.place(peer)
+        if place is None:
+            raise OSError("its name has no address")
+        exchange = _Exchange(peer, socket.create_connection((place, peer.port), timeout=self.silence_s))
         try:
             exchange.send(request, self.silence_s)
         except BaseException:

@@ -7,11 +7,12 @@ so every host sends about as much as it receives. When a host leaves, the trees 
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -22,8 +23,8 @@ DEFAULT_PORT = 9470
 FANOUT = 2
 # Peers asked for one chunk before the store.
 _ASKED = 4
-# How often a DNS name is asked again for its addresses, seconds.
-_REFRESH_S = 10.0
+# How often a name is asked again for its addresses, and how long a start waits for the first answers, seconds.
+_REFRESH_S, _FIRST_S = 10.0, 1.0
 
 
 @dataclass(frozen=True, order=True)
@@ -84,16 +85,30 @@ def sources(digest: str, peers: Sequence[Address], me: Address | None) -> list[A
     return list(dict.fromkeys([*found, *lower]))[:_ASKED]
 
 
-def own_address(peers: Sequence[Address]) -> Address | None:
-    """Return the one peer whose address is of this host, or None if none or several are."""
-    own = [peer for peer in peers if _is_local(peer)]
+def own_address(
+    peers: Sequence[Address], place: Callable[[Address], str | None] = lambda peer: peer.host
+) -> Address | None:
+    """Return the one peer whose address is of this host, or None if none or several are. `place`: where each is."""
+    own = [peer for peer in peers if _is_local(place(peer))]
     return own[0] if len(own) == 1 else None
 
 
-def _is_local(peer: Address) -> bool:
+def _is_numeric(host: str) -> bool:
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(peer.host, 0, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_local(host: str | None) -> bool:
+    if host is None:
+        return False
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)[
+            0
+        ]
+        with socket.socket(family, kind) as probe:
             probe.bind(address)  # only an address of this host can be bound
             return True
     except OSError:
@@ -107,12 +122,14 @@ class Members:
         self._me = parse_peers(me)[0][0] if me else None
         self._fixed, self._names = parse_peers(text)
         self._now = self._fixed
-        self._looked: tuple[Address, ...] = ()
+        self._places: dict[str, str] = {}
         self._found: Address | None = None
-        self._ended = threading.Event()
-        if self._names:
-            self._resolve()
+        self._first, self._ended = threading.Event(), threading.Event()
+        if self._names or not all(_is_numeric(peer.host) for peer in self._fixed):
             threading.Thread(target=self._refresh, name="peers", daemon=True).start()
+            self._first.wait(_FIRST_S)
+        else:
+            self._found = own_address(self._now)
 
     @property
     def now(self) -> tuple[Address, ...]:
@@ -122,27 +139,46 @@ class Members:
     @property
     def me(self) -> Address | None:
         """Return this host's own address among the peers: the given one, else the only one that is of this host."""
-        if self._me is None and self._now is not self._looked:
-            self._looked, self._found = self._now, own_address(self._now)
         return self._me or self._found
+
+    def place(self, peer: Address) -> str | None:
+        """Return the numeric address of a peer, or None as long as its name has none."""
+        return peer.host if _is_numeric(peer.host) else self._places.get(peer.host)
 
     def close(self) -> None:
         """Stop asking for the addresses of names."""
         self._ended.set()
 
     def _refresh(self) -> None:
-        while not self._ended.wait(_REFRESH_S):
+        while True:
             self._resolve()
+            self._first.set()
+            if self._ended.wait(_REFRESH_S):
+                return
 
     def _resolve(self) -> None:
         found = list(self._fixed)
-        for name in self._names:
-            began = time.monotonic()
-            try:
-                answers = socket.getaddrinfo(name.host, name.port, type=socket.SOCK_STREAM)
-            except OSError as error:
-                # As they were: a name server that fails must not make every host ask the store.
-                log.warning("the peers of %s are as before: %s (%.1f s)", name, error, time.monotonic() - began)
-                return
-            found += [Address(str(answer[4][0]), name.port) for answer in answers]
-        self._now = tuple(dict.fromkeys(found))
+        try:
+            for name in self._names:
+                found += [Address(place, name.port) for place in _places(name)]
+            self._now = tuple(dict.fromkeys(found))
+        except OSError as error:
+            # As they were: a name server that fails must not make every host ask the store.
+            log.warning("the peers are as before: %s", error)
+        for peer in self._fixed:
+            if not _is_numeric(peer.host) and not self._ended.is_set():
+                try:
+                    # The first one: servers listen on every interface, IPv4 unless they are told otherwise.
+                    self._places[peer.host] = sorted(_places(peer), key=lambda place: ":" in place)[0]
+                except OSError as error:
+                    log.warning("peer %s is where it was: %s", peer, error)
+        self._found = own_address(self._now, self.place)
+
+
+def _places(name: Address) -> list[str]:
+    """Return the addresses of a name. Raises OSError, which tells the name and how long it took."""
+    began = time.monotonic()
+    try:
+        return [str(answer[4][0]) for answer in socket.getaddrinfo(name.host, name.port, type=socket.SOCK_STREAM)]
+    except OSError as error:
+        raise OSError(f"{name}: {error} ({time.monotonic() - began:.1f} s)") from error

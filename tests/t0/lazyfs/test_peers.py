@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+import time
 from collections import Counter
 
 import pytest
@@ -11,7 +14,7 @@ from lazyfs.cli.peer import peer
 from lazyfs.content.chunk_store import digest_of
 from lazyfs.errors import Usage
 from lazyfs.peers import order
-from lazyfs.peers.client import Peers
+from lazyfs.peers.client import Peers, Wanted
 from lazyfs.peers.order import DEFAULT_PORT, FANOUT, Address, Members, own_address, parse_peers, ranked, sources
 
 pytestmark = pytest.mark.t0
@@ -102,6 +105,36 @@ def test_names_are_resolved_and_stay_when_the_name_server_fails(monkeypatch):
         assert members.now == expected
     finally:
         members.close()
+
+
+def test_no_fetch_waits_for_a_name_server(monkeypatch):
+    """Neither for the name of a listed peer, nor to know which one is this host."""
+    asked, answer = threading.Event(), threading.Event()
+    real = socket.getaddrinfo
+
+    def resolve(host, *rest, **more):
+        if host != "host-a":
+            return real(host, *rest, **more)
+        asked.set()
+        answer.wait(10)
+        return [(0, 0, 0, "", ("::1", 7)), (0, 0, 0, "", ("127.0.0.1", 7))]
+
+    monkeypatch.setattr(order.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(order, "_FIRST_S", 0.01)
+    began = time.monotonic()
+    known = Peers(Members("host-a:7,10.0.0.1:7"), "", silence_s=0.01)
+    known._failed(Address("10.0.0.1", 7), "not in this test")
+    try:
+        assert asked.wait(5) and known.members.me is None
+        assert known.get(Wanted("0" * 64, 4, 0, "0" * 64, 0, 0), memoryview(bytearray(4))) is None
+        assert time.monotonic() - began < 5, "a name server that is silent is waited for in a thread only"
+        answer.set()
+        known.members._resolve()
+        assert known.members.place(Address("host-a", 7)) == "127.0.0.1", "where servers listen by default"
+        assert known.members.me == Address("host-a", 7)
+    finally:
+        answer.set()
+        known.close()
 
 
 @pytest.mark.parametrize("words", [[":0"], ["[::1:2]:0"], ["localhost.example.com:0"], [":0", "--peer-token", "\n"]])

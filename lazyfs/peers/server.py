@@ -44,6 +44,8 @@ _CLIENT_S, _IDLE_S = 10.0, 60.0
 _SENDING = 32
 # Fetches at a time. Hosts wait for each other, each for those of lower rank: too few threads could wait in a circle.
 _FETCHING = 256
+# Connections at a time; further ones are closed at once, and their hosts ask others.
+_CONNECTIONS = 4096
 # Largest index and offset: those of a file of the largest size that the kernel knows, less than what pread() takes.
 _MOST = 1 << 62
 _POLICY = RetryPolicy(attempts=None, limit=30.0)
@@ -188,6 +190,23 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 512
     block_on_close = False
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        self._free = threading.BoundedSemaphore(_CONNECTIONS)
+        super().__init__(*arguments, **named)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        # Each connection has a thread, also of those who have not shown a token yet.
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if isinstance(sys.exc_info()[1], OSError):

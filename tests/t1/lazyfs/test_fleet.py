@@ -7,6 +7,7 @@ import dataclasses
 import http.client
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -254,6 +255,19 @@ def test_who_asks_for_a_wrong_length_or_place_fails_alone(model, store, started,
         assert connection.getresponse().status in (400, 404), more
         connection.close()
     assert asked.ask()[0] is not None and "defect" not in caplog.text
+
+
+def test_connections_are_bounded_before_anybody_shows_a_token(model, store, started, tmp_path, monkeypatch):
+    monkeypatch.setattr("lazyfs.peers.server._CONNECTIONS", 3)
+    host = Host(tmp_path / "h", store.url, TOKEN)
+    started.append(host)
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection(host.server.address)) for _ in range(4)]
+        assert idle[3].recv(1) == b"", "closed at once"
+        idle[0].close()
+        asked = Asked(model[2], listed(host.server.address), silence_s=1.0)
+        started.append(asked.peers)
+        wait_for(lambda: asked.ask()[0] is not None, limit_s=10)
 
 
 def test_a_chunk_that_is_fetched_twice_counts_once(tmp_path):

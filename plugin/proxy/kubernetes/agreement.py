@@ -49,6 +49,9 @@ ASK_S = 4.0
 HOLD_S = 15.0
 """How long one that said yes holds its requests if it hears nothing more; longer than `ASK_S` and the writing of `scale`."""
 
+SETTLE_S = 8.0
+"""How long it then waits at most until the pods go, if the workload was scaled to 0."""
+
 
 class Shared(Protocol):
     """The part of a workload (`workload.Workload`) that the agreement needs."""
@@ -211,7 +214,9 @@ class Agreement:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(0.5):
                         await circle.heard.wait()
-            await workload.settle()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SETTLE_S):
+                    await workload.settle()
         finally:
             workload.hold(False)
 

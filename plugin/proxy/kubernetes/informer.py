@@ -68,6 +68,8 @@ class Informer:
         self.silent_s = silent_s
         self.objects: dict[str, Any] = {}
         """The objects by name."""
+        self.changes = 0
+        """How often the copy has changed."""
         self.changed: list[Callable[[], None]] = []
         """Called on the loop after each change."""
         self.listed = asyncio.Event()
@@ -148,6 +150,7 @@ class Informer:
                 await iterator.aclose()  # type: ignore[attr-defined]
 
     def _notify(self) -> None:
+        self.changes += 1
         for callback in tuple(self.changed):
             try:
                 callback()

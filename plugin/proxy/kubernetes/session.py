@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +16,8 @@ from plugin.proxy.kubernetes.cluster import Cluster
 from plugin.proxy.kubernetes.informer import Informer, selector_of
 from plugin.proxy.kubernetes.pods import Listed
 
+log = logging.getLogger("quickthaw.proxy")
+
 
 class Session:
     """One proxy's connection to its cluster."""
@@ -23,6 +26,8 @@ class Session:
         self.cluster, self.agreement = cluster, agreement
         self._informers: dict[tuple[str, str, str], Informer] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._listed: dict[tuple[str, int | None], tuple[int, dict[str, Listed]]] = {}
+        """By namespace and port: the change of the EndpointSlices, and what they said then. All workloads ask after each change."""
 
     @classmethod
     def from_environment(cls) -> Session:
@@ -43,14 +48,20 @@ class Session:
         if key not in self._informers:
             labels = selector_of(selector) if selector else None
             self._informers[key] = informer = Informer(self.cluster, resource, namespace, labels=labels)
-            self._tasks.append(asyncio.get_running_loop().create_task(informer.run()))
+            task = asyncio.get_running_loop().create_task(informer.run())
+            task.add_done_callback(_ended)
+            self._tasks.append(task)
         return self._informers[key]
 
     def listed(
         self, address: WorkloadAddress, read: Callable[[Iterable[EndpointSlice], int | None], dict[str, Listed]]
     ) -> dict[str, Listed]:
         """Return what the namespace's EndpointSlices say of each pod."""
-        return read(self.slices(address.namespace).objects.values(), address.port)
+        slices, key = self.slices(address.namespace), (address.namespace, address.port)
+        known = self._listed.get(key)
+        if known is None or known[0] != slices.changes:
+            known = self._listed[key] = slices.changes, read(slices.objects.values(), address.port)
+        return known[1]
 
     async def close(self) -> None:
         """Stop following the cluster and leave the agreement."""
@@ -59,3 +70,8 @@ class Session:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.agreement.close()
         await self.cluster.close()
+
+
+def _ended(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("the cluster is not followed any more", exc_info=error, extra={"event": "cluster-unfollowed"})

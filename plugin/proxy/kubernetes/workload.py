@@ -92,6 +92,7 @@ class Workload:
         self._members: dict[str, Member] = {}
         """By the pods' uid."""
         self._pods: Informer | None = None
+        self._selector = ""
         self._changed, self._found = asyncio.Event(), asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._waking_since: float | None = None
@@ -185,11 +186,17 @@ class Workload:
                 pause = min(30.0, pause * 2)
         if scale.spec.replicas:
             self._begin("scaled already")
-        self._pods = self._session.pods(address.namespace, scale.status.selector)
-        slices = self._session.slices(address.namespace)
-        for informer in (self._pods, slices):
-            informer.changed.append(self._update)
-        await self._pods.listed.wait()
+        self._follow_pods(scale.status.selector)
+        self._session.slices(address.namespace).changed.append(self._update)
+
+    def _follow_pods(self, selector: str) -> None:
+        """Follow the pods that a selector names; another one than before is that of a workload that was made anew."""
+        if selector == self._selector:
+            return
+        if self._pods is not None:
+            self._pods.changed.remove(self._update)
+        self._selector, self._pods = selector, self._session.pods(self.spec.address.namespace, selector)
+        self._pods.changed.append(self._update)
         self._update()
 
     # -- pods and replicas -----------------------------------------------------------------------
@@ -383,6 +390,8 @@ class Workload:
             try:
                 scale = await cluster.scale(self.spec.address)
                 self._found.set()
+                if self._pods is not None and scale.status is not None and scale.status.selector:
+                    self._follow_pods(scale.status.selector)
                 if scale.spec.replicas:
                     return
                 await cluster.set_scale(self.spec.address, scale, 1)

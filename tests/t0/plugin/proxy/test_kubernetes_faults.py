@@ -18,6 +18,7 @@ from plugin.proxy.kubernetes.cluster import cluster_error
 from plugin.proxy.kubernetes.informer import Informer
 from plugin.proxy.kubernetes.keda import Demand
 from plugin.proxy.kubernetes.pods import state_of
+from plugin.proxy.kubernetes.session import Session
 from plugin.proxy.kubernetes.workload import Workload
 
 pytestmark = pytest.mark.t0
@@ -245,6 +246,59 @@ def test_a_wake_that_finds_the_workload_ends_the_pause_of_what_follows_its_pods(
         await asyncio.gather(following, return_exceptions=True)
 
     asyncio.run(test())
+
+
+def test_a_workload_that_was_made_anew_with_another_selector_is_followed_from_the_next_wake_on():
+    selectors, copies = iter(("app=old", "app=old", "app=new")), {}
+
+    async def scale(_):
+        return SimpleNamespace(spec=SimpleNamespace(replicas=1), status=SimpleNamespace(selector=next(selectors)))
+
+    async def test():
+        session = SimpleNamespace(cluster=SimpleNamespace(scale=scale))
+        session.slices = lambda namespace: Informer(session.cluster, Pod, namespace)
+        session.pods = lambda ns, selector: copies.setdefault(selector, Informer(session.cluster, Pod, ns))
+        one = Workload("llama", WorkloadSpec(parse("k8s://models/llama")), session)
+        async with asyncio.timeout(5):
+            await one._follow()
+        await one._scale_up()
+        assert list(copies) == ["app=old"] and copies["app=old"].changed == [one._update]
+        await one._scale_up()
+        assert copies["app=old"].changed == [] and copies["app=new"].changed == [one._update]
+
+    asyncio.run(test())
+
+
+def test_endpoints_are_read_once_for_all_workloads_of_a_port():
+    read = []
+
+    def reading(slices, port):
+        read.append(port)
+        return {"n": len(list(slices))}
+
+    async def test():
+        session = Session(SimpleNamespace(client=Client([])), None)
+        slices = session.slices("models")
+        one, two, other = (parse(f"k8s://models/{name}") for name in ("a:80", "b:80", "c"))
+        assert [session.listed(each, reading)["n"] for each in (one, two, other, one)] == [0] * 4
+        slices.objects["s"] = object()
+        slices._notify()
+        assert session.listed(two, reading)["n"] == session.listed(one, reading)["n"] == 1
+        for task in session._tasks:
+            task.cancel()
+
+    asyncio.run(test())
+    assert read == [80, None, 80]
+
+
+def test_a_copy_that_ends_says_so(caplog):
+    async def test():
+        session = Session(SimpleNamespace(client=None), None)  # no error that a cluster causes
+        session.slices("models")
+        await asyncio.wait(session._tasks)
+
+    asyncio.run(test())
+    assert "not followed any more" in caplog.text
 
 
 def test_the_demand_is_never_below_zero():

@@ -65,7 +65,10 @@ class PodState:
 
 
 def listed_by_pod(slices: Iterable[EndpointSlice], port: int | None) -> dict[str, Listed]:
-    """Return what EndpointSlices say of each pod, by its name. `port`: that of the address; None takes the slice's first one."""
+    """Return what EndpointSlices say of each pod. `port`: that of the address; None takes the slice's first one.
+
+    By the pod's uid, or by its name where a slice has none: a StatefulSet's next pod has the name of the one before.
+    """
     found: dict[str, Listed] = {}
     for one in slices:
         named = port or next((each.port for each in one.ports or () if each.port), None)
@@ -78,10 +81,11 @@ def listed_by_pod(slices: Iterable[EndpointSlice], port: int | None) -> dict[str
             if serving is None:
                 serving = conditions is None or conditions.ready is not False
             terminating = bool(conditions and conditions.terminating)
-            before = found.get(target.name)
+            key = target.uid or target.name
+            before = found.get(key)
             if before is not None:  # several Services: one that has it serving is enough
                 serving, terminating = serving or before.serving, terminating or before.terminating
-            found[target.name] = Listed(serving, terminating, named or (before.port if before else None))
+            found[key] = Listed(serving, terminating, named or (before.port if before else None))
     return found
 
 
@@ -89,7 +93,7 @@ def state_of(pod: Pod, listed: Mapping[str, Listed], address: WorkloadAddress) -
     """Return the state of a pod from its own object and from what the EndpointSlices say of it."""
     meta, status = pod.metadata, pod.status
     assert meta is not None and meta.name is not None, "the API gives every object a name"
-    endpoint = listed.get(meta.name)
+    endpoint = listed.get(meta.uid or "") or listed.get(meta.name)
     conditions = {each.type: each for each in (status.conditions if status else None) or ()}
     containers = list((status.containerStatuses if status else None) or ())
     ended = bool(status and status.phase in ("Failed", "Succeeded"))

@@ -56,7 +56,7 @@ class Session:
     def listed(
         self, address: WorkloadAddress, read: Callable[[Iterable[EndpointSlice], int | None], dict[str, Listed]]
     ) -> dict[str, Listed]:
-        """Return what the namespace's EndpointSlices say of each pod."""
+        """Return what the namespace's EndpointSlices say of each pod (`pods.listed_by_pod`)."""
         slices, key = self.slices(address.namespace), (address.namespace, address.port)
         known = self._listed.get(key)
         if known is None or known[0] != slices.changes:

@@ -101,6 +101,18 @@ def test_endpoints_say_who_serves_and_who_leaves(conditions, ready, leaving):
     assert state_of(pod(status, nodeName="n"), listed, parse("k8s://m/l:1234")).port == 1234
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_a_pod_is_not_taken_for_its_predecessor_of_the_same_name(both):
+    """A StatefulSet's pods keep their names; the copy of the EndpointSlices may be older than that of the pods."""
+    old, new = slices({"serving": True, "terminating": True}), slices({"serving": True})
+    old[0].endpoints[0].targetRef.uid, new[0].endpoints[0].targetRef.uid = "old", "u"
+    status = {"containerStatuses": [container(running={})], "podIP": "10.0.0.1"}
+    for order in ((old, new), (new, old)) if both else ((old, []),):
+        listed = listed_by_pod([*order[0], *order[1]], None)
+        state = state_of(pod(status, nodeName="n"), listed, parse("k8s://m/l"))
+        assert (state.ready, state.leaving) == (both, False)
+
+
 def test_a_rate_is_that_of_work_and_idle_time_does_not_lower_it():
     replica = SimpleNamespace(served=0, outstanding=1)
     pool, rate = SimpleNamespace(replicas={"a": replica}), Rate()

@@ -25,14 +25,20 @@ def resolve(arguments: Sequence[str], home: Path, cache_limit: int, *, mounts: b
     """Return the engine's arguments with the model's path in place of its URL.
 
     Mounts the model. Without `mounts`, and where that fails, the arguments are those of an engine that downloads it; the log
-    says why. Raises Usage for a URL that names no model.
+    says why. A `--revision` counts as that of the URL. Raises Usage for a URL that names no model, or another revision.
     """
+    from lazyfs.errors import Usage
     from lazyfs.stores.hub import parse
 
     found = next(url for url in map(_url_of, arguments) if url)
     repository, revision = parse(found)
+    source, given = found, _value(arguments, "--revision")
+    if given:
+        if "@" in found and given != revision:
+            raise Usage(f"{found} and --revision {given} are two revisions; give one of them")
+        source = f"{PREFIX}{repository}@{given}"
     served = () if _given(arguments, "--served-model-name") else ("--served-model-name", repository)
-    place = _mounted(found, home, cache_limit) if mounts else None
+    place = _mounted(source, home, cache_limit) if mounts else None
     if place is not None:
         return (*_replaced(arguments, found, str(place)), *served)
     at = () if revision == "main" or _given(arguments, "--revision") else ("--revision", revision)
@@ -93,6 +99,17 @@ def _replaced(arguments: Sequence[str], old: str, new: str) -> tuple[str, ...]:
     return tuple(
         argument[: len(argument) - len(old)] + new if _url_of(argument) == old else argument for argument in arguments
     )
+
+
+def _value(arguments: Sequence[str], option: str) -> str:
+    """Return the value of an option, its last one if there are several; "" if it is not given."""
+    found = ""
+    for at, argument in enumerate(arguments):
+        if argument.startswith(f"{option}="):
+            found = argument.removeprefix(f"{option}=")
+        elif argument == option and at + 1 < len(arguments):
+            found = arguments[at + 1]
+    return found
 
 
 def _given(arguments: Sequence[str], option: str) -> bool:

@@ -123,30 +123,20 @@ def mount(
 ) -> MountHandle:
     """Mount a manifest at `mountpoint` (created if needed); return when it is served, at once if it already is.
 
-    `settings` are fields of MountConfig (native, transport, idle_exit_s, cache_limit, …). They apply to a new daemon, not
-    to one that already runs. Raises Busy if another manifest or file system is mounted there, HostLacks without /dev/fuse
-    or privilege, NotFound for a manifest that the store lacks, Temporary if the daemon is not ready in time.
+    `settings` are fields of MountConfig (native, transport, idle_exit_s, cache_limit, …). They apply to a new daemon, not to one
+    that already runs; only `trust_keys` is asked of that, too. Raises Busy if another manifest or file system is mounted there,
+    HostLacks without /dev/fuse or privilege, NotFound for a manifest that the store lacks, Integrity for one that no trusted key
+    signed, Temporary if the daemon is not ready in time.
     """
     where = _absolute(mountpoint)
     url = normal_url(store_url or default_store_url())
     name = _name(where)
     socket = state_dir("run") / f"{name}.sock"
-    found = _ping_or_none(socket)
-    if found is not None:
-        return _check_same_manifest(found, manifest_digest, where)
-    with mount_lock(where):
-        found = _ping_or_none(socket)
-        if found is not None:
-            return _check_same_manifest(found, manifest_digest, where)
-        found = _wait_for_slow_daemon(socket, name)
-        if found is not None:
-            return _check_same_manifest(found, manifest_digest, where)
-        _refuse_other_home(where, name)
-        _recover(where, name, socket)
-        _forget_gone(where)
+
+    def config() -> MountConfig:
         from lazyfs.mount.config import MountConfig
 
-        config = MountConfig(
+        return MountConfig(
             manifest=manifest_digest,
             mountpoint=where,
             store_url=url,
@@ -157,7 +147,30 @@ def mount(
             home=str(home()),
             **settings,
         )
-        return _start(config, ready_timeout_s)
+
+    def served(found: MountHandle) -> MountHandle:
+        handle = _check_same_manifest(found, manifest_digest, where)
+        if settings.get("trust_keys"):
+            # Whoever mounted it may have asked for no signature.
+            from lazyfs.mount.manifest_source import load_manifest
+
+            load_manifest(config())
+        return handle
+
+    found = _ping_or_none(socket)
+    if found is not None:
+        return served(found)
+    with mount_lock(where):
+        found = _ping_or_none(socket)
+        if found is not None:
+            return served(found)
+        found = _wait_for_slow_daemon(socket, name)
+        if found is not None:
+            return served(found)
+        _refuse_other_home(where, name)
+        _recover(where, name, socket)
+        _forget_gone(where)
+        return _start(config(), ready_timeout_s)
 
 
 def find_mount(mountpoint: Path) -> MountHandle | None:

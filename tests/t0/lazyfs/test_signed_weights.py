@@ -11,6 +11,7 @@ from lazyfs.api import read_through
 from lazyfs.cli.weights import weights
 from lazyfs.content.chunk_store import ChunkStore
 from lazyfs.errors import Integrity, LazyfsError
+from lazyfs.mount import client
 from lazyfs.mount.config import MountConfig
 from lazyfs.mount.manifest_source import load_manifest
 from lazyfs.signing import keygen, signer
@@ -121,3 +122,14 @@ def test_a_signature_goes_with_its_manifest(home, imported, how):
     assert chunks.signatures(imported) is None
     with pytest.raises(LazyfsError):
         chunks.get_manifest(imported)
+
+
+def test_a_mount_that_is_there_already_is_no_way_round_the_keys(home, keys, imported, monkeypatch):
+    """Whoever mounted it may have asked for no signature, or for another's."""
+    there = client.MountHandle(1, home / "there", home / "socket", imported, f"file://{home}/store", home / "log")
+    monkeypatch.setattr(client, "_ping_or_none", lambda _: there)
+    (_, ours), (_, theirs) = keys
+    assert client.mount(imported, home / "there") is there
+    assert client.mount(imported, home / "there", trust_keys=(str(ours),)) is there
+    with pytest.raises(Integrity, match="only .* is trusted"):
+        client.mount(imported, home / "there", trust_keys=(str(theirs),))

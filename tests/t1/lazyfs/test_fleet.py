@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
@@ -268,6 +269,20 @@ def test_connections_are_bounded_before_anybody_shows_a_token(model, store, star
         asked = Asked(model[2], listed(host.server.address), silence_s=1.0)
         started.append(asked.peers)
         wait_for(lambda: asked.ask()[0] is not None, limit_s=10)
+
+
+def test_connections_that_get_no_thread_do_not_count(model, store, started, tmp_path, monkeypatch):
+    monkeypatch.setattr("lazyfs.peers.server._CONNECTIONS", 2)
+    host = Host(tmp_path / "h", store.url, TOKEN)
+    started.append(host)
+    with monkeypatch.context() as full:
+        full.setattr(socketserver.threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("no thread")))
+        for _ in range(3):
+            with socket.create_connection(host.server.address) as connection:
+                assert connection.recv(1) == b""
+    asked = Asked(model[2], listed(host.server.address), silence_s=1.0)
+    started.append(asked.peers)
+    assert asked.ask()[0] is not None
 
 
 def test_a_chunk_that_is_fetched_twice_counts_once(tmp_path):

@@ -13,7 +13,7 @@ from lazyfs.api import import_directory, read_through
 from lazyfs.cli.weights import weights
 from lazyfs.content.chunk_store import ChunkStore
 from lazyfs.content.manifest import decode
-from lazyfs.errors import Integrity, LazyfsError, NotFound, Permanent, Usage
+from lazyfs.errors import NotFound, Permanent, Usage
 from lazyfs.stores import opened
 from lazyfs.stores.local import LocalStore
 from lazyfs.stores.oci import TITLE, OciStore, parse
@@ -125,7 +125,6 @@ def test_a_wrong_blob_is_never_kept(registry, model, tmp_path, home):
     assert "integrity" in run("pull", url, tmp_path / "there", code=1)
     assert not (tmp_path / "there" / "model.safetensors").exists()
     assert "integrity" in run("import", url, code=1)
-    assert isinstance(Integrity(""), LazyfsError)
 
 
 @pytest.mark.parametrize("path", ["../out", "/etc/passwd", "a//b", "."])
@@ -155,7 +154,6 @@ def test_a_registry_that_asks_for_a_token_gets_the_one_of_docker_login(model, do
         assert_equal(model, tmp_path / "there")
     finally:
         registry.close()
-    assert issubclass(Permanent, LazyfsError)
 
 
 @pytest.fixture

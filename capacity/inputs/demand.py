@@ -160,7 +160,7 @@ def forecast(
         for name, season in SEASONS.items()
         if season % blocks.seconds < 1e-6 and all(blocks.like(k, len(blocks.full), name) for k in future)
     ]
-    method, note = _backtest(blocks, ["last", *methods], level, steps)
+    method, note = _backtest(blocks, ["last", *methods], level, steps, history.bin_seconds)
     recent = history.rates[:, -round(blocks.seconds / history.bin_seconds) :]  # not cut by the clock
     tables, means = [], []
     for k in future:
@@ -185,7 +185,7 @@ def forecast(
     return Demand(level, forecasts, past, clock, (*notes, note))
 
 
-def _backtest(blocks: _Blocks, methods: list[str], level: float, steps: int) -> tuple[str, str]:
+def _backtest(blocks: _Blocks, methods: list[str], level: float, steps: int, width: float) -> tuple[str, str]:
     """Return the method with the least error on the last half of the trace, and a sentence that says so.
 
     Each step is forecast from what was known half a plan before it. The error is the quantile loss over the mean rate.
@@ -201,13 +201,16 @@ def _backtest(blocks: _Blocks, methods: list[str], level: float, steps: int) -> 
         if len(tests) >= TESTS or len(methods) == 1:
             break
         methods = methods[:-1]
+    bins = blocks.rates.shape[1]
+    whole = blocks.seconds > bins * width
     words = {
-        "last": f"of the last {duration_text(blocks.seconds)}",
+        "last": f"of the {f'whole trace, {duration_text(bins * width)}' if whole else f'last {duration_text(blocks.seconds)}'}",
         "day": "by time of day",
         "week": "by time of the week",
     }
     if not tests:
-        return "last", f"It is forecast {words['last']}; the trace is too short for a backtest"
+        few = f", and too few bins ({bins}) for a quantile" if bins < FEWEST else ""
+        return "last", f"It is forecast {words['last']}; the trace is too short for a backtest{few}"
     tests = tests[:: max(1, len(tests) // MOST_TESTS)]
     errors, covered = {}, {}
     for name in methods:

@@ -92,6 +92,19 @@ def test_the_time_of_day_is_found_and_its_error_is_said(tmp_path):
     assert "of the last" in problem.demand.notes[1]
 
 
+@pytest.mark.parametrize(
+    ("seconds", "said", "few"),
+    [
+        (3, "of the whole trace, 2.4s;", True),
+        (600, "of the whole trace, 10m;", False),
+        (7200, "of the last 60m", False),
+    ],
+)
+def test_a_trace_shorter_than_a_step_is_called_that(tmp_path, seconds, said, few):
+    problem = read(csv(tmp_path / "t.csv", np.arange(0, seconds + 0.5, 0.5)), wait="1s")
+    assert said in problem.demand.notes[1] and ("too few bins" in problem.demand.notes[1]) is few
+
+
 def test_the_time_of_the_week_is_found_if_there_are_weeks(tmp_path):
     problem = read(csv(tmp_path / "t.csv", rhythm(28, weekend=0.05)), more=", steps: 24, start: 2026-02-07T00:00:00")
     assert "by time of the week" in problem.demand.notes[1]  # a Saturday

@@ -16,6 +16,7 @@ import io
 import netrc
 import os
 import socket
+import string
 import threading
 import time
 from collections.abc import Iterator
@@ -162,7 +163,8 @@ class WebStore:
         Raises Permanent (bad-redirect) for a target that is not HTTP(S), or a change from https to http.
         """
         try:
-            there = urljoin(url, location)
+            # Other letters come as they are from some servers; a request line cannot have them.
+            there = quote(urljoin(url, location), encoding="latin-1", safe=string.punctuation)
             place = origin(there)
         except ValueError:
             place = ("", "", 0)
@@ -264,7 +266,7 @@ class WebStore:
             return Permanent(f"{text}; check the credentials", code="permission-denied")
         if status in (408, 425, 429) or status >= 500:
             after = answer.get("Retry-After", "")
-            wait = float(after) if after.isdigit() else None
+            wait = float(after) if after.isdecimal() else None
             return Temporary(text, code="throttled" if status in (429, 503) else "temporary", retry_after=wait)
         return Permanent(text, code="refused")
 

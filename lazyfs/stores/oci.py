@@ -303,7 +303,8 @@ class OciStore(WebStore):
             connection.request("GET", f"{parts.path}?{parts.query}", headers=headers)
             response = connection.getresponse()
             found = json.loads(response.read(1 << 20)) if response.status == 200 else {}
-            return str(found.get("token") or found.get("access_token") or "")
+            token = str(found.get("token") or found.get("access_token") or "")
+            return token if re.fullmatch(r"[!-~]+", token) else ""  # nothing that a header cannot have
         except (OSError, http.client.HTTPException, ValueError, AttributeError):
             return ""  # the challenge stays unanswered, and is reported as such
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import http.server
 import socket
 import threading
@@ -163,3 +164,16 @@ def test_a_dripping_answer_has_a_total_limit(head):
         stop.set()
         thread.join()
         store.close()
+
+
+def test_a_redirect_may_hold_letters_that_no_request_line_has():
+    there = WebStore._redirected("https://h/a", "/b\xe9 c?signature=a%2Fb~%3D")
+    assert there == "https://h/b%E9%20c?signature=a%2Fb~%3D"
+
+
+@pytest.mark.parametrize(("given", "wait"), [("3", 3.0), ("\xb2", None), ("soon", None)])
+def test_only_a_number_of_seconds_is_a_pause(given, wait):
+    answer = http.client.HTTPMessage()
+    answer["Retry-After"] = given
+    failed = WebStore("http://h")._status_error(503, "http://h/a", answer)
+    assert isinstance(failed, Temporary) and failed.retry_after == wait

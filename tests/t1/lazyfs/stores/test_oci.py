@@ -185,6 +185,11 @@ def test_an_upload_whose_token_expires_begins_again(secured, model, tmp_path):
     assert_equal(model, tmp_path / "there")
 
 
+def test_a_token_that_no_header_can_have_is_none(secured, model):
+    secured.token = "a\r\nX-Other: b"
+    assert "permission-denied" in run("push", model, f"oci://{secured.host}/team/model:v1", code=1)
+
+
 @pytest.mark.parametrize("place", ["http://127.0.0.1:1/x", "file:///etc/passwd"])
 def test_an_upload_is_never_sent_without_encryption_where_the_registry_has_it(place, monkeypatch):
     store = OciStore("oci://registry.example/a/b")

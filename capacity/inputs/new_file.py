@@ -71,7 +71,7 @@ class _Missing:
                 return
             entry[key] = answer if answer is not None else str(default)
         if kind == "count":
-            if not entry[key].isdigit() or int(entry[key]) < 1:
+            if not entry[key].isdecimal() or int(entry[key]) < 1:
                 self.errors.found.append(
                     InputError("wrong-type", f"expected a count, found {entry[key]!r}", where=option)
                 )

@@ -85,6 +85,7 @@ def test_everything_that_is_missing_is_named_in_one_run(tmp_path):
     ).stderr
     for word in ("expected a count", "'3s' is a duration", "'1GiB' is a memory"):
         assert word in wrong
+    assert "expected a count" in typed("init", tmp_path / "p.yaml", "--model", "chat,gpus=²", code=2).stderr
 
 
 def test_what_was_measured_here_is_found(tmp_path, home):

@@ -275,6 +275,8 @@ REFUSED = {
         model(autoscaling={"enabled": True, "prometheus": "http://p", "minReplicas": 5}),
         "is above maxReplicas",
     ),
+    "the activator's name": ({"models": {"activator": MODEL}, "activator": ACTIVATOR}, "activator's name"),
+    "the activator's port": ({"activator": {**ACTIVATOR, "port": 9090}}, "must differ"),
     "one port for two": (model(port=9090), "are the same"),
     "typo": ({**model(), "modles": {}}, "modles"),
     "typo of a model": (model(replica=2), "replica"),

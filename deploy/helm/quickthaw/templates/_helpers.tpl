@@ -53,7 +53,10 @@ matchExpressions:
 {{- $all := dict -}}
 {{- if and .Values.activator.enabled (not .Values.activator.image.repository) -}}{{- fail "activator: give image.repository (make image)" -}}{{- end -}}
 {{- if not (regexMatch "^[a-z]" (include "quickthaw.fullname" .)) -}}{{- fail "names of Services begin with a letter; give fullnameOverride" -}}{{- end -}}
+{{- $ports := list (int .Values.activator.port) (int .Values.admin.port) 9091 -}}
+{{- if and .Values.activator.enabled (ne (len (uniq $ports)) 3) -}}{{- fail "activator.port, admin.port and KEDA's, 9091, must differ" -}}{{- end -}}
 {{- range $name, $own := .Values.models -}}
+{{- if and $.Values.activator.enabled (has $name (list "activator" "activator-pods")) -}}{{- fail (printf "models.%s: that is the activator's name; choose another" $name) -}}{{- end -}}
 {{- $m := mergeOverwrite (deepCopy $.Values.defaults) (deepCopy $own) -}}
 {{- range $key := list "resources" "nodeSelector" "affinity" "strategy" -}}
 {{- if hasKey $own $key -}}{{- $_ := set $m $key (get $own $key) -}}{{- end -}}

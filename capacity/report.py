@@ -19,6 +19,7 @@ from capacity.simulation.simulate import Result
 
 COLUMNS = 8
 RUNGS = {"standby": "standby", "restored": "asleep", "cold": "cold"}
+LOOSE = 0.1  # gap of a plan from which a better one is worth looking for
 FEW = 6  # services, limits: more only with --explain
 
 
@@ -120,7 +121,8 @@ def when(plan: Plan, t: int) -> str:
     if plan.problem.demand.begin is None:
         return f"in {duration_text(seconds)}"
     moment = datetime.fromtimestamp(plan.problem.demand.begin + seconds, UTC)
-    day = len(plan.instances) * plan.problem.step_seconds > 86400
+    last = plan.problem.demand.begin + (len(plan.instances) - 1) * plan.problem.step_seconds
+    day = datetime.fromtimestamp(last, UTC).date() != datetime.fromtimestamp(plan.problem.demand.begin, UTC).date()
     return moment.strftime("%a %H:%M" if day else "%H:%M")
 
 
@@ -190,10 +192,11 @@ def _steps(plan: Plan, most: int | None) -> Table:
             table.add_row(service.name, pools[i].name, *(str(plan.replicas[a, i, j]) for a, _ in shown))
     table.add_section()
     for i in np.flatnonzero(plan.idle.any(axis=0)).tolist():
-        table.add_row("idle GPUs", pools[i].name, *(str(plan.idle[a, i]) for a, _ in shown))
+        table.add_row("idle GPUs (buffer)", pools[i].name, *(str(plan.idle[a, i]) for a, _ in shown))
     table.add_section()
     for i in np.flatnonzero(plan.instances.any(axis=0)).tolist():
         table.add_row(f"instances ({pools[i].instance})", pools[i].name, *(str(plan.instances[a, i]) for a, _ in shown))
+    table.add_row("GPUs without a replica", "", *(str(plan.unused(a)) for a, _ in shown))
     table.add_row("$/h", "", *(f"{plan.hourly_cost[a]:,.2f}" for a, _ in shown))
     return table
 
@@ -285,10 +288,13 @@ def _solved(plan: Plan) -> str:
     """Describe the proven quality of the plan."""
     steps, took = len(plan.instances), duration_text(plan.seconds)
     over = f"over {steps} step{'s' if steps > 1 else ''}"
+    beside = plan.cost - float(plan.hourly_cost.sum()) * plan.problem.step_seconds / 3600
+    if beside > 0.005:
+        over += f", ${beside:.2f} of it beside $/h: starts (switching_cost) and spot instances that are lost"
     if plan.exact_cost is None:
         return (
             f"${plan.cost:.2f} {over}; the linear program, which no plan undercuts, ${plan.relaxed_cost:.2f}: gap at most "
-            f"{_gap(plan):.2%}; solved in {took}"
+            f"{_gap(plan):.2%}{'; --exact looks for a better one' if _gap(plan) > LOOSE else ''}; solved in {took}"
         )
     if plan.proven:
         return (
@@ -352,6 +358,7 @@ def _row(result: Result) -> dict[str, Any]:
         "policy": result.policy,
         "requests": result.requests,
         "waited": result.waited,
+        "late": result.late,
         "unserved": result.unserved,
         "wait_p50_s": round(result.p50, 3),
         "wait_p99_s": round(result.p99, 3),
@@ -378,13 +385,13 @@ def print_simulation(console: Console, results: list[Result], reached: list[Resu
     if reached:
         tables.append(("Wait against cost: the settings that no other of the same kind beats", reached))
     for title, rows in tables:
-        numbers = ("waited", "p50 s", "p99 s", "max s", "GPU hours", "$", "utilization", "starts from")
+        numbers = ("waited", "too long", "p50 s", "p99 s", "max s", "GPU hours", "$", "utilization", "starts from")
         table = _table(title, ("policy",), numbers)
         for r in rows:
             lost = f" ({r.unserved} unserved)" if r.unserved else ""
             rungs = ", ".join(f"{RUNGS[rung]} {count}" for rung, count in r.starts.items() if count) or "none"
             table.add_row(
-                r.policy + lost, f"{r.waited}/{r.requests}", f"{r.p50:.2f}", f"{r.p99:.2f}", f"{r.longest:.1f}",
+                r.policy + lost, f"{r.waited}/{r.requests}", str(r.late), f"{r.p50:.2f}", f"{r.p99:.2f}", f"{r.longest:.1f}",
                 f"{r.gpu_hours:.2f}", f"{r.cost:.2f}", f"{r.utilization:.1%}", rungs,
             )  # fmt: skip
         console.print(table)

@@ -51,12 +51,14 @@ class Series:
 class Result:
     """Result of a policy in seconds, dollars and GPU-hours.
 
-    `unserved` requests count with their waiting time at the end of the run.
+    `waited`: requests that waited at all; `late`: those that waited longer than their service's target wait, which is what a
+    plan holds down. `unserved` requests count with their waiting time at the end of the run.
     """
 
     policy: str
     requests: int
     waited: int
+    late: int
     unserved: int
     p50: float
     p99: float
@@ -210,11 +212,15 @@ def _result(name: str, fleet: Fleet, series: Series, options: Options) -> Result
     waits = np.concatenate([queue.waits for queue in fleet.queues])
     never = waits == NEVER
     waits = np.where(never, fleet.now - arrived, waits)
+    targets = np.concatenate(
+        [np.full(len(queue.at), s.target_wait) for queue, s in zip(fleet.queues, fleet.problem.services, strict=True)]
+    )
     busy = sum(queue.busy_gpu_seconds for queue in fleet.queues)
     return Result(
         policy=name,
         requests=len(waits),
         waited=int((waits > WAITED).sum()),
+        late=int((waits > targets + WAITED).sum()),
         unserved=int(never.sum()),
         p50=float(np.quantile(waits, 0.5)),
         p99=float(np.quantile(waits, 0.99)),

@@ -164,3 +164,25 @@ def test_replicas_that_stand_in_for_idle_gpus_are_counted(count, said):
     assert text.startswith(said) and bool(text) == bool(said)
     assert report._instead_of_idle(7, {1.0}, 4.6, True) == ""  # the loss of a zone takes the others
     assert report._instead_of_idle(7, {1.0, 2.0}, 4.6, False) == ""  # not one sum over replicas of two speeds
+
+
+def test_the_total_says_what_it_holds_beside_the_hours(capsys):
+    from rich.console import Console
+
+    chosen = solve(problem(LEAST.replace("switching_cost: 0,", "switching_cost: 30m,")))
+    starts = 24 * 0.5 * 5  # five instances start, each at half an hour of its price
+    assert chosen.cost == pytest.approx(float(chosen.hourly_cost.sum()) + starts)
+    report.print_plan(Console(width=200), chosen, None, explain=False)
+    out = capsys.readouterr().out
+    assert f"${starts:.2f} of it beside $/h: starts" in out
+    rows = [line for line in out.splitlines() if "GPUs without a replica" in line]
+    assert len(rows) == 1 and "(0 GPUs idle) now" in out and "│ 0 │" in " ".join(rows[0].split())
+
+
+def test_a_time_of_tomorrow_has_its_day():
+    from dataclasses import replace
+
+    read = problem(LEAST)
+    late = replace(read, demand=replace(read.demand, begin=1_767_600_000.0 + 14 * 3600))  # 2026-01-05 22:00, four steps
+    assert report.when(solve(late), 3) == "Tue 01:00"
+    assert report.when(solve(replace(late, demand=replace(late.demand, begin=1_767_600_000.0))), 3) == "11:00"

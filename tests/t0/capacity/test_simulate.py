@@ -53,7 +53,7 @@ def test_a_trace_of_one_request(work):
     """Served at once by the replica that runs from the beginning; work beyond the end of the run is not counted."""
     for policy in policies():
         result = simulate.run(problem(minimum=1), requests([0.0], [work]), policy, simulate.Options())
-        assert (result.requests, result.waited, result.unserved) == (1, 0, 0)
+        assert (result.requests, result.waited, result.late, result.unserved) == (1, 0, 0, 0)
         assert 0 <= result.utilization <= 1
 
 
@@ -85,6 +85,7 @@ def test_one_replica_is_a_queue_in_order():
         expected.append(wait)
     assert result.waits == pytest.approx(np.array(expected), abs=1e-9)
     assert result.unserved == 0
+    assert 0 < result.late == int((np.array(expected) > 10.1).sum()) < result.waited  # the target wait is 10 s
 
 
 def test_slots_share_a_replica():

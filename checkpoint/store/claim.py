@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from lazyfs.content.records import ready
+
 if TYPE_CHECKING:
     from lazyfs.stores.base import Store
 
@@ -133,7 +135,7 @@ class Claim:
         from lazyfs.errors import NotFound
 
         try:
-            found = msgspec.json.decode(bytes(store.get(self._key, limit=4096)), type=_Held)
+            found = msgspec.json.decode(bytes(store.get(self._key, limit=4096)), type=ready(_Held))
             return msgspec.structs.replace(found, host=ascii(found.host[:100])[1:-1])  # it is shown in the log
         except NotFound:
             return None

@@ -66,8 +66,9 @@ class ModelFiles:
     Raises OSError if they cannot be listed. Threads may share it.
     """
 
-    def __init__(self, path: Path, home: Path) -> None:
-        self.path, self.index = path, home / INDEX
+    def __init__(self, path: Path, home: Path, keep: Callable[[], bool] = lambda: True) -> None:
+        """`keep`: whether what was found may be kept in the index now; called before each write of it."""
+        self.path, self.index, self._keep = path, home / INDEX, keep
         self.files, self.links = self._settled()
         self._lock = threading.Lock()
         self._known = {key: known for key, known in _load(self.index).items() if key in self._keys}
@@ -180,7 +181,7 @@ class ModelFiles:
         """Add what was found to the index. Errors are ignored, because a missing entry only costs time."""
         now = time.time_ns()
         new = {key: known for key, known in self._new.items() if known.fingerprint[2] + RACY_NS <= now}
-        if not new:
+        if not new or not self._keep():
             return
         with contextlib.suppress(OSError):
             private_folder(self.index.parent)

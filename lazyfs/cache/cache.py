@@ -20,7 +20,7 @@ from pathlib import Path
 
 from lazyfs.cache.bound import AUTO, UNBOUNDED, blocks_below, host_bound, kept_free, low_water
 from lazyfs.cache.reservations import Reservation, count_lock, kept_digests, reserved_by_others
-from lazyfs.cache.sparse_file import HEADER, PRESENT, AnySparseFile, NoSparseFile, SparseFile
+from lazyfs.cache.sparse_file import HEADER, PRESENT, AnySparseFile, NoSparseFile, SparseFile, sparse_file_header
 from lazyfs.content.manifest import File
 from lazyfs.errors import DiskFull, LazyfsError, NotFound, Permanent, Temporary
 from lazyfs.paths import private_dir, state_folder
@@ -110,6 +110,14 @@ class Cache:
         if len(states) != len(file.chunks):
             return 0
         return sum(c.length for c, s in zip(file.chunks, states, strict=True) if s == PRESENT)
+
+    def verified_whole(self, file: File) -> bool:
+        """Return whether the file is complete, was verified as a whole if its source gives a digest, and fsynced."""
+        return sparse_file_header(self.folder(file))[0]
+
+    def revoked(self, file: File) -> int:
+        """Return how often chunks of the file that readers may have seen were revoked, modulo 256."""
+        return sparse_file_header(self.folder(file))[1]
 
     def usage(self) -> int:
         """Return the bytes of disk that the cache files occupy."""

@@ -44,6 +44,18 @@ def boot_id() -> bytes:
     return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
 
 
+def sparse_file_header(folder: Path) -> tuple[bool, int]:
+    """Return whether a sparse cache file was fsynced when complete, and its count of revoked chunks. Neither opens nor pins it."""
+    try:
+        with open(folder / "have", "rb", buffering=0) as file:
+            header = file.read(HEADER.size)
+    except (FileNotFoundError, NotADirectoryError):
+        return False, 0
+    if len(header) != HEADER.size or not header.startswith(_MAGIC):
+        return False, 0
+    return bool(header[_FLAGS] & _FSYNCED), header[_REVOKED]
+
+
 class SparseFile:
     """One open sparse cache file. Safe to share between threads; `close` when done."""
 
@@ -137,9 +149,17 @@ class SparseFile:
         """Set a chunk's state."""
         self.states[HEADER.size + index] = state
         if state != PRESENT:
-            self.states[_REVOKED] = (self.states[_REVOKED] + 1) % 256
-            # Later writes are not fsynced.
-            self.states[_FLAGS : _FLAGS + 4] = struct.pack("<I", 0)
+            self._on_revoked()
+
+    def revoke(self) -> None:
+        """Set every chunk ABSENT. It counts as one revocation: one a chunk could leave the count, modulo 256, as it was."""
+        self.states[HEADER.size :] = bytes(len(self.file.chunks))
+        self._on_revoked()
+
+    def _on_revoked(self) -> None:
+        self.states[_REVOKED] = (self.states[_REVOKED] + 1) % 256
+        # Later writes are not fsynced.
+        self.states[_FLAGS : _FLAGS + 4] = struct.pack("<I", 0)
 
     def fsync(self) -> None:
         """Write a complete file to disk, so that it need not be verified again after a power cut."""
@@ -228,6 +248,9 @@ class NoSparseFile:
         raise DiskFull("no room for a sparse cache file; free some space")
 
     def mark(self, index: int, state: int) -> None:
+        return
+
+    def revoke(self) -> None:
         return
 
     def fsynced(self) -> bool:

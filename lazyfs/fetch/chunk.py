@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from lazyfs.cache.cache import Cache
-from lazyfs.cache.sparse_file import ABSENT, PRESENT, UNVERIFIED, AnySparseFile
+from lazyfs.cache.sparse_file import PRESENT, UNVERIFIED, AnySparseFile
 from lazyfs.content.chunk_store import ChunkStore, digest_of, mismatch, zero_digest
 from lazyfs.content.chunking import MAX_CHUNK
 from lazyfs.content.manifest import RAW, ZSTD, File
@@ -267,8 +267,7 @@ class ChunkFetcher:
         why = mismatch_of(file, sparse_file.data_fd)
         if not why:
             return
-        for index in range(len(file.chunks)):
-            sparse_file.mark(index, ABSENT)
+        sparse_file.revoke()
         if self.digests is not None:
             self.digests.forget(file)
         self.stats.quarantined += 1

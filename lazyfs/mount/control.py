@@ -1,6 +1,6 @@
 """Client side of a mount's control socket: one JSON request and one JSON answer per line, over a Unix socket.
 
-Requests: {"op": "ping"}, or status, metrics, prefetch, pin, drop, unmount. Answers contain "ok": true, or "ok": false with
+Requests: {"op": "ping"}, or status, metrics, prefetch, pin, verified, drop, unmount. Answers contain "ok": true, or "ok": false with
 "code" and "error". Imports only fast standard-library modules: this is on the critical path of a restore.
 """
 

@@ -17,6 +17,7 @@ from lazyfs.cache.bound import UNBOUNDED
 from lazyfs.cache.cache import Cache
 from lazyfs.cache.open_sparse_files import raise_descriptor_limit
 from lazyfs.cache.slots import SlotMemory, tier_mb
+from lazyfs.cache.whole_files import WholeFiles
 from lazyfs.content.chunking import MAX_CHUNK
 from lazyfs.content.manifest import Manifest
 from lazyfs.content.stat_index import origins
@@ -115,6 +116,7 @@ class Server:
             # A mount that finds everything on disk never uses the memory tier, and reserves nothing of the limit.
             memory.on_first_use = lambda: self.cache.reserve_memory(memory.count * MAX_CHUNK)
         self.link = link
+        self.whole_files = WholeFiles(manifest, self.cache)
         self.service = Service(config, manifest, self.cache, self.link, self.memory)
         self.service.files.origins = origins_of(config, manifest)
         self.link.on_restart = self._resend
@@ -128,6 +130,7 @@ class Server:
                 "prefetch": self._prefetch,
                 "drop": self._drop,
                 "pin": self._pin,
+                "verified": self._verified,
                 "unmount": self._unmount,
                 "withdraw": self._on_withdraw,
             },
@@ -260,6 +263,20 @@ class Server:
             "absent_chunks": queued,
             "absent_bytes": sum(absent.values()),
         }
+
+    def _verified(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return which files are not verified as a whole, and of which wrong bytes were served; `complete`: fetch the former.
+
+        Raises DiskFull then, if they cannot all be kept, Temporary if the fetcher accepts no request.
+        """
+        if request.get("complete"):
+            unverified = self.whole_files.unverified()
+            files = [self.manifest.files[index] for index in unverified]
+            self.cache.need_room(sum(f.size - self.cache.present_bytes(f) for f in files), sum(f.size for f in files))
+            for index in unverified:
+                self._request(wire.FILE, index)
+                self._wanted.add(index)
+        return {"pid": os.getpid(), **self.whole_files.state()}
 
     def _request(self, kind: int, index: int) -> None:
         if not self.link.request(kind, index, 0, limit_s=_ROOM_S):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from checkpoint.compatibility.model_files import ModelFiles
 from checkpoint.errors import CheckpointError, Incompatible
+from plugin.model.hub_files import HubFiles
 
 log = logging.getLogger("quickthaw")
 NOTED_BYTES = 4 << 30
@@ -21,11 +22,16 @@ BACKGROUND_THREADS = 1
 """Threads of a digest that is computed while the engine loads: reading waits for the disk, and the engine needs the processors."""
 
 
+KEEP_LIMIT_S = 3600.0
+"""How long a digest that was read through a mount waits for the verification of its files before it is given up."""
+
+
 class ModelContent:
     """The content of one model on this host. Replicas share it."""
 
     def __init__(self, path: Path, home: Path) -> None:
         self._path, self._home = path, home
+        self.hub_files = HubFiles.of(path, home)
         self._files: ModelFiles | None = None
         self._listing = threading.Lock()
         self._reading = threading.Lock()
@@ -38,7 +44,9 @@ class ModelContent:
         """Return the files as they were at the first call. Raises OSError."""
         with self._listing:
             if self._files is None:
-                self._files = ModelFiles(self._path, self._home)
+                # What is read of a hub's model before it is verified may be wrong, and the fields of its files never change.
+                keep = self.hub_files.verified if self.hub_files else lambda: True
+                self._files = ModelFiles(self._path, self._home, keep)
             return self._files
 
     def sketch(self) -> str:
@@ -63,7 +71,20 @@ class ModelContent:
         if files.size >= NOTED_BYTES:
             log.info("reading %.0f GB of %s, to check that the snapshot is of this model", files.size / 1e9, self._path)
         with self._reading:
-            return files.digest()
+            found = files.digest()
+        if self.hub_files and not self.hub_files.verified():
+            threading.Thread(target=self._keep_later, name="model-digest-kept", daemon=True).start()
+        return found
+
+    def _keep_later(self) -> None:
+        """Keep the digest in the index once the files that it was read from are verified."""
+        assert self.hub_files is not None
+        try:
+            self.hub_files.wait(KEEP_LIMIT_S, self._closed.is_set)
+            self.files.digest()  # reads nothing again
+        except (OSError, CheckpointError) as error:
+            if not self._closed.is_set():
+                log.warning("the digest of %s is not kept: %s", self._path, error)
 
     def begin(self) -> None:
         """Start to compute the digest in the background, unless it is known or being computed."""
@@ -86,8 +107,10 @@ class ModelContent:
         """Return the digest of what the engine has read, waiting up to `limit_s` seconds for the background.
 
         Raises Incompatible: inputs-changed if a file has changed since the launch began, model-unread if the digest takes
-        longer; the computed digest is cached for the next start.
+        longer; the computed digest is cached for the next start. What `HubFiles.wait` raises, for a model that is mounted from
+        the hub.
         """
+        deadline = time.monotonic() + limit_s
         if self._background is not None:
             self._background.join(limit_s)
         if not self.files.unchanged() or isinstance(self._failure, Incompatible):
@@ -103,6 +126,9 @@ class ModelContent:
                 f"the digest of {self._path} is not complete {limit_s:.0f} s after the engine was ready; "
                 "the next start takes the snapshot",
             )
+        if self.hub_files:
+            self.hub_files.wait(max(1.0, deadline - time.monotonic()), self._closed.is_set)
+            return self.files.digest()  # and keeps it
         return self.files.known_digest() or self.digest()
 
     def close(self) -> None:

@@ -17,20 +17,26 @@ import sys
 import threading
 from pathlib import Path
 
+from checkpoint.errors import Incompatible
 from lazyfs.errors import LazyfsError
 from lazyfs.paths import child_environment
 from lazyfs.stores.urls import shown_url
+from plugin.model.hub_files import HubFiles
 
 log = logging.getLogger("quickthaw")
 _PR_SET_PDEATHSIG = 1
 _NICE = 10
+_VERIFIED_S = 3600.0
 
 
 class StoreImport:
     """The import of one model's folder into one store. Thread-safe."""
 
-    def __init__(self, path: Path, store_url: str, sign_key: Path | None = None) -> None:
-        self.path, self.store_url, self.sign_key = path, store_url, sign_key
+    def __init__(
+        self, path: Path, store_url: str, sign_key: Path | None = None, hub_files: HubFiles | None = None
+    ) -> None:
+        """`hub_files`: what must be verified before it is imported, if the path is the mount of a hub's model."""
+        self.path, self.store_url, self.sign_key, self.hub_files = path, store_url, sign_key, hub_files
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
         self._ended = False
@@ -48,6 +54,11 @@ class StoreImport:
 
         The calling thread must live as long as the import, which the kernel ends with it.
         """
+        if self.hub_files:
+            try:
+                self.hub_files.wait(_VERIFIED_S, lambda: self._ended)
+            except Incompatible as error:
+                return "" if self._ended else str(error)
         with self._lock:
             if self._ended:
                 return ""

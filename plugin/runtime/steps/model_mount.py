@@ -199,7 +199,8 @@ class Weights:
             if self._import is None or self._import.path != self.path:
                 if self._import is not None:
                     self._import.close()
-                self._import = StoreImport(self.path, self.store_url, self._sign_key)
+                hub_files = self.content.hub_files if self.content else None
+                self._import = StoreImport(self.path, self.store_url, self._sign_key, hub_files)
         if wait:
             return self._import.run()
         self._import.begin()

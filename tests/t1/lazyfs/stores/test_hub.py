@@ -8,8 +8,9 @@ import json
 import pytest
 from click.testing import CliRunner
 
+from checkpoint.errors import Incompatible
 from lazyfs.admin.verify import verify
-from lazyfs.api import read_through
+from lazyfs.api import mount, read_through
 from lazyfs.cache.cache import Cache
 from lazyfs.cli.mount import resolve
 from lazyfs.cli.weights import weights
@@ -20,6 +21,8 @@ from lazyfs.mount import kernel
 from lazyfs.stores import opened
 from lazyfs.stores.hub import hasher, parse, read_by_engines
 from lazyfs.stores.local import LocalStore
+from plugin.model.content import ModelContent
+from plugin.model.store_import import StoreImport
 from tests.kits.hub_kit import Hub
 from tests.kits.lazyfs.models import write_safetensors
 from tests.kits.lazyfs.rig import assert_same, digest_or_errno, wait_for
@@ -60,6 +63,18 @@ def started():
     """Open stores, and close them after the test."""
     with contextlib.ExitStack() as stack:
         yield lambda url: stack.enter_context(opened(url))
+
+
+@contextlib.contextmanager
+def mounted_model(home, digest):
+    """Mount a model where `launch` does; yield its content, and the mount."""
+    handle = mount(digest, home / "mounts" / digest[:16], idle_exit_s=0.0, background_mb_s=0.0, prefetch=False)
+    try:
+        content = ModelContent(handle.mountpoint, home)
+        yield content, handle
+        content.close()
+    finally:
+        handle.unmount(force=True)
 
 
 def manifest_of(home, digest):
@@ -240,6 +255,35 @@ def test_a_small_file_with_wrong_bytes_is_never_served_and_a_large_one_is_forgot
     wait_for(lambda: Cache(home / "cache").present_bytes(file) < file.size)
     right = digest_or_errno(reader, model / "model-2.safetensors")
     assert digest_or_errno(reader, handle.mountpoint / "model-2.safetensors") == right
+
+
+@mounts
+def test_a_digest_of_a_hubs_model_is_kept_only_when_every_file_is_verified(home, hub, model):
+    digest = read_through("hf://org/toy")
+    with mounted_model(home, digest) as (content, handle):
+        content.begin()
+        right = content.verified_digest(30.0)
+        assert handle.control("verified")["unverified"] == []
+        assert ModelContent(handle.mountpoint, home).files.known_digest() == right, "it was kept"
+
+
+@mounts
+def test_nothing_is_kept_of_a_hubs_model_of_which_wrong_bytes_were_served(home, hub, model):
+    digest = read_through("hf://org/toy")
+    hub.wrong = lambda name, data: data[:-1] + bytes([data[-1] ^ 1]) if name == "model-1.safetensors" else data
+    with mounted_model(home, digest) as (content, handle):
+        content.begin()
+        with pytest.raises(Incompatible) as caught:
+            content.verified_digest(30.0)
+        assert caught.value.code == "hub-file-wrong" and "model-1.safetensors" in str(caught.value)
+        # The engine may have read the first bytes: that the next ones are right does not change it.
+        hub.wrong = None
+        assert (handle.mountpoint / "model-1.safetensors").read_bytes()
+        wait_for(lambda: not handle.control("verified")["unverified"])
+        with pytest.raises(Incompatible, match="hub-file-wrong"):
+            content.verified_digest(1.0)
+        assert not ModelContent(handle.mountpoint, home).files.known_digest(), "no digest of them was kept"
+        assert "hub-file-wrong" in StoreImport(handle.mountpoint, "unused", hub_files=content.hub_files).run()
 
 
 def test_an_import_from_the_hub_needs_no_copy_and_checks_the_hubs_digests(home, hub, model, tmp_path):

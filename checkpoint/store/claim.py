@@ -104,14 +104,17 @@ class Claim:
             log.info("snapshot %s: %s claimed it and was not heard of for %.0f s", self._name, found.host, EXPIRES_S)
             store.delete(self._key)
             found = None
-        if found is None and store.create(self._key, self._document()):
+        created = found is None and store.create(self._key, self._document())
+        if not created:
+            found = found or self._read(store)
+        # A request whose answer was lost is sent again, and finds its own object.
+        if created or (found is not None and found.token == self._token):
             with self._lock:
                 if not self._decided:
                     self._other = ""
                     return True
             store.delete(self._key)
             return False
-        found = found or self._read(store)
         with self._lock:
             if not self._decided:
                 self._other = found.host if found else "another launch"

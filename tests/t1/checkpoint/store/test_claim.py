@@ -73,6 +73,20 @@ def test_of_many_at_once_one_makes_it_and_the_next_after_it_was_released(url):
     wait(lambda: not claimed(url))
 
 
+def test_a_claim_whose_answer_was_lost_is_its_own(monkeypatch, tmp_path):
+    from lazyfs.stores.local import LocalStore
+
+    create = LocalStore.create
+    monkeypatch.setattr(
+        LocalStore, "create", lambda *given: create(*given) and create(*given)
+    )  # as a client sends it again
+    ours = Claim(str(tmp_path), "NAME")
+    assert ours.holder(LIMIT_S) == "" and claimed(str(tmp_path))
+    assert Claim(str(tmp_path), "NAME").holder(LIMIT_S) == os.uname().nodename
+    ours.release()
+    wait(lambda: not claimed(str(tmp_path)))
+
+
 @pytest.mark.parametrize("found", ["of a launch that was killed", "damaged", "of a clock that runs ahead"])
 def test_a_claim_that_is_not_renewed_is_taken_over_while_the_engine_loads(url, found):
     renewed = time.time() + (86400 if "ahead" in found else 0)

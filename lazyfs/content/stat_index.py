@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lazyfs.content.importer import Progress
+    from lazyfs.content.manifest import Manifest
 
 log = logging.getLogger("lazyfs.content.stat_index")
 # Kernel timestamps advance with the tick, at most 10 ms apart (CONFIG_HZ=100).
@@ -84,13 +85,21 @@ def stored_digest(path: Path, store_url: str | None = None) -> str | None:
     return digest if stored else None
 
 
-def read_through(source: Path | str, *, cache_dir: Path | None = None) -> str:
+def read_through(
+    source: Path | str,
+    *,
+    cache_dir: Path | None = None,
+    limit_s: float | None = None,
+    known_limit_s: float | None = None,
+) -> str:
     """Return the digest of a manifest that shows a directory, or an object prefix (URL), without importing it.
 
     Nothing is copied: an unchanged local directory is read in place (and passed through); a remote one is cached as it is
     read. Of a URL that does not answer, the manifest of the last time is returned, if there is one. The manifest is written
     beside the cache, in its own folder (`source_folder`): this host wrote every manifest there, none came from a store.
-    Raises what `lazyfs.content.read_through.describe` raises.
+
+    `limit_s`: how long a URL may take to answer in all; `known_limit_s`: the same where the manifest of the last time is here.
+    Raises Temporary (source-silent) after that, or what `lazyfs.content.read_through.describe` raises.
     """
     url = normal_url(str(source))
     folder = local_path(url)
@@ -103,14 +112,13 @@ def read_through(source: Path | str, *, cache_dir: Path | None = None) -> str:
     if record is not None and (record["stats"] == stats if folder is not None else _is_fixed(url)):
         return str(record["manifest"])
     from lazyfs.content.manifest import decode, encode
-    from lazyfs.content.read_through import describe
 
     known = None
     if folder is None and record is not None:
         with contextlib.suppress(Integrity):  # a damaged one is made again
             known = decode((manifests / record["manifest"]).read_bytes(), record["manifest"], local=True)
     try:
-        digest, data = encode(describe(url, known))
+        digest, data = encode(_described_within(limit_s if known is None else known_limit_s, url, known))
     except LazyfsError as error:
         # As of an engine alone, whose cache of the hub serves when the hub does not answer.
         if known is None or not (isinstance(error, Temporary) or error.code == "offline"):
@@ -124,6 +132,34 @@ def read_through(source: Path | str, *, cache_dir: Path | None = None) -> str:
     elif stats is not None and stats == _stats(folder):
         _save(record_file, _record(folder, f"source:{url}", digest, stats))
     return digest
+
+
+def _described_within(limit_s: float | None, url: str, known: Manifest | None) -> Manifest:
+    """Return what `describe` returns. Raises Temporary (source-silent) after `limit_s` seconds; None: no limit."""
+    from lazyfs.content.read_through import describe
+
+    if limit_s is None:
+        return describe(url, known)
+    import queue
+    import threading
+
+    answer: queue.SimpleQueue[Manifest | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answer.put(describe(url, known))
+        except Exception as error:  # noqa: BLE001 - the caller raises it
+            answer.put(error)
+
+    # Its requests end by limits of their own, each of which may be a minute.
+    threading.Thread(target=ask, name="describe", daemon=True).start()
+    try:
+        found = answer.get(timeout=limit_s)
+    except queue.Empty:
+        raise Temporary(f"{shown_url(url)} gave no list of its files within {limit_s:g} s", code="source-silent") from None
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def _is_fixed(url: str) -> bool:

@@ -14,6 +14,9 @@ log = logging.getLogger("quickthaw")
 PREFIX = "hf://"
 # It outlives this module's call until the launch holds a file of it open, and a launch that was killed by no more than this.
 _IDLE_EXIT_S = 60.0
+# How long the hub may take to name the files of the model, in seconds: where they are known from an earlier start, and else. The
+# launch does not listen before.
+_KNOWN_LIMIT_S, _LIMIT_S = 4.0, 60.0
 
 
 def names_hub(arguments: Sequence[str]) -> bool:
@@ -50,7 +53,7 @@ def _mounted(url: str, home: Path, cache_limit: int) -> Path | None:
     from lazyfs.errors import LazyfsError, Usage
 
     try:
-        manifest = read_through(url)
+        manifest = read_through(url, limit_s=_LIMIT_S, known_limit_s=_KNOWN_LIMIT_S)
         _say_if_streamed(url, manifest, home / "cache", cache_limit)
         place = home / "mounts" / manifest[:16]
         return mount(manifest, place, idle_exit_s=_IDLE_EXIT_S, cache_limit=cache_limit).mountpoint

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.t0
 def asked(monkeypatch, tmp_path):
     """The URLs that were mounted; each at the same place."""
     urls = []
-    monkeypatch.setattr(api, "read_through", lambda url: urls.append(url) or "0" * 64)
+    monkeypatch.setattr(api, "read_through", lambda url, **_: urls.append(url) or "0" * 64)
     monkeypatch.setattr(hub_mount, "_say_if_streamed", lambda *_: None)
     monkeypatch.setattr(api, "mount", lambda *_, **__: SimpleNamespace(mountpoint=tmp_path / "mounted"))
     return urls

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import socket
+import time
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 from checkpoint.errors import Incompatible
+from lazyfs import api
 from lazyfs.admin.verify import verify
 from lazyfs.api import mount, read_through
 from lazyfs.cache.cache import Cache
@@ -22,6 +26,7 @@ from lazyfs.mount import kernel
 from lazyfs.stores import opened
 from lazyfs.stores.hub import hasher, parse, read_by_engines
 from lazyfs.stores.local import LocalStore
+from plugin.model import hub_mount
 from plugin.model.content import ModelContent
 from plugin.model.store_import import StoreImport
 from tests.kits.hub_kit import Hub
@@ -129,6 +134,24 @@ def test_a_revision_is_pinned_headers_are_read_once_and_a_commit_is_not_asked_fo
     before = len(hub.requests)
     assert read_through(f"hf://org/toy@{commit}") and len(hub.requests) == before
     assert resolve("hf://org/toy", None)[0] == read_through("hf://org/toy")
+
+
+def test_a_hub_that_stalls_delays_a_launch_by_seconds_where_its_files_are_known(home, hub, model, monkeypatch, caplog):
+    digest = read_through("hf://org/toy")
+    monkeypatch.setattr(hub_mount, "_KNOWN_LIMIT_S", 0.2)
+    monkeypatch.setattr(hub_mount, "_LIMIT_S", 0.4)
+    shown = []
+    monkeypatch.setattr(api, "mount", lambda found, place, **_: shown.append(found) or SimpleNamespace(mountpoint=place))
+    # It accepts connections, and answers nothing.
+    with socket.create_server(("127.0.0.1", 0)) as stalled:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{stalled.getsockname()[1]}")
+        began = time.monotonic()
+        hub_mount.resolve(("--model", "hf://org/toy"), home, -1, mounts=True)
+        other = hub_mount.resolve(("--model", "hf://org/other"), home, -1, mounts=True)
+        assert time.monotonic() - began < 10, "requests have a minute each"
+    assert shown == [digest]
+    assert other == ("--model", "org/other"), "it downloads what is not known here itself"
+    assert caplog.text.count("source-silent") == 2
 
 
 def test_a_hub_that_does_not_answer_shows_what_it_had(home, hub, model, caplog):

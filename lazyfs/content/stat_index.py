@@ -156,7 +156,9 @@ def _described_within(limit_s: float | None, url: str, known: Manifest | None) -
     try:
         found = answer.get(timeout=limit_s)
     except queue.Empty:
-        raise Temporary(f"{shown_url(url)} gave no list of its files within {limit_s:g} s", code="source-silent") from None
+        raise Temporary(
+            f"{shown_url(url)} gave no list of its files within {limit_s:g} s", code="source-silent"
+        ) from None
     if isinstance(found, Exception):
         raise found
     return found

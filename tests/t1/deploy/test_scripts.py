@@ -77,7 +77,7 @@ def test_pull_snapshot_fetches_what_the_arguments_select_and_never_keeps_a_pod_f
 ):
     """With a double of `quickthaw` itself: which words it gets, and what becomes of its failures."""
     program = environment / "bin" / "pull-snapshot"
-    script = '[ "$1 $2" = "snapshot $FAILS" ] && exit 1; echo "$@" >>"$0.said"; [ "$2" = pull ] || echo NAME'
+    script = '[ "$1 $2" = "snapshot $FAILS" ] && exit 1; [ "$1 $2" = "snapshot $STALLS" ] && exec sleep 60; echo "$@" >>"$0.said"; [ "$2" = pull ] || echo NAME'
     (environment / "bin" / "quickthaw").write_text(f"#!/bin/sh\n{script}\n")
     monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "home"))
     said = tmp_path / "quickthaw" / "bin" / "quickthaw.said"
@@ -95,6 +95,13 @@ def test_pull_snapshot_fetches_what_the_arguments_select_and_never_keeps_a_pod_f
     assert pull() == ("", ["snapshot key vllm --model a b", "snapshot pull NAME /store"])
     for step in ("key", "pull"):
         assert "the engine starts without waiting for it" in pull(step)[0]
+        with monkeypatch.context() as stalls:
+            stalls.setenv("STALLS", step)
+            stalls.setenv("QUICKTHAW_PULL_TIMEOUT", "0.3s")
+            assert "no snapshot within 0.3s" in pull()[0]
+    with monkeypatch.context() as wrong:
+        wrong.setenv("QUICKTHAW_PULL_TIMEOUT", "soon")
+        assert "QUICKTHAW_PULL_TIMEOUT=soon is no duration" in pull()[0]
     (tmp_path / "home" / "snapshots" / "NAME").mkdir(parents=True)
     (tmp_path / "home" / "snapshots" / "NAME" / "manifest.json").touch()
     assert pull() == ("quickthaw: pull-snapshot: NAME is here already\n", ["snapshot key vllm --model a b"])

@@ -141,7 +141,9 @@ def test_a_hub_that_stalls_delays_a_launch_by_seconds_where_its_files_are_known(
     monkeypatch.setattr(hub_mount, "_KNOWN_LIMIT_S", 0.2)
     monkeypatch.setattr(hub_mount, "_LIMIT_S", 0.4)
     shown = []
-    monkeypatch.setattr(api, "mount", lambda found, place, **_: shown.append(found) or SimpleNamespace(mountpoint=place))
+    monkeypatch.setattr(
+        api, "mount", lambda found, place, **_: shown.append(found) or SimpleNamespace(mountpoint=place)
+    )
     # It accepts connections, and answers nothing.
     with socket.create_server(("127.0.0.1", 0)) as stalled:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{stalled.getsockname()[1]}")

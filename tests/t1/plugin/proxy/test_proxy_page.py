@@ -96,7 +96,7 @@ def test_the_page_follows_one_engine_from_asleep_to_gone_and_back(tmp_path):
                 for phase in (Phase.WAKING, Phase.VERIFYING, Phase.SERVING):
                     rig.trackers["a"].to(phase)
                 assert {(await task).status for task in waiting} == {200}
-                text = await page.wait_text("Serving for ", "held\n0", "answered\n7", " MB held", "forwarded 7")
+                text = await page.wait_text("Serving for ", "held\n0", "answered\n7", "B held", "forwarded 7")
                 assert f"127.0.0.1:{up.port}, process {os.getpid()}" in text
                 assert await page.run("document.getElementById('said').innerText") == "Qwen2.5-7B: serving"
                 assert await page.run("document.getElementById('said').ariaLive") == "polite"
@@ -176,7 +176,7 @@ def test_two_models_are_shown_side_by_side_with_place_and_costs(tmp_path):
                 assert facts.model in text and facts.engine in text and f"{facts.snapshot} {size}" in text
                 assert f"127.0.0.1:{port}" in text and f"on {socket.gethostname()}" in text
                 assert "0.40 s restore, median of 3" in text and "40.3 s cold start, measured once" in text
-            assert " MB held" in qwen and "2 × NVIDIA H200" in qwen
+            assert "B held" in qwen and "2 × NVIDIA H200" in qwen
             assert "none: no engine runs" in smol and "GPU\nnone" in smol
             (left, top), (right, same) = await page.run(boxes)
             assert left < right and top == same

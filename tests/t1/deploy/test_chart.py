@@ -164,6 +164,8 @@ def test_every_object_is_as_the_schemas_say_and_they_fit_together(chart, values)
         if item["kind"] not in SELECTS:
             continue
         selector = item["spec"].get("selector") or item["spec"]["podSelector"]
+        if item["kind"] == "NetworkPolicy" and item["metadata"]["name"].endswith("-snapshots"):
+            continue
         found = {name for name, pod in pods.items() if selects(selector, pod)}
         name = item["metadata"]["name"].removesuffix("-pods")  # the addresses of a StatefulSet's pods
         assert found == ({name} if SELECTS[item["kind"]] == "one" else set(pods))
@@ -250,6 +252,21 @@ def test_a_slow_cold_start_is_waited_for_by_probe_and_launch_alike(chart, more, 
     env = {one["name"]: one.get("value") for one in engine["env"]}
     probe = engine["startupProbe"]
     assert probe["failureThreshold"] * probe["periodSeconds"] == 3600 and env["QUICKTHAW_START_TIMEOUT"] == limit
+
+
+def test_the_pods_that_make_snapshots_are_privileged_and_nobody_reaches_them(chart):
+    """A pod that no policy selects is open to the whole cluster."""
+    for policy in (True, False):
+        objects = chart.render({**EVERYTHING, "networkPolicy": {"enabled": policy}})
+        jobs = [item["spec"]["template"] for item in objects if item["kind"] == "Job"]
+        servers = [item["spec"]["template"] for item in objects if item["kind"] in ("Deployment", "StatefulSet")]
+        policies = [item["spec"] for item in objects if item["kind"] == "NetworkPolicy"]
+        assert jobs and servers and len(policies) == 2 * policy
+        for spec in policies:
+            closed = not spec["ingress"]
+            assert spec["policyTypes"] == ["Ingress"]
+            assert all(selects(spec["podSelector"], pod) is closed for pod in jobs)
+            assert all(selects(spec["podSelector"], pod) is not closed for pod in servers)
 
 
 def test_with_named_clients_the_activator_and_helms_test_still_reach_the_engines(chart):

@@ -130,11 +130,24 @@ def _times(text: str) -> str:
     return "[" + ", ".join(text.split()) + "]"
 
 
+def _near(named: str, offers: list[Offer]) -> str:
+    """Return which GPU and instance types a name may mean, as the end of a question; "" if none is like it."""
+
+    def plain(name: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", name.lower())
+
+    known = dict.fromkeys(name for offer in offers for name in (offer.gpu, offer.instance))
+    wanted = plain(named)
+    found = [name for name in known if wanted and (wanted in plain(name) or plain(name) in wanted)]
+    return f" (did you mean {' or '.join(found)}?)" if found else ""
+
+
 def _pools(machine: Words, regions: tuple[str, ...], offers: list[Offer], missing: _Missing) -> list[str]:
     """Return the pools of one GPU type, one in each region."""
     named = machine[""]
     option = f"--gpu {named}"
     able = [o for o in offers if named in (o.instance, o.gpu) and machine.get("instance", o.instance) == o.instance]
+    near = "" if able else _near(named, offers)
     found = []
     for region in (machine.get("region"),) if "region" in machine else regions or ("",):
         own = dict(machine)
@@ -142,8 +155,8 @@ def _pools(machine: Words, regions: tuple[str, ...], offers: list[Offer], missin
         if offer is not None:
             own = {"instance": offer.instance, "gpus": str(offer.gpus), "price": f"{offer.price:g}"} | own
             own = ({"memory": f"{offer.memory:g}GiB"} if offer.memory else {}) | own
-        missing.want(own, "gpus", f"{named}: GPUs of an instance", option + ",gpus=…", "count")
-        missing.want(own, "price", f"{named}: price of an instance, $/h", option + ",price=…", "price")
+        missing.want(own, "gpus", f"{named}: GPUs of an instance{near}", option + ",gpus=…", "count")
+        missing.want(own, "price", f"{named}: price of an instance, $/h{near}", option + ",price=…", "price")
         question = f"{named}: how long an instance takes until a container can start (times, separated by spaces)"
         missing.want(own, "boot", question, option + ",boot=…", "duration")
         machine |= {key: own[key] for key in ("gpus", "price", "boot") if key in own}

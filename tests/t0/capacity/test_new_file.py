@@ -88,6 +88,23 @@ def test_everything_that_is_missing_is_named_in_one_run(tmp_path):
     assert "expected a count" in typed("init", tmp_path / "p.yaml", "--model", "chat,gpus=²", code=2).stderr
 
 
+@pytest.mark.parametrize(
+    ("named", "meant"),
+    [
+        ("A100", "A100-80GB or A100-40GB"),
+        ("h100", "H100"),
+        ("a100 80GB", "A100-80GB"),
+        ("p4d", "p4de.24xlarge or p4d.24xlarge"),
+        ("B300", ""),
+    ],
+)
+def test_a_type_without_a_price_points_to_those_of_nearly_the_same_name(tmp_path, named, meant):
+    words = ("--model", MODEL + ",demand=1,peak=2", "--gpu", f"{named},boot=60s")
+    asked = [line for line in typed("init", tmp_path / "p.yaml", *words, code=2).stderr.splitlines() if named in line]
+    assert any("gpus=" in line for line in asked) and any("price=" in line for line in asked)
+    assert all((f"(did you mean {meant}?)" in line) if meant else ("mean" not in line) for line in asked)
+
+
 def test_what_was_measured_here_is_found(tmp_path, home):
     entry = {"model": "/models/chat", "engine": "vllm", "at": "2026-01-01T00:00:00+00:00"}
     lines = [entry | {"kind": kind, "seconds": s} for kind, s in (("cold", 90), ("restored", 1.5), ("restored", 1.7))]

@@ -272,7 +272,9 @@ class Server:
         if request.get("complete"):
             unverified = self.whole_files.unverified()
             files = [self.manifest.files[index] for index in unverified]
-            self.cache.need_room(sum(f.size - self.cache.present_bytes(f) for f in files), sum(f.size for f in files))
+            absent = sum(f.size - self.cache.present_bytes(f) for f in files)
+            if absent:
+                self.cache.need_room(absent, sum(f.size for f in files))
             for index in unverified:
                 self._request(wire.FILE, index)
                 self._wanted.add(index)

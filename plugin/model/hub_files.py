@@ -9,9 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from checkpoint.errors import Incompatible
 from plugin.model.hub_mount import mounted_manifest
+
+if TYPE_CHECKING:
+    from lazyfs.api import MountHandle
 
 _PAUSE_S = 0.2
 
@@ -21,18 +25,17 @@ class HubFiles:
 
     def __init__(self, mountpoint: Path) -> None:
         self._mountpoint = mountpoint
-        self._daemon = self._pid()
+        self._handle = self._find()
 
     @classmethod
     def of(cls, path: Path, home: Path) -> HubFiles | None:
         """Return the files of a model whose path is the mount of a source; None for any other model."""
         return cls(path.absolute()) if mounted_manifest(path, home) else None
 
-    def _pid(self) -> int:
+    def _find(self) -> MountHandle | None:
         from lazyfs.api import find_mount
 
-        handle = find_mount(self._mountpoint)
-        return handle.pid if handle else 0
+        return find_mount(self._mountpoint)
 
     def verified(self) -> bool:
         """Return whether every file is verified now, and none was found wrong."""
@@ -60,20 +63,20 @@ class HubFiles:
             left = self._unverified(complete=False)
 
     def _unverified(self, *, complete: bool) -> list[str]:
-        from lazyfs.api import find_mount
         from lazyfs.errors import LazyfsError
 
-        handle = find_mount(self._mountpoint)
-        if handle is None or handle.pid != self._daemon:
-            raise Incompatible(
-                "hub-unverified",
-                f"the daemon of {self._mountpoint} ended, so it is not known if what was read through it is what the hub has; "
-                "start again",
-            )
+        # A daemon on a busy host may not have answered at first.
+        handle = self._handle = self._handle or self._find()
         try:
-            answer = handle.control("verified", complete=complete)
+            answer = handle.control("verified", complete=complete) if handle else {}
         except LazyfsError as error:
             raise Incompatible("hub-unverified", f"{self._mountpoint}: {error.code}: {error}; start again") from error
+        if handle is None or answer["pid"] != handle.pid:
+            raise Incompatible(
+                "hub-unverified",
+                f"the daemon of {self._mountpoint} ended or does not answer, so it is not known if what was read through it is "
+                "what the hub has; start again",
+            )
         if answer["wrong"]:
             raise Incompatible(
                 "hub-file-wrong",

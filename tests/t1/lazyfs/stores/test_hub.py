@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
+import signal
 import socket
 import time
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ from click.testing import CliRunner
 from checkpoint.errors import Incompatible
 from lazyfs import api
 from lazyfs.admin.verify import verify
-from lazyfs.api import mount, read_through
+from lazyfs.api import find_mount, mount, read_through, unmount
 from lazyfs.cache.cache import Cache
 from lazyfs.cli.mount import resolve
 from lazyfs.cli.weights import weights
@@ -80,7 +82,8 @@ def mounted_model(home, digest):
         yield content, handle
         content.close()
     finally:
-        handle.unmount(force=True)
+        if find_mount(handle.mountpoint):
+            unmount(handle.mountpoint, force=True)
 
 
 def manifest_of(home, digest):
@@ -291,6 +294,18 @@ def test_a_digest_of_a_hubs_model_is_kept_only_when_every_file_is_verified(home,
         right = content.verified_digest(30.0)
         assert handle.control("verified")["unverified"] == []
         assert ModelContent(handle.mountpoint, home).files.known_digest() == right, "it was kept"
+
+
+@mounts
+def test_nothing_is_kept_of_what_was_read_through_a_daemon_that_ended(home, hub, model):
+    digest = read_through("hf://org/toy")
+    with mounted_model(home, digest) as (content, handle):
+        os.kill(handle.pid, signal.SIGKILL)
+        wait_for(lambda: handle.daemon() == "gone")
+        with pytest.raises(Incompatible, match="hub-unverified"):
+            content.hub_files.wait(1.0)
+        with mounted_model(home, digest), pytest.raises(Incompatible, match="hub-unverified: the daemon of"):
+            content.hub_files.wait(1.0)
 
 
 @mounts

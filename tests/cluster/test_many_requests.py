@@ -50,13 +50,12 @@ class Service:
                 return code
 
     async def restart(self, proxy, number=signal.SIGTERM):
+        self.proxies.remove(proxy)  # first, so that no request comes to it while it is killed
         if number == signal.SIGKILL:
             self.lost = set(self.open[proxy])
-            await proxy.stop(number)
-        self.proxies.remove(proxy)
-        if number != signal.SIGKILL:
+        else:
             await asyncio.sleep(0.3)
-            await proxy.stop(number)
+        await proxy.stop(number)
         await proxy.start()
         self.proxies.append(proxy)
 

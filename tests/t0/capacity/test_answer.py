@@ -56,6 +56,7 @@ def test_the_answer_says_the_time_and_what_cold_starts_cost(tmp_path):
     assert "With cold starts you would hold 20 GPUs more on average: $60.00/h more." in said
 
 
+@pytest.mark.slow
 def test_the_table_joins_steps_that_are_alike_and_says_what_binds(tmp_path):
     text = LEAST.replace(
         "boot: 60s}", "boot: 60s, quota: 4}\n  - {name: dear, gpu: H100, gpus: 8, price: 40, boot: 60s}"

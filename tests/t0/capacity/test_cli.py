@@ -116,6 +116,7 @@ def test_options_that_would_do_nothing_are_refused(words, said):
     assert said in typed(EXAMPLE, *words, code=2).stderr
 
 
+@pytest.mark.slow
 def test_generate_then_simulate(tmp_path):
     day = tmp_path / "day.csv"
     assert "requests" in typed("generate", day, "--requests", 600, "--hours", 0.3, "--services", "code").stdout

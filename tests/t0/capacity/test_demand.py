@@ -83,6 +83,7 @@ def test_growth_is_counted_from_what_was_planned_for_not_from_the_noise(tmp_path
     assert need.cap[0, 0] == pytest.approx(np.quantile(planned, 0.99, method="higher"))
 
 
+@pytest.mark.slow
 def test_the_time_of_day_is_found_and_its_error_is_said(tmp_path):
     problem = read(csv(tmp_path / "t.csv", rhythm(7)), more=", steps: 24")
     median = problem.demand.forecasts["s"].typical()
@@ -105,6 +106,7 @@ def test_a_trace_shorter_than_a_step_is_called_that(tmp_path, seconds, said, few
     assert said in problem.demand.notes[1] and ("too few bins" in problem.demand.notes[1]) is few
 
 
+@pytest.mark.slow
 def test_the_time_of_the_week_is_found_if_there_are_weeks(tmp_path):
     problem = read(csv(tmp_path / "t.csv", rhythm(28, weekend=0.05)), more=", steps: 24, start: 2026-02-07T00:00:00")
     assert "by time of the week" in problem.demand.notes[1]  # a Saturday

@@ -107,6 +107,7 @@ def test_more_supply_never_costs_more(seed, quota, supply):
 
 @given(seeds, st.floats(1.0, 20.0))
 @settings(calm, max_examples=40)
+@pytest.mark.slow
 def test_a_longer_lead_time_never_needs_fewer_idle_gpus(seed, factor):
     """What must be covered never falls: hot spares a service, and pooled idle GPUs a group; nor does the cost."""
     problem = random_problem(seed, steps=1)

@@ -72,6 +72,7 @@ def test_a_copy_that_was_killed_is_made_anew(environment, tmp_path):
     assert sorted(os.listdir(target / "bin")) == sorted(os.listdir(BIN)) and not (target / ".bin").exists()
 
 
+@pytest.mark.slow
 def test_pull_snapshot_fetches_what_the_arguments_select_and_never_keeps_a_pod_from_starting(
     environment, tmp_path, monkeypatch
 ):

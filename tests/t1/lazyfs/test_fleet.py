@@ -31,7 +31,7 @@ from tests.kits.lazyfs.fleet import BadPeer, Host, SlowStore, dead_address, list
 from tests.kits.lazyfs.models import make_model
 from tests.kits.lazyfs.rig import ROOT, assert_same, wait_for
 
-pytestmark = [pytest.mark.t1, pytest.mark.usefixtures("home")]
+pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.usefixtures("home")]
 TOKEN = "fleet"
 HOSTS = 8
 

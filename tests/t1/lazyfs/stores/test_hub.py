@@ -35,7 +35,7 @@ from tests.kits.hub_kit import Hub
 from tests.kits.lazyfs.models import write_safetensors
 from tests.kits.lazyfs.rig import assert_same, digest_or_errno, wait_for
 
-pytestmark = [pytest.mark.t1, pytest.mark.usefixtures("home")]
+pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.usefixtures("home")]
 mounts = pytest.mark.skipif(not kernel.may_mount(), reason="needs /dev/fuse and CAP_SYS_ADMIN")
 MB = 1 << 20
 

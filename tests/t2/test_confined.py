@@ -22,7 +22,8 @@ def podman():
     made.close()
 
 
-@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+# vLLM passed it, too (2026-11-30); it takes two minutes, and what the filter must allow is CRIU's and the page server's, not the engine's.
+@pytest.mark.parametrize("engine", ["sglang"])
 def test_an_engine_restores_under_the_seccomp_profile(podman, tmp_path, engine):
     home = tmp_path / "home"
     home.mkdir(mode=0o700)

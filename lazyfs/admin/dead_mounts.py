@@ -54,7 +54,7 @@ def _disconnected(where: str) -> bool:
         try:
             os.statvfs(where)  # never answered by the kernel alone, unless the daemon is gone
         except OSError as error:
-            gone.append(error.errno == errno.ENOTCONN)
+            gone.append(error.errno in (errno.ENOTCONN, errno.ECONNABORTED))
 
     thread = threading.Thread(target=ask, daemon=True)  # it may hang
     thread.start()

@@ -149,7 +149,9 @@ def test_a_killed_daemon_is_replaced(shared, rig, transport):
     os.kill(first.pid, signal.SIGKILL)
     reader = rig.reader()
     wait_for(lambda: not is_daemon(first.pid))
-    assert reader.ask("call", f"os.listdir({str(first.mountpoint)!r})") == {"errno": errno.ENOTCONN}
+    # The process is gone a moment before its connection is: a request in between is aborted.
+    answer = reader.ask("call", f"os.listdir({str(first.mountpoint)!r})")
+    assert answer in ({"errno": errno.ENOTCONN}, {"errno": errno.ECONNABORTED})
     second = rig.mount(digest, transport=transport)
     assert second.pid != first.pid
     assert_same(reader, model, second.mountpoint)

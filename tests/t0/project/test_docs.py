@@ -87,9 +87,16 @@ def test_every_link_between_documents_resolves():
     assert missing == set()
 
 
-def test_no_tracked_file_holds_an_address_like_a_package_mirrors():
-    """Scanners take `://HOST` with a path of `debian/` for a registry, whatever the host; tests put such an address together."""
+@pytest.mark.parametrize(
+    ("pattern", "what"),
+    [
+        # Scanners take such an address for a registry, whatever the host; tests put it together.
+        (rb"://[^/\s{}]+/debian/", "an address like a package mirror's"),
+        (rb"""(^|[\s"'`=:(,])/root/[.\w]""", "a path below one machine's home; another user's is elsewhere"),
+    ],
+)
+def test_no_tracked_file_names_one_machine(pattern, what):
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=REPO, capture_output=True, text=True, check=True)
     files = [REPO / name for name in tracked.stdout.split("\0") if name]
-    pattern = re.compile(rb"://[^/\s{}]+/debian/")
-    assert [str(file) for file in files if file.is_file() and pattern.search(file.read_bytes())] == []
+    found = re.compile(pattern, re.MULTILINE)
+    assert [str(file) for file in files if file.is_file() and found.search(file.read_bytes())] == [], what

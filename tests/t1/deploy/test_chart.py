@@ -245,6 +245,15 @@ def test_numbers_are_written_out(chart):
     assert (env["QUICKTHAW_MAX_HELD"], env["QUICKTHAW_SLEEP_AFTER"], env["QUICKTHAW_GRACE"]) == ("2000000", "1.5", "30")
 
 
+def test_models_of_the_hub_are_kept_in_the_model_cache_whoever_the_user_is(chart):
+    """Not in a home folder, which only root would have there."""
+    there, own = "/var/cache/huggingface", [{"name": "HF_HOME", "value": "/models"}]
+    for more, homes in (({}, [there]), ({"env": own}, ["/models"]), ({"modelCache": {"type": "none"}}, [])):
+        (engine,) = one(chart.render(model(**more)), "Deployment")["spec"]["template"]["spec"]["containers"]
+        assert [one["value"] for one in engine["env"] if one["name"] == "HF_HOME"] == homes
+        assert [at["mountPath"] for at in engine["volumeMounts"] if at["name"] == "model-cache"] == [there] * len(homes)
+
+
 @pytest.mark.parametrize(("more", "limit"), [({}, "3600s"), ({"options": {"start-timeout": "2h"}}, "2h")])
 def test_a_slow_cold_start_is_waited_for_by_probe_and_launch_alike(chart, more, limit):
     pod = one(chart.render(model(startTimeoutSeconds=3600, **more)), "Deployment")["spec"]["template"]["spec"]

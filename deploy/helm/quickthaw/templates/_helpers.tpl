@@ -133,6 +133,14 @@ quickthaw.dev/model: {{ .name | quote }}
   value: /var/lib/quickthaw
 - name: QUICKTHAW_ADMIN_LISTEN
   value: ":{{ int .root.Values.admin.port }}"
+{{- if ne .m.modelCache.type "none" }}
+{{- $own := false }}
+{{- range .m.env }}{{ if eq .name "HF_HOME" }}{{ $own = true }}{{ end }}{{ end }}
+{{- if not $own }}
+- name: HF_HOME
+  value: /var/cache/huggingface
+{{- end }}
+{{- end }}
 {{- with .root.Values.admin.tokenSecret }}
 {{- if .name }}
 - name: QUICKTHAW_ADMIN_TOKEN
@@ -177,7 +185,7 @@ quickthaw.dev/model: {{ .name | quote }}
   mountPath: /var/lib/quickthaw
 {{- if ne .m.modelCache.type "none" }}
 - name: model-cache
-  mountPath: /root/.cache/huggingface
+  mountPath: /var/cache/huggingface
 {{- end }}
 {{- if .m.quickthawImage }}
 - name: quickthaw

@@ -25,6 +25,28 @@ def role():
     return {resource: rule["verbs"] for rule in rules for resource in rule["resources"]}
 
 
+@contextlib.asynccontextmanager
+async def at_zero(folder, *, without=None, **spec):
+    """Run a cluster with one workload at zero and a proxy in front of it. `without`: the resource that its role lacks."""
+    async with cluster(folder) as nodes:
+        nodes.workload("llama")
+        if without:
+            nodes.api.allowed = {name: verbs for name, verbs in role().items() if name != without}
+        async with activator(nodes, folder, **spec) as proxy:
+            yield nodes, proxy
+
+
+@contextlib.asynccontextmanager
+async def two_proxies(folder, *, a_sleeps_after_s, b_sleeps_after_s=None):
+    """Run a cluster with one workload at zero and the proxies `a` and `b` in front of it, each with its Lease."""
+    async with (
+        at_zero(folder, identity="a", sleep_after_s=a_sleeps_after_s) as (nodes, a),
+        activator(nodes, folder, identity="b", sleep_after_s=b_sleeps_after_s) as b,
+    ):
+        await until(lambda: len(nodes.api.of("leases")) == 2)
+        yield nodes, a, b
+
+
 @pytest.mark.parametrize("kind", ["deployment", "statefulset"])
 def test_held_requests_wake_the_workload_once_and_the_idle_one_goes_back_to_zero(tmp_path, kind):
     async def test():
@@ -49,7 +71,6 @@ def test_the_pod_is_asked_itself_so_a_slow_readiness_probe_costs_nothing(tmp_pat
         async with cluster(tmp_path, probe_s=30.0) as nodes:
             nodes.workload("llama", service=False)
             async with activator(nodes, tmp_path) as proxy:
-                nodes.probe_s = 30.0
                 assert (await proxy.ask("r")).status_code == 200
                 (pod,) = nodes.api.of("pods")
                 ready = [each["status"] for each in pod["status"]["conditions"] if each["type"] == "Ready"]
@@ -135,119 +156,96 @@ def test_a_pod_that_is_killed_or_deleted_loses_only_what_it_was_answering(tmp_pa
 
 def test_while_the_api_is_away_requests_go_on_to_known_pods_and_afterwards_all_is_seen_again(tmp_path):
     async def test():
-        async with cluster(tmp_path) as nodes:
-            nodes.workload("llama")
-            async with activator(nodes, tmp_path) as proxy:
-                assert (await proxy.ask("r0")).status_code == 200
-                await nodes.api.stop()
-                for n in range(20):
-                    assert (await proxy.ask(f"away{n}")).status_code == 200
-                nodes.delete("llama-1")  # unseen
-                await until(lambda: "llama-2" in nodes.started)
-                nodes.api.compact()
-                await nodes.api.start()
-                await until(lambda: {m.pod.name for m in proxy.workload._members.values()} == {"llama-2"})
-                assert (await proxy.ask("r1")).json()["name"] == "llama-2"
+        async with at_zero(tmp_path) as (nodes, proxy):
+            assert (await proxy.ask("r0")).status_code == 200
+            await nodes.api.stop()
+            for n in range(20):
+                assert (await proxy.ask(f"away{n}")).status_code == 200
+            nodes.delete("llama-1")  # unseen
+            await until(lambda: "llama-2" in nodes.started)
+            nodes.api.compact()
+            await nodes.api.start()
+            await until(lambda: {m.pod.name for m in proxy.workload._members.values()} == {"llama-2"})
+            assert (await proxy.ask("r1")).json()["name"] == "llama-2"
 
     run(test())
 
 
 def test_a_request_at_zero_is_held_while_the_api_is_away_and_answered_afterwards(tmp_path):
     async def test():
-        async with cluster(tmp_path) as nodes:
-            nodes.workload("llama")
-            async with activator(nodes, tmp_path) as proxy:
-                await until(lambda: proxy.workload._pods is not None)
-                await nodes.api.stop()
-                held = asyncio.create_task(proxy.ask("r"))
-                await until(lambda: "API" in proxy.pool.progress().sentence())
-                await nodes.api.start()
-                assert (await held).status_code == 200
-                assert nodes.api.scalings() == [(0, 1)]
+        async with at_zero(tmp_path) as (nodes, proxy):
+            await until(lambda: proxy.workload._pods is not None)
+            await nodes.api.stop()
+            held = asyncio.create_task(proxy.ask("r"))
+            await until(lambda: "API" in proxy.pool.progress().sentence())
+            await nodes.api.start()
+            assert (await held).status_code == 200
+            assert nodes.api.scalings() == [(0, 1)]
 
     run(test())
 
 
 def test_two_proxies_make_one_wake_and_none_scales_down_under_the_others_requests(tmp_path):
     async def test():
-        async with cluster(tmp_path) as nodes:
-            nodes.workload("llama")
-            spec = {"sleep_after_s": 0.4}
-            async with (
-                activator(nodes, tmp_path, identity="a", **spec) as a,
-                activator(nodes, tmp_path, identity="b", **spec) as b,
-            ):
-                await until(lambda: len(nodes.api.of("leases")) == 2)
-                answers = await asyncio.gather(*((a, b)[n % 2].ask(f"r{n}") for n in range(8)))
-                assert [answer.status_code for answer in answers] == [200] * 8
-                assert nodes.api.scalings() == [(0, 1)]
-                # b answers for long; a is idle all the while, and asks
-                assert (await b.ask("long", answer=2.0)).status_code == 200
-                assert nodes.api.scalings() == [(0, 1)]
-                asked = [
-                    what for _, verb, kind, name, what in nodes.api.writes if kind == "leases" and name.endswith("-a")
-                ]
-                assert any('"wants": {"deployment/llama"' in json.dumps(what).replace("\\", "") for what in asked)
-                await until(lambda: nodes.api.scalings() == [(0, 1), (1, 0)])
-                # and again, by the other
-                assert (await b.ask("again")).status_code == 200
-                assert nodes.api.scalings()[:3] == [(0, 1), (1, 0), (0, 1)]
+        async with two_proxies(tmp_path, a_sleeps_after_s=0.4, b_sleeps_after_s=0.4) as (nodes, a, b):
+            answers = await asyncio.gather(*((a, b)[n % 2].ask(f"r{n}") for n in range(8)))
+            assert [answer.status_code for answer in answers] == [200] * 8
+            assert nodes.api.scalings() == [(0, 1)]
+            # b answers for long; a is idle all the while, and asks
+            assert (await b.ask("long", answer=2.0)).status_code == 200
+            assert nodes.api.scalings() == [(0, 1)]
+            asked = [what for _, verb, kind, name, what in nodes.api.writes if kind == "leases" and name.endswith("-a")]
+            assert any('"wants": {"deployment/llama"' in json.dumps(what).replace("\\", "") for what in asked)
+            await until(lambda: nodes.api.scalings() == [(0, 1), (1, 0)])
+            # and again, by the other
+            assert (await b.ask("again")).status_code == 200
+            assert nodes.api.scalings()[:3] == [(0, 1), (1, 0), (0, 1)]
 
     run(test())
 
 
 def test_a_request_that_comes_while_another_proxy_scales_down_is_held_and_wakes_anew(tmp_path):
     async def test():
-        async with cluster(tmp_path) as nodes:
-            nodes.workload("llama")
-            async with (
-                activator(nodes, tmp_path, identity="a", sleep_after_s=0.3) as a,
-                activator(nodes, tmp_path, identity="b") as b,
-            ):
-                await until(lambda: len(nodes.api.of("leases")) == 2)
-                assert (await a.ask("r0")).status_code == 200
-                done = []
-                for n in range(60):  # every 25 ms, through the whole of the move down
-                    done.append(asyncio.create_task(b.ask(f"b{n}")))
-                    if nodes.api.scalings()[1:]:
-                        break
-                    await done[-1]
-                    await asyncio.sleep(0.36 if n % 4 == 0 else 0.025)
-                answers = [await task for task in done]
-                assert {answer.status_code for answer in answers} == {200}
-                names = [name for name, _ in executed(tmp_path)]
-                assert len(names) == len(set(names)) == len(done) + 1
+        async with two_proxies(tmp_path, a_sleeps_after_s=0.3) as (nodes, a, b):
+            assert (await a.ask("r0")).status_code == 200
+            done = []
+            for n in range(60):  # every 25 ms, through the whole of the move down
+                done.append(asyncio.create_task(b.ask(f"b{n}")))
+                if nodes.api.scalings()[1:]:
+                    break
+                await done[-1]
+                await asyncio.sleep(0.36 if n % 4 == 0 else 0.025)
+            answers = [await task for task in done]
+            assert {answer.status_code for answer in answers} == {200}
+            names = [name for name, _ in executed(tmp_path)]
+            assert len(names) == len(set(names)) == len(done) + 1
 
     run(test())
 
 
 def test_a_pod_that_comes_while_others_go_is_not_waited_for_and_serves(tmp_path):
     async def test():
-        async with cluster(tmp_path) as nodes:
-            nodes.workload("llama")
-            async with activator(nodes, tmp_path) as proxy:
-                assert (await proxy.ask("r0")).status_code == 200
-                going = asyncio.create_task(proxy.workload._until_gone())
-                nodes.delete("llama-1")
-                async with asyncio.timeout(4):
-                    await going
-                assert (await proxy.ask("r1")).json()["name"] == "llama-2"
-                await asyncio.sleep(0.3)
-                assert [r.tracker.phase for r in proxy.pool.replicas.values()] == ["serving"]
+        async with at_zero(tmp_path) as (nodes, proxy):
+            assert (await proxy.ask("r0")).status_code == 200
+            going = asyncio.create_task(proxy.workload._until_gone())
+            nodes.delete("llama-1")
+            async with asyncio.timeout(4):
+                await going
+            assert (await proxy.ask("r1")).json()["name"] == "llama-2"
+            await asyncio.sleep(0.3)
+            assert [r.tracker.phase for r in proxy.pool.replicas.values()] == ["serving"]
 
     run(test())
 
 
 def test_an_outage_is_logged_once_for_all_copies(tmp_path, caplog):
     async def test():
-        async with cluster(tmp_path) as nodes:
-            nodes.workload("llama")
-            async with activator(nodes, tmp_path) as proxy:
-                assert (await proxy.ask("r0")).status_code == 200
-                await nodes.api.stop()
-                await until(lambda: "stays in use" in caplog.text)
-                await asyncio.sleep(3.0)
-                await nodes.api.start()
+        async with at_zero(tmp_path) as (nodes, proxy):
+            assert (await proxy.ask("r0")).status_code == 200
+            await nodes.api.stop()
+            await until(lambda: "stays in use" in caplog.text)
+            await asyncio.sleep(3.0)
+            await nodes.api.start()
 
     run(test())
     assert caplog.text.count("stays in use") == 1
@@ -258,21 +256,15 @@ def test_a_proxy_that_was_killed_delays_a_scale_down_until_its_lease_has_expired
         monkeypatch.setattr("plugin.proxy.kubernetes.agreement.VALID_S", 1.5)
         monkeypatch.setattr("plugin.proxy.kubernetes.agreement.RENEW_S", 0.3)
         monkeypatch.setattr("plugin.proxy.kubernetes.agreement.ASK_S", 0.5)
-        async with cluster(tmp_path) as nodes:
-            nodes.workload("llama")
-            async with (
-                activator(nodes, tmp_path, identity="a", sleep_after_s=0.3) as a,
-                activator(nodes, tmp_path, identity="b") as b,
-            ):
-                await until(lambda: len(nodes.api.of("leases")) == 2)
-                assert (await b.ask("r0")).status_code == 200
-                for task in tuple(b.session.agreement._tasks):
-                    task.cancel()  # as if it had been killed: its Lease stays as it is
-                b.session.agreement._circles.clear()
-                killed = time.monotonic()
-                assert (await a.ask("r1")).status_code == 200
-                await until(lambda: nodes.api.scalings() == [(0, 1), (1, 0)])
-                assert time.monotonic() - killed > 1.0
+        async with two_proxies(tmp_path, a_sleeps_after_s=0.3) as (nodes, a, b):
+            assert (await b.ask("r0")).status_code == 200
+            for task in tuple(b.session.agreement._tasks):
+                task.cancel()  # as if it had been killed: its Lease stays as it is
+            b.session.agreement._circles.clear()
+            killed = time.monotonic()
+            assert (await a.ask("r1")).status_code == 200
+            await until(lambda: nodes.api.scalings() == [(0, 1), (1, 0)])
+            assert time.monotonic() - killed > 1.0
 
     run(test())
 
@@ -280,22 +272,20 @@ def test_a_proxy_that_was_killed_delays_a_scale_down_until_its_lease_has_expired
 @pytest.mark.parametrize("gone_as_status", [False, True])
 def test_conflicts_throttling_errors_and_versions_that_are_gone_cost_no_request(tmp_path, gone_as_status):
     async def test():
-        async with cluster(tmp_path) as nodes:
+        async with at_zero(tmp_path) as (nodes, proxy):
             api = nodes.api
-            nodes.workload("llama")
-            async with activator(nodes, tmp_path) as proxy:
-                await until(lambda: proxy.workload._pods is not None and proxy.workload._pods.listed.is_set())
-                api.faults.gone_as_status = gone_as_status
-                for n in range(5):
-                    api.put(
-                        "pods",
-                        {"metadata": {"name": f"other{n}", "labels": {"app": "other"}}, "spec": {}, "status": {}},
-                    )
-                api.compact()
-                api.drop_watches()
-                api.faults.conflicts, api.faults.throttled, api.faults.failing = 2, 2, 1
-                assert (await proxy.ask("r")).status_code == 200
-                assert api.scalings() == [(0, 1)]
+            await until(lambda: proxy.workload._pods is not None and proxy.workload._pods.listed.is_set())
+            api.faults.gone_as_status = gone_as_status
+            for n in range(5):
+                api.put(
+                    "pods",
+                    {"metadata": {"name": f"other{n}", "labels": {"app": "other"}}, "spec": {}, "status": {}},
+                )
+            api.compact()
+            api.drop_watches()
+            api.faults.conflicts, api.faults.throttled, api.faults.failing = 2, 2, 1
+            assert (await proxy.ask("r")).status_code == 200
+            assert api.scalings() == [(0, 1)]
 
     run(test())
 
@@ -303,14 +293,11 @@ def test_conflicts_throttling_errors_and_versions_that_are_gone_cost_no_request(
 @pytest.mark.parametrize("missing", ["endpointslices", "leases"])
 def test_without_endpoints_it_serves_by_the_pods_and_without_leases_it_scales_nothing_down(tmp_path, missing):
     async def test():
-        async with cluster(tmp_path) as nodes:
-            nodes.workload("llama")
-            nodes.api.allowed = {name: verbs for name, verbs in role().items() if name != missing}
-            async with activator(nodes, tmp_path, sleep_after_s=0.3) as proxy:
-                assert (await proxy.ask("r")).status_code == 200
-                with contextlib.suppress(TimeoutError):
-                    await until(lambda: nodes.api.scalings()[1:], 1.5)
-                assert nodes.api.scalings()[1:] == ([(1, 0)] if missing == "endpointslices" else [])
+        async with at_zero(tmp_path, without=missing, sleep_after_s=0.3) as (nodes, proxy):
+            assert (await proxy.ask("r")).status_code == 200
+            with contextlib.suppress(TimeoutError):
+                await until(lambda: nodes.api.scalings()[1:], 1.5)
+            assert nodes.api.scalings()[1:] == ([(1, 0)] if missing == "endpointslices" else [])
 
     run(test())
 
@@ -328,11 +315,8 @@ def test_the_example_is_valid_and_its_models_are_read(tmp_path):
 @pytest.mark.parametrize("missing", ["pods", "deployments/scale"])
 def test_without_the_role_the_held_request_says_so(tmp_path, missing):
     async def test():
-        async with cluster(tmp_path) as nodes:
-            nodes.workload("llama")
-            nodes.api.allowed = {name: verbs for name, verbs in role().items() if name != missing}
-            async with activator(nodes, tmp_path) as proxy:
-                answer = await proxy.ask("r")
-                assert answer.status_code == 503 and answer.json()["error"]["code"] == "cluster-forbidden"
+        async with at_zero(tmp_path, without=missing) as (nodes, proxy):
+            answer = await proxy.ask("r")
+            assert answer.status_code == 503 and answer.json()["error"]["code"] == "cluster-forbidden"
 
     run(test())

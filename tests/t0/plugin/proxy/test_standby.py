@@ -23,6 +23,12 @@ from plugin.runtime.standby.moves import Moves
 pytestmark = pytest.mark.t0
 
 
+def restore(tracker):
+    """Move it through the phases of a restore, up to serving."""
+    for phase in (Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING, Phase.SERVING):
+        tracker.to(phase)
+
+
 class Engine:
     """A pool whose replica moves as its hooks say. `refuses`: the hooks that fail."""
 
@@ -30,8 +36,7 @@ class Engine:
         self.tracker, self.moves, self.refuses = PhaseTracker(), [], set(refuses)
         self.gate = asyncio.Event()
         self.gate.set()
-        for phase in (Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING, Phase.SERVING):
-            self.tracker.to(phase)
+        restore(self.tracker)
         hooks = {
             "wake": self._hook("wake", Phase.WAKING, Phase.SERVING),
             "standby": self._hook("standby", Phase.STANDBY),
@@ -70,12 +75,21 @@ async def until(condition):
             await asyncio.sleep(0.005)
 
 
+async def on_the_way_to_standby():
+    """Return an engine that moves to standby until its gate opens, and the task of that move."""
+    engine = Engine()
+    engine.gate.clear()
+    moving = asyncio.ensure_future(engine.pool.sleeper.standby())
+    await until(lambda: engine.moves == ["standby"])
+    return engine, moving
+
+
 def test_only_a_serving_replica_stands_by_and_it_wakes_or_sleeps():
     tracker = PhaseTracker()
     with pytest.raises(IllegalTransition):
         tracker.to(Phase.STANDBY)
-    for phase in (Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING, Phase.SERVING, Phase.STANDBY):
-        tracker.to(phase)
+    restore(tracker)
+    tracker.to(Phase.STANDBY)
     with pytest.raises(IllegalTransition):
         tracker.to(Phase.SERVING)
     tracker.to(Phase.WAKING)
@@ -91,9 +105,7 @@ def test_an_idle_pool_goes_down_the_ladder_and_a_request_brings_it_up():
         async with watched(engine):
             await until(lambda: engine.tracker.phase is Phase.ASLEEP)
             assert engine.moves == ["standby", "sleep"]
-            engine.tracker.to(Phase.MOUNTING)
-            for phase in (Phase.RESTORING, Phase.WAKING, Phase.VERIFYING, Phase.SERVING):
-                engine.tracker.to(phase)
+            restore(engine.tracker)
             await until(lambda: engine.tracker.phase is Phase.STANDBY)
             replica = await engine.pool.acquire()
             assert engine.moves[-1] == "wake" and replica.start_kind is Kind.WOKEN
@@ -106,10 +118,7 @@ def test_an_idle_pool_goes_down_the_ladder_and_a_request_brings_it_up():
 
 def test_a_request_that_arrives_on_the_way_waits_and_is_answered_afterwards():
     async def check():
-        engine = Engine()
-        engine.gate.clear()
-        moving = asyncio.ensure_future(engine.pool.sleeper.standby())
-        await until(lambda: engine.moves == ["standby"])
+        engine, moving = await on_the_way_to_standby()
         waiting = asyncio.ensure_future(engine.pool.acquire())
         await asyncio.sleep(0.02)
         assert not waiting.done()
@@ -150,10 +159,7 @@ def test_adapters_are_kept_in_standby_and_keep_the_engine_from_sleep():
 
 def test_a_sleep_that_is_asked_for_on_the_way_to_standby_follows_it():
     async def check():
-        engine = Engine()
-        engine.gate.clear()
-        moving = asyncio.ensure_future(engine.pool.sleeper.standby())
-        await until(lambda: engine.moves == ["standby"])
+        engine, moving = await on_the_way_to_standby()
         asked = asyncio.ensure_future(act(engine.pool, "sleep"))
         await asyncio.sleep(0.02)
         assert not asked.done()
@@ -166,10 +172,7 @@ def test_a_sleep_that_is_asked_for_on_the_way_to_standby_follows_it():
 
 def test_a_request_on_the_way_to_standby_is_answered_before_a_sleep_that_is_asked_for():
     async def check():
-        engine = Engine()
-        engine.gate.clear()
-        moving = asyncio.ensure_future(engine.pool.sleeper.standby())
-        await until(lambda: engine.moves == ["standby"])
+        engine, moving = await on_the_way_to_standby()
         asked = asyncio.ensure_future(act(engine.pool, "sleep"))
         waiting = asyncio.ensure_future(engine.pool.acquire())
         await asyncio.sleep(0.02)
@@ -194,8 +197,7 @@ def test_a_wake_ends_with_the_phase_that_its_hook_has_just_reached():
         async def wake():
             for _ in range(2):
                 engine.pool.refused(engine.replica, engine.replica.generation, "a worker could not connect")
-            for phase in (Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING, Phase.SERVING):
-                engine.tracker.to(phase)
+            restore(engine.tracker)
 
         engine.pool.waker.hook = wake
         async with asyncio.timeout(5):
@@ -215,8 +217,7 @@ def test_a_wake_that_finds_nothing_to_do_waits_for_the_end_of_an_engine_that_ref
             if len(wakes) == 1:
                 engine.pool.refused(engine.replica, engine.replica.generation, "the second")
             elif engine.tracker.phase is Phase.FAILED:
-                for phase in (Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING, Phase.SERVING):
-                    engine.tracker.to(phase)
+                restore(engine.tracker)
 
         engine.pool.waker.hook = wake
         engine.pool.refused(engine.replica, engine.replica.generation, "the first")
@@ -238,8 +239,7 @@ def test_an_engine_that_dies_as_soon_as_it_serves_is_woken_again_a_few_times(dea
 
         async def wake():
             wakes.append(1)
-            for phase in (Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING, Phase.SERVING):
-                engine.tracker.to(phase)
+            restore(engine.tracker)
             if len(wakes) <= deaths:
                 engine.tracker.to(Phase.FAILED)
 

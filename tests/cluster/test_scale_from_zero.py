@@ -215,6 +215,7 @@ def test_a_request_that_comes_while_another_proxy_scales_down_is_held_and_wakes_
                     break
                 await done[-1]
                 await asyncio.sleep(0.36 if n % 4 == 0 else 0.025)
+            assert nodes.api.scalings()[1:], "it was never scaled down"
             answers = [await task for task in done]
             assert {answer.status_code for answer in answers} == {200}
             names = [name for name, _ in executed(tmp_path)]

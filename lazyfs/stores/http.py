@@ -65,25 +65,18 @@ class WebStore:
     ) -> bytes | memoryview:
         if length == 0:
             return b""
+        return self._read(key, start, length, version, into, limit if length is None else length)
+
+    def _read(
+        self, key: str, start: int, length: int | None, version: str, into: memoryview | None, limit: int
+    ) -> bytes | memoryview:
+        """Do what `get` does, for a length other than 0. `limit`: the most bytes to accept."""
         headers = {}
         if start or length is not None:
             headers["Range"] = f"bytes={start}-{'' if length is None else start + length - 1}"
         if version:
             headers["If-Match"] = version
-        status, answer, body = self._request("GET", key, headers, into, limit if length is None else length)
-        return self._part(status, answer, body, key, start, length, version)
-
-    def _part(
-        self,
-        status: int,
-        answer: http.client.HTTPMessage,
-        body: bytes | memoryview,
-        key: str,
-        start: int,
-        length: int | None,
-        version: str,
-    ) -> bytes | memoryview:
-        """Return the bytes that were asked for out of an answer to `get`. Raises Permanent (source-changed), Temporary."""
+        status, answer, body = self._request("GET", key, headers, into, limit)
         if status == 416:
             return b""
         etag = answer.get("ETag", "")
@@ -131,6 +124,7 @@ class WebStore:
     def _request(
         self, method: str, key: str, headers: dict[str, str], into: memoryview | None, limit: int
     ) -> tuple[int, http.client.HTTPMessage, bytes | memoryview]:
+        """Send a request for an object. Return status, headers and body."""
         return self._follow(method, f"{self.base}/{quote(key)}", headers, into, limit)[:3]
 
     def _follow(

@@ -23,9 +23,9 @@ from typing import Any
 from urllib.parse import quote
 
 from lazyfs.errors import HostLacks, LazyfsError, NotFound, Permanent, Usage
-from lazyfs.paths import open_fd
 from lazyfs.stores.base import MOST_BYTES, ObjectInfo
 from lazyfs.stores.http import WebStore
+from lazyfs.stores.local import LocalStore
 
 _URL = re.compile(r"hf://([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@([\w][\w./-]*))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -183,53 +183,43 @@ class HubStore(WebStore):
     def head(self, key: str) -> ObjectInfo | None:
         return next((info for info in self.list(key) if info.key == key), None)
 
-    def get(
-        self,
-        key: str,
-        start: int = 0,
-        length: int | None = None,
-        version: str = "",
-        into: memoryview | None = None,
-        *,
-        limit: int = MOST_BYTES,
+    def _read(
+        self, key: str, start: int, length: int | None, version: str, into: memoryview | None, limit: int
     ) -> bytes | memoryview:
-        if length == 0:
-            return b""
-        if key in self._downloaded:
-            return self._from_download(key, start, length)
-        headers = {"Range": f"bytes={start}-{'' if length is None else start + length - 1}"}
-        most = limit if length is None else length
-        try:
-            status, answer, body = self._ranged(key, headers, into, most)
-        except Permanent as error:
-            if error.code not in _NO_RANGES:
-                raise
-            return self._from_download(key, start, length)
-        if status == 416:
-            # Nothing reads beyond a file's end.
-            return self._from_download(key, start, length)
-        # A commit's file never changes: the version needs no check here.
-        return self._part(status, answer, body, key, start, length, "")
+        if key not in self._downloaded:
+            try:
+                # A commit's file never changes: its version needs no check.
+                body = super()._read(key, start, length, "", into, limit)
+            except Permanent as error:
+                if error.code not in _NO_RANGES:
+                    raise
+            else:
+                # Nothing reads beyond a file's end: an empty body is HTTP 416, from an address that serves no ranges.
+                if body:
+                    return body
+            self._download(key)
+        file = self._downloaded[key]
+        return LocalStore(file.parent).get(file.name, start, length, "", into, limit=limit)
 
-    def _ranged(
-        self, key: str, headers: dict[str, str], into: memoryview | None, limit: int
+    def _request(
+        self, method: str, key: str, headers: dict[str, str], into: memoryview | None, limit: int
     ) -> tuple[int, Any, bytes | memoryview]:
         """Ask the address that the hub has given for the file before, or the hub."""
         address, since = self._addresses.get(key, ("", 0.0))
         if address and time.monotonic() - since < _KEPT_S:
             try:
-                return self._follow("GET", address, headers, into, limit)[:3]
+                return self._follow(method, address, headers, into, limit)[:3]
             except (Permanent, NotFound):
                 # A signed address has expired, or its host no longer has the file: the hub knows a new one.
                 self._addresses.pop(key, None)
         asked = f"{self.base}/{self.repository}/resolve/{self.commit}/{quote(key)}"
-        status, answer, body, final = self._follow("GET", asked, headers, into, limit)
+        status, answer, body, final = self._follow(method, asked, headers, into, limit)
         if final != asked:
             self._addresses[key] = (final, time.monotonic())
         return status, answer, body
 
-    def _from_download(self, key: str, start: int, length: int | None) -> bytes:
-        """Read from the hub's own cache, after huggingface_hub has downloaded the file into it."""
+    def _download(self, key: str) -> None:
+        """Let huggingface_hub download a file into its own cache, once."""
         with self._lock:
             lock = self._locks.setdefault(key, threading.Lock())
         with lock:
@@ -239,8 +229,6 @@ class HubStore(WebStore):
                         self.repository, key, revision=self.commit, endpoint=self.base, token=_token() or None
                     )
                 )
-        with open_fd(self._downloaded[key], os.O_RDONLY) as fd:
-            return os.pread(fd, os.fstat(fd).st_size if length is None else length, start)
 
     def _client(self) -> Callable[..., str]:
         try:

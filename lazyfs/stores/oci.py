@@ -99,12 +99,12 @@ class OciStore(WebStore):
         """Return the artifact's files by path. Raises NotFound, Integrity, Permanent (bad-artifact), or Temporary."""
         with self._loading:
             if self._layers is None:
-                self._layers = self._read()
+                self._layers = self._read_layers()
         return self._layers
 
-    def _read(self) -> dict[str, Layer]:
+    def _read_layers(self) -> dict[str, Layer]:
         headers = {"Accept": f"{MANIFEST}, {INDEX}"}
-        _, answer, body = self._checked("GET", f"manifests/{self.reference}", headers, MOST_BYTES)
+        _, answer, body = self._request("GET", f"manifests/{self.reference}", headers, None, MOST_BYTES)
         found = f"sha256:{hashlib.sha256(body).hexdigest()}"
         if self._digest and found != self._digest:
             raise Integrity(f"{self.url}: the registry sent another manifest than {self._digest[:19]}")
@@ -143,25 +143,15 @@ class OciStore(WebStore):
     def head(self, key: str) -> ObjectInfo | None:
         return next((info for info in self.list(key) if info.key == key), None)
 
-    def get(
-        self,
-        key: str,
-        start: int = 0,
-        length: int | None = None,
-        version: str = "",
-        into: memoryview | None = None,
-        *,
-        limit: int = MOST_BYTES,
+    def _read(
+        self, key: str, start: int, length: int | None, version: str, into: memoryview | None, limit: int
     ) -> bytes | memoryview:
-        if length == 0:
-            return b""
         # The version is the blob's own name: a blob never changes, so the artifact need not be asked for.
-        digest = version or self.layers()[key].digest
-        headers = {"Range": f"bytes={start}-{'' if length is None else start + length - 1}"}
-        status, answer, body = self._checked(
-            "GET", f"blobs/{digest}", headers, limit if length is None else length, into
-        )
-        return self._part(status, answer, body, key, start, length, "")
+        if not version:
+            if key not in self.layers():
+                raise NotFound(f"{self.url} has no file {key}")
+            version = self.layers()[key].digest
+        return super()._read(f"blobs/{version}", start, length, "", into, limit)
 
     # -- writing
 
@@ -201,7 +191,7 @@ class OciStore(WebStore):
 
         def there() -> bool:
             try:
-                self._checked("HEAD", f"blobs/{digest}", {}, 0)
+                self._request("HEAD", f"blobs/{digest}", {}, None, 0)
             except NotFound:
                 return False
             return True
@@ -251,16 +241,16 @@ class OciStore(WebStore):
 
     # -- credentials
 
-    def _checked(
-        self, method: str, path: str, headers: dict[str, str], limit: int, into: memoryview | None = None
+    def _request(
+        self, method: str, key: str, headers: dict[str, str], into: memoryview | None, limit: int
     ) -> tuple[int, Any, bytes | memoryview]:
-        """Send a request; once more with the token that the registry's challenge asks for."""
+        """Send a request; once more with the token that the registry's challenge asks for. `key`: below the repository's URL."""
         try:
-            return self._follow(method, f"{self.base}/{path}", headers, into, limit)[:3]
+            return self._follow(method, f"{self.base}/{key}", headers, into, limit)[:3]
         except _Unauthorized as error:
             if not self._sign_in(error.headers):
                 raise
-            return self._follow(method, f"{self.base}/{path}", headers, into, limit)[:3]
+            return self._follow(method, f"{self.base}/{key}", headers, into, limit)[:3]
 
     def _status_error(self, status: int, url: str, answer: Any) -> LazyfsError:
         if status == 401 and origin(url) == origin(self.base):

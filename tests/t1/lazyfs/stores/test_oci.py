@@ -114,6 +114,9 @@ def test_an_artifact_is_read_in_place_by_ranges_and_pinned(registry, model, home
         part = bytes(store.get(file.path, 5000, 100, file.version))
         assert part == (model / file.path).read_bytes()[5000:5100]
         assert registry.count("GET", "/manifests/") == before, "a blob is named by its own digest"
+        assert bytes(store.get("config.json")) == (model / "config.json").read_bytes()
+        with pytest.raises(NotFound, match=r"no file absent\.json"):
+            store.get("absent.json")
 
 
 def test_a_wrong_blob_is_never_kept(registry, model, tmp_path, home):
@@ -193,7 +196,7 @@ def test_a_token_that_no_header_can_have_is_none(secured, model):
 @pytest.mark.parametrize("place", ["http://127.0.0.1:1/x", "file:///etc/passwd"])
 def test_an_upload_is_never_sent_without_encryption_where_the_registry_has_it(place, monkeypatch):
     store = OciStore("oci://registry.example/a/b")
-    monkeypatch.setattr(store, "_checked", lambda *_: (_ for _ in ()).throw(NotFound("no blob")))
+    monkeypatch.setattr(store, "_request", lambda *_: (_ for _ in ()).throw(NotFound("no blob")))
     monkeypatch.setattr(store, "_write", lambda method, *_: place if method == "POST" else pytest.fail("sent"))
     with pytest.raises(Permanent, match="redirects to"):
         store._blob("sha256:" + "0" * 64, 1, lambda: iter([b"x"]))

@@ -122,3 +122,23 @@ def test_an_image_of_an_engine_that_is_none_is_refused():
             ["sh", "-c", check], env={**env, "ENGINE": engine}, capture_output=True, timeout=20, check=False
         )
         assert done.returncode == code
+
+
+@pytest.mark.parametrize("wheels_of_extras", [True, False])
+def test_an_image_without_wheels_of_the_extras_serves_engines(tmp_path, wheels_of_extras):
+    """With a double of Python and pip: what is installed."""
+    (tmp_path / "quickthaw-1-py3-none-any.whl").touch()
+    python, said = tmp_path / "python", tmp_path / "said"
+    python.write_text(f"""#!/bin/sh
+case "$1 $2" in
+"-m venv") mkdir -p "$4/bin" ;;
+"-m pip") echo "$@" >>{said}; case "$*" in *kubernetes*) exit {int(not wheels_of_extras)} ;; esac ;;
+*) case "$2" in *_base_executable*) echo "$0" ;; esac ;;
+esac
+""")
+    python.chmod(0o755)
+    words = ["env", f"PYTHON={python}", BIN / "install", tmp_path, tmp_path / "target"]
+    done = run(*words)
+    installed = [line for line in said.read_text().splitlines() if " install " in line]
+    assert [("[kubernetes,keda]" in line) for line in installed] == [True] + [False] * (not wheels_of_extras)
+    assert ("no activator" in done.stderr) is not wheels_of_extras

@@ -16,6 +16,7 @@ import signal
 import time
 from pathlib import Path
 
+from checkpoint.control_groups import groups
 from checkpoint.errors import Failed
 from checkpoint.sandbox.process_tree import processes, state
 
@@ -177,19 +178,8 @@ class Freezer:
 
 def own_cgroup() -> Path | None:
     """Return the folder of this process's cgroup of version 2, or None if there is none."""
-    try:
-        (path,) = (
-            line.rstrip("\n").removeprefix("0::")
-            for line in Path("/proc/self/cgroup").read_text().splitlines()
-            if line.startswith("0::")
-        )
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
-            before, _, after = line.partition(" - ")
-            if after.split()[0] == "cgroup2":
-                _, _, _, root, place, *_ = before.split()
-                return Path(place) / os.path.relpath(path, root)
-    except (OSError, ValueError):
-        pass
+    with contextlib.suppress(OSError, ValueError):
+        return next((group.folder for group in groups() if group.own), None)
     return None
 
 

@@ -7,11 +7,12 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from checkpoint.control_groups import PROC
 from checkpoint.errors import Failed
+from checkpoint.host_memory import room
 
 _MARGIN = 64 << 20
 """Bytes beyond the pages: images of descriptors, shared memory, temporary files."""
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def check_disk(folder: Path, wanted: int) -> None:
@@ -39,30 +40,14 @@ def tmpfs_bytes(root: Path, folders: Sequence[str]) -> int:
     return sum(used.values())
 
 
-def check_memory(wanted: int, cgroup: Path = _CGROUP) -> None:
-    """Raise Failed (host-memory-short) unless `wanted` more bytes fit into this host's memory and this container's limit."""
-    free = memory_available(cgroup)
-    if wanted and free < wanted + _MARGIN:
+def check_memory(wanted: int, proc: Path = PROC) -> None:
+    """Raise Failed (host-memory-short) unless `wanted` more bytes fit into this host's memory and the limits of control groups."""
+    if not wanted:
+        return
+    free = room(proc).available
+    if free < wanted + _MARGIN:
         raise Failed(
             "host-memory-short",
             f"the dump moves {wanted / 1e9:.1f} GB of GPU memory into host memory, which has {free / 1e9:.1f} GB free; "
             "exclude the weights (--weights excluded), or give the container more memory",
         )
-
-
-def memory_available(cgroup: Path = _CGROUP) -> int:
-    """Return the available bytes of memory (MemAvailable, proc(5)), capped by the control group's limit (version 2)."""
-    free = 1 << 62
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        used = int((cgroup / "memory.current").read_text())
-        # Page cache counts as used but can be reclaimed.
-        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        if limit != "max":
-            free = min(free, int(limit) - used + int(stat.get("inactive_file", 0)))
-    except (OSError, ValueError):
-        pass  # no such group, or version 1: use the host's figure
-    return free

@@ -20,13 +20,18 @@ READ_AHEAD_KIB = 1024
 
 
 class MountEntry(NamedTuple):
-    """One line of /proc/self/mountinfo. `number` is the mount's own; copies of a mount have the same `device`."""
+    """One line of mountinfo (proc_pid_mountinfo(5)). `number` is the mount's own; copies of a mount have the same `device`.
+
+    `root` is the folder of the file system that is mounted; `options` are those of the file system.
+    """
 
     number: str
     device: str
     mountpoint: str
     fstype: str
     source: str
+    root: str = "/"
+    options: str = ""
 
 
 def _unescape(text: str) -> str:
@@ -40,7 +45,7 @@ def _unescape(text: str) -> str:
 def mount_at(mountpoint: str) -> MountEntry | None:
     """Return the topmost mount at exactly that path, or None."""
     found = None
-    for entry in _table():
+    for entry in mount_table():
         if entry.mountpoint == mountpoint:
             found = entry
     return found
@@ -48,15 +53,17 @@ def mount_at(mountpoint: str) -> MountEntry | None:
 
 def place_of(mount: MountEntry) -> str | None:
     """Return the path of a mount now, after its folder may have been renamed, or None if it is gone from this namespace."""
-    return next((e.mountpoint for e in _table() if (e.number, e.device) == (mount.number, mount.device)), None)
+    return next((e.mountpoint for e in mount_table() if (e.number, e.device) == (mount.number, mount.device)), None)
 
 
-def _table() -> Iterator[MountEntry]:
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+def mount_table(file: str | Path = "/proc/self/mountinfo") -> Iterator[MountEntry]:
+    """Yield every mount of this process's namespace, those that cover others last. Raises OSError."""
+    with open(file, encoding="utf-8", errors="surrogateescape") as table:
         for line in table:
             fields = line.split(" ")
-            rest = fields[fields.index("-") + 1 :]
-            yield MountEntry(fields[0], fields[2], _unescape(fields[4]), rest[0], _unescape(rest[1]))
+            fstype, source, options = fields[fields.index("-") + 1 :]
+            root, mountpoint = map(_unescape, fields[3:5])
+            yield MountEntry(fields[0], fields[2], mountpoint, fstype, _unescape(source), root, options.rstrip("\n"))
 
 
 def mount_fuse(fd: int, mountpoint: str, source: str, *, allow_other: bool = False) -> None:

@@ -16,11 +16,12 @@ import platform
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from checkpoint.control_groups import Group, groups
+
 _SYS_IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
 _WHO_PROCESS, _IO_IDLE = 1, 3 << 13
 _LEAST_NICE, _ENDED_FIRST = 19, 1000
 _GROUP = "quickthaw-rehearsal-"
-_GROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _LEAST = (("cpu.idle", 1), ("cpu.shares", 2), ("cpu.weight", 1))
 """Files of a control group for processors, and the least that they take; the first that is there counts."""
 
@@ -53,10 +54,8 @@ def is_lowest() -> bool:
 
 def limited() -> bool:
     """Return whether a control group limits this process's processor time: the lowest priority uses it up like any other."""
-    for group in _parents():
-        for one in (group, *group.parents):
-            if not one.is_relative_to(_GROUPS):
-                break
+    for group in _groups():
+        for one in group.and_above():
             for name, no_limit in (("cpu.max", "max"), ("cpu.cfs_quota_us", "-1")):
                 with contextlib.suppress(OSError, IndexError):
                     if (one / name).read_text().split()[0] != no_limit:
@@ -105,18 +104,15 @@ def _enter_group() -> None:
         return
 
 
-def _parents() -> Iterator[Path]:
-    """Yield this process's control group for processors, as version 1 or 2 has it."""
-    with contextlib.suppress(OSError):
-        for line in _OWN.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers and "cpu" not in controllers.split(","):
-                continue
-            for base in (_GROUPS / controllers, _GROUPS / "cpu") if controllers else (_GROUPS,):
-                # In a container the path may be the host's, while only the container's own group is mounted.
-                if (found := next((one for one in (base / path.lstrip("/"), base) if one.is_dir()), None)) is not None:
-                    yield found
-                    break
+def _groups() -> Iterator[Group]:
+    """Yield this process's control groups that may share out processors, of version 1 and 2."""
+    with contextlib.suppress(OSError, ValueError):
+        yield from groups("cpu")
+
+
+def _parents() -> list[Path]:
+    """Return the folders in which a rehearsal may make its group."""
+    return [group.folder for group in _groups()]
 
 
 def _idle_io(task: int) -> None:

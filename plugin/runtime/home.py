@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -81,17 +82,14 @@ def _locks(folder: Path) -> bool:
 
 def _file_system(path: Path) -> str:
     """Return the type of the file system that holds a path (proc_pid_mountinfo(5)); "" if it is not known."""
+    from lazyfs.mount.kernel import mount_table
+
     found, longest = "", -1
-    try:
-        where = os.fsencode(path.resolve())
-        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
-    except OSError:
-        return ""
-    for line in lines:
-        head, _, tail = line.partition(b" - ")
-        point = head.split()[4].replace(b"\\040", b" ")
-        if len(point) >= longest and (where == point or where.startswith(point.rstrip(b"/") + b"/")):
-            found, longest = os.fsdecode(tail.split()[0]), len(point)
+    with contextlib.suppress(OSError):
+        where = path.resolve()
+        for mount in mount_table():
+            if len(mount.mountpoint) >= longest and where.is_relative_to(mount.mountpoint):
+                found, longest = mount.fstype, len(mount.mountpoint)
     return found
 
 

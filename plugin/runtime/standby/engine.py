@@ -148,7 +148,7 @@ def _check_host_memory(replica: RestoreContext, running: Running, in_use: int) -
 
     A snapshot's images are what such an engine holds in host memory, without the KV cache.
     """
-    from plugin.rehearsal.memory import room
+    from checkpoint.host_memory import room
 
     snapshot = replica.snapshot
     needed = in_use if snapshot is None else max(0, snapshot.image_bytes - memory_held(running))

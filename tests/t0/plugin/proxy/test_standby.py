@@ -343,10 +343,11 @@ def test_memory_is_short_by_pressure_or_by_what_is_available(tmp_path, stalled, 
 def test_available_is_what_this_containers_limit_leaves_or_unknown_where_the_host_does_not_say(tmp_path, monkeypatch):
     (tmp_path / "self").mkdir()
     (tmp_path / "self" / "cgroup").write_text("0::/\n")
+    (tmp_path / "self" / "mountinfo").write_text(f"31 23 0:28 / {tmp_path} rw - cgroup2 cgroup2 rw\n")
     limits = {"memory.max": 4 << 30, "memory.current": 3 << 30, "memory.stat": f"inactive_file {1 << 20}"}
     for name, text in limits.items():
         (tmp_path / name).write_text(str(text))
-    monkeypatch.setattr(memory.room, "__defaults__", (tmp_path, tmp_path))
+    monkeypatch.setattr(memory.room, "__defaults__", (tmp_path,))
     assert memory_room() is None
     (tmp_path / "meminfo").write_text(f"MemTotal: {64 << 20} kB\nMemAvailable: {60 << 20} kB\n")
     assert memory_room() == memory.Room((1 << 30) + (1 << 20), 4 << 30)

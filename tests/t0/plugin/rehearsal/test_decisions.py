@@ -58,6 +58,10 @@ class Host:
         (self.proc / "pressure").mkdir()
         self.groups.mkdir()
         (self.proc / "self" / "cgroup").write_text("")
+        (self.proc / "self" / "mountinfo").write_text(
+            f"31 23 0:28 / {self.groups} rw - cgroup2 cgroup2 rw,nsdelegate\n"
+            f"32 31 0:29 / {self.groups / 'memory'} rw shared:9 - cgroup cgroup rw,cpu,memory\n"
+        )
         self.meminfo(24 * GB, 20 * GB)
 
     def meminfo(self, total, available):
@@ -76,7 +80,7 @@ class Host:
         (self.proc / "pressure" / "memory").write_text(text)
 
     def short(self, needed):
-        return memory.short(needed, self.proc, self.groups)
+        return memory.short(needed, self.proc)
 
 
 @pytest.fixture

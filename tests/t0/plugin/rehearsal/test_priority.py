@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from checkpoint.control_groups import Group
 from plugin.rehearsal import priority
 
 pytestmark = pytest.mark.t0
@@ -41,7 +42,6 @@ def test_the_group_of_another_rehearsal_that_begins_stays(tmp_path, monkeypatch)
 def test_a_limit_of_processor_time_is_found_in_the_group_and_above(tmp_path, monkeypatch, place, name, text, limited):
     (tmp_path / "pod/engine").mkdir(parents=True)
     (tmp_path / "other").mkdir()
-    monkeypatch.setattr(priority, "_GROUPS", tmp_path)
-    monkeypatch.setattr(priority, "_parents", lambda: iter([tmp_path / "pod/engine"]))
+    monkeypatch.setattr(priority, "_groups", lambda: iter([Group(tmp_path / "pod/engine", tmp_path)]))
     (tmp_path / place / name).write_text(text)
     assert priority.limited() is limited

@@ -10,6 +10,7 @@ from typing import Any
 
 from lazyfs.cache.cache import Cache
 from lazyfs.content.manifest import Manifest
+from lazyfs.content.whole_file import has_digest
 
 
 class WholeFiles:
@@ -17,12 +18,7 @@ class WholeFiles:
 
     def __init__(self, manifest: Manifest, cache: Cache) -> None:
         self._cache = cache
-        self._files = {}
-        # Other sources' versions have no kind. The import costs a mount of a store's model nothing.
-        if manifest.kind == "source" and any(":" in file.version for file in manifest.files):
-            from lazyfs.content.whole_file import has_digest
-
-            self._files = {i: f for i, f in enumerate(manifest.files) if f.size and has_digest(f)}
+        self._files = {i: f for i, f in enumerate(manifest.files) if f.size and has_digest(f)}
         self._before = {index: cache.revoked(file) for index, file in self._files.items()}
         self._wrong: set[int] = set()
 

@@ -14,7 +14,7 @@ from lazyfs.content.chunk_store import ChunkStore
 from lazyfs.content.importer import walk
 from lazyfs.content.manifest import File
 from lazyfs.content.whole_file import hash_of
-from lazyfs.errors import Integrity, LazyfsError, Permanent, from_os_error, os_errors
+from lazyfs.errors import Integrity, Permanent, from_os_error, os_errors
 from lazyfs.paths import open_fd
 from lazyfs.stores.oci import Layer, OciStore, layer_of
 from lazyfs.stores.retry import RetryPolicy, retrying
@@ -109,6 +109,8 @@ def _pull(source: OciStore, layer: Layer, folder: Path) -> bool:
             for start in range(0, layer.size, 2 * _BLOCK):
                 length = min(2 * _BLOCK, layer.size - start)
                 out.write(retrying(partial(source.get, layer.path, start, length, layer.digest), RetryPolicy()))
+            out.flush()
+            os.fsync(out.fileno())
         found = hash_of(partial_file)
         if found != layer.digest:
             raise Integrity(
@@ -118,7 +120,5 @@ def _pull(source: OciStore, layer: Layer, folder: Path) -> bool:
         return True
     except OSError as error:
         raise from_os_error(error, f"cannot write {target}") from error
-    except LazyfsError:
-        raise
     finally:
         partial_file.unlink(missing_ok=True)

@@ -11,9 +11,9 @@ from lazyfs.content.chunk_store import ChunkStore, PutResult
 from lazyfs.content.importer import REMOTE_WORKERS, Progress
 from lazyfs.content.manifest import VERSION, Chunk, File, Manifest
 from lazyfs.content.read_through import describe
+from lazyfs.content.whole_file import hasher
 from lazyfs.errors import Integrity, Permanent
 from lazyfs.stores import Store, opened
-from lazyfs.stores.hub import hasher
 from lazyfs.stores.retry import RetryPolicy, retrying
 
 

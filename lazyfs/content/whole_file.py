@@ -1,7 +1,7 @@
-"""Verify a whole file of the hub by the digest that the hub gives for it.
+"""Verify a whole file by the digest that its source gives for it: the hub, or a registry. It is the file's version.
 
 A chunk of such a file has no digest of its own. It is served before the file is complete; once the last chunk is there,
-the file is hashed, and forgotten if it is not what the hub says.
+the file is hashed, and forgotten if it is not what the source says.
 """
 
 from __future__ import annotations
@@ -9,11 +9,21 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 from lazyfs.content.manifest import File
-from lazyfs.stores.hub import hasher
 
 _BLOCK = 8 << 20
+
+
+def hasher(version: str, size: int) -> tuple[Any, str] | None:
+    """Return a hash object and the digest (hex) that a file of this version must have; None if the version has no digest."""
+    kind, _, expected = version.partition(":")
+    if kind == "sha256":
+        return hashlib.sha256(), expected
+    if kind == "git":
+        return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False), expected
+    return None
 
 
 def has_digest(file: File) -> bool:
@@ -48,4 +58,4 @@ def mismatch_in_memory(file: File, data: bytes | memoryview) -> str:
 
 
 def _reason(found: str, expected: str) -> str:
-    return "" if found == expected else f"hashes to {found[:12]}, and the hub says {expected[:12]}"
+    return "" if found == expected else f"hashes to {found[:12]}, and the source says {expected[:12]}"

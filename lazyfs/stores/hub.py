@@ -11,7 +11,6 @@ an address refuses ranges, huggingface_hub itself downloads the file.
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
 import os
 import re
@@ -66,16 +65,6 @@ def read_by_engines(paths: Iterable[str]) -> set[str]:
     if any(path.endswith(".safetensors") and "/" not in path for path in paths):
         left_out += _BESIDE_SAFETENSORS
     return {path for path in paths if not any(fnmatch.fnmatchcase(path, pattern) for pattern in left_out)}
-
-
-def hasher(version: str, size: int) -> tuple[Any, str] | None:
-    """Return a hash object and the digest (hex) that a file of this version must have; None if the version has no digest."""
-    kind, _, expected = version.partition(":")
-    if kind == "sha256":
-        return hashlib.sha256(), expected
-    if kind == "git":
-        return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False), expected
-    return None
 
 
 def _endpoint() -> str:

@@ -23,10 +23,11 @@ from lazyfs.cli.mount import resolve
 from lazyfs.cli.weights import weights
 from lazyfs.content.chunk_store import ChunkStore
 from lazyfs.content.manifest import decode
+from lazyfs.content.whole_file import hasher
 from lazyfs.errors import LazyfsError, Permanent, Usage
 from lazyfs.mount import kernel
 from lazyfs.stores import opened
-from lazyfs.stores.hub import hasher, parse, read_by_engines
+from lazyfs.stores.hub import parse, read_by_engines
 from lazyfs.stores.local import LocalStore
 from plugin.model import hub_mount
 from plugin.model.content import ModelContent
@@ -279,7 +280,7 @@ def test_a_small_file_with_wrong_bytes_is_never_served_and_a_large_one_is_forgot
     assert digest_or_errno(reader, handle.mountpoint / "sub" / "tokenizer.json") == 5
     # Its chunks have no digest of their own: the first reading serves them, and the whole file is verified after it.
     digest_or_errno(reader, handle.mountpoint / "model-1.safetensors")
-    wait_for(lambda: "and the hub says" in handle.log_file.read_text())
+    wait_for(lambda: "and the source says" in handle.log_file.read_text())
     file = next(f for f in manifest_of(home, digest).files if f.path == "model-1.safetensors")
     wait_for(lambda: Cache(home / "cache").present_bytes(file) < file.size)
     right = digest_or_errno(reader, model / "model-2.safetensors")

@@ -15,7 +15,7 @@ from typing import Any, Self
 from lazyfs.cache.bound import AUTO
 from lazyfs.cache.slots import LEAST_MB
 from lazyfs.errors import Usage
-from lazyfs.peers.order import parse_peers
+from lazyfs.peers.order import parse_address, parse_peers
 
 TRANSPORTS = ("auto", "raw", "pyfuse3")
 NATIVE = ("auto", "passthrough", "off")
@@ -84,7 +84,7 @@ class MountConfig:
         if min(limits) < 0 or self.cache_limit < AUTO:
             raise Usage("limits and rates must not be negative")
         parse_peers(self.peers)
-        parse_peers(self.peer_self)
+        parse_address(self.peer_self)
         if self.memory_mb < LEAST_MB:
             raise Usage(f"memory_mb must be at least {LEAST_MB}: reads that span chunks need several slots at once")
         if not Path(self.mountpoint).is_absolute():

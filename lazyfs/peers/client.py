@@ -154,8 +154,7 @@ class Peers:
     def _candidates(self, digest: str, relay: bool) -> list[Address]:
         now, me = time.monotonic(), self.members.me
         with self._lock:
-            out = {peer for peer, state in self._states.items() if state.out_until > now}
-            left_out = tuple(out)
+            left_out = {peer for peer, state in self._states.items() if state.out_until > now}
         peers = [peer for peer in self.members.now if peer not in left_out or peer == me]
         own = [me] if me is not None and not relay and me not in left_out else []
         return own + sources(digest, peers, me)

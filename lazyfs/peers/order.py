@@ -50,6 +50,14 @@ def parse_peers(text: str) -> tuple[tuple[Address, ...], tuple[Address, ...]]:
     return tuple(dict.fromkeys(fixed)), tuple(dict.fromkeys(names))
 
 
+def parse_address(text: str) -> Address | None:
+    """Read one address: HOST[:PORT]; None for an empty text. Raises Usage."""
+    fixed, names = parse_peers(text)
+    if names or len(fixed) > 1:
+        raise Usage(f"{text!r} is not one address; write HOST:PORT")
+    return fixed[0] if fixed else None
+
+
 def _address(word: str, text: str) -> Address:
     host, port = word, ""
     if word.startswith("["):
@@ -119,7 +127,7 @@ class Members:
     """The peers of a fleet as they are now. Names are resolved in a thread, so that no fetch waits for DNS."""
 
     def __init__(self, text: str, me: str = "") -> None:
-        self._me = parse_peers(me)[0][0] if me else None
+        self._me = parse_address(me)
         self._fixed, self._names = parse_peers(text)
         self._now = self._fixed
         self._places: dict[str, str] = {}
@@ -180,5 +188,5 @@ def _places(name: Address) -> list[str]:
     began = time.monotonic()
     try:
         return [str(answer[4][0]) for answer in socket.getaddrinfo(name.host, name.port, type=socket.SOCK_STREAM)]
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: of a name that DNS cannot have
         raise OSError(f"{name}: {error} ({time.monotonic() - began:.1f} s)") from error

@@ -87,6 +87,21 @@ def test_what_is_no_list_of_peers_is_refused(text):
         parse_peers(text)
 
 
+@pytest.mark.parametrize("text", ["dns://a", "a:1,b:1", "a:x"])
+def test_a_host_is_at_one_address(text):
+    with pytest.raises(Usage, match="HOST:PORT"):
+        Members("a:1,b:1", text)
+
+
+def test_a_name_that_no_dns_has_leaves_the_other_peers(caplog):
+    members = Members("dns://" + "a" * 64 + ":7,10.0.0.1:7")
+    try:
+        assert members._first.is_set(), "the look-up goes on"
+        assert members.now == (Address("10.0.0.1", 7),) and "the peers are as before" in caplog.text
+    finally:
+        members.close()
+
+
 def test_names_are_resolved_and_stay_when_the_name_server_fails(monkeypatch):
     answers = [[(0, 0, 0, "", ("10.0.0.1", 7)), (0, 0, 0, "", ("10.0.0.2", 7))]]
 

@@ -30,12 +30,7 @@ def warm(config: MountConfig, manifest: Manifest, progress: Callable[[int, int],
     """
     fetcher = build(config, manifest)
     cached = [f for f in manifest.files if f.path not in fetcher.origins]
-    fetcher.cache.pin_files(f.digest for f in cached)
-    present = {f.digest: fetcher.cache.present_bytes(f) for f in cached}
-    absent = sum(f.size for f in cached) - sum(present[f.digest] for f in cached)
-    fetcher.cache.need_room(absent, sum(f.size for f in cached))
     sparse_files = OpenSparseFiles(fetcher.cache, cached)
-    jobs = [(n, c) for n, f in enumerate(cached) if present[f.digest] < f.size for c in range(len(f.chunks))]
     done, lock = 0, threading.Lock()
 
     def one(job: tuple[int, int]) -> None:
@@ -45,10 +40,17 @@ def warm(config: MountConfig, manifest: Manifest, progress: Callable[[int, int],
         with lock:
             done += cached[job[0]].chunks[job[1]].length
             if progress is not None:
-                progress(done, absent)
+                progress(done, total)
 
-    threads = config.fetch_threads or (REMOTE_THREADS if fetcher.source.store.remote else LOCAL_THREADS)
     try:
+        fetcher.cache.pin_files(f.digest for f in cached)
+        present = {f.digest: fetcher.cache.present_bytes(f) for f in cached}
+        absent = sum(f.size for f in cached) - sum(present[f.digest] for f in cached)
+        fetcher.cache.need_room(absent, sum(f.size for f in cached))
+        jobs = [(n, c) for n, f in enumerate(cached) if present[f.digest] < f.size for c in range(len(f.chunks))]
+        # With the chunks of an incomplete file that are present: `one` counts them, too.
+        total = sum(f.size for f in cached if present[f.digest] < f.size)
+        threads = config.fetch_threads or (REMOTE_THREADS if fetcher.source.store.remote else LOCAL_THREADS)
         with ThreadPoolExecutor(threads) as pool:
             try:
                 for _ in pool.map(one, jobs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,9 +15,13 @@ from lazyfs.admin.cache_report import prune, prune_target, report
 from lazyfs.cache import cache as cache_module
 from lazyfs.cache.bound import AUTO, UNBOUNDED, VARIABLE, host_bound, kept_free, low_water, parse, set_host_bound, shown
 from lazyfs.cache.cache import Cache
+from lazyfs.cache.sparse_file import ABSENT
 from lazyfs.cli.cache import cache as command
 from lazyfs.content.stat_index import import_directory
 from lazyfs.errors import DiskFull
+from lazyfs.fetch.warm import warm
+from lazyfs.mount.config import MountConfig
+from lazyfs.mount.manifest_source import load_manifest
 from tests.kits.lazyfs.models import make_model
 
 pytestmark = [pytest.mark.t0, pytest.mark.usefixtures("home")]
@@ -208,3 +213,28 @@ def test_warm_fetches_a_model_and_refuses_one_without_room(home, tmp_path):
     text = run("ls")
     assert first["manifest"][:16] in text and "of no known manifest" not in text
     assert "no manifest" in run("warm", "nothing:v1", code=1) or "not-found" in run("warm", "nothing:v1", code=1)
+
+
+def test_warming_the_rest_of_a_file_ends_at_all_of_it(home, tmp_path):
+    model = make_model(tmp_path / "model", megabytes=12)
+    digest = import_directory(model)
+    shutil.rmtree(model)
+    places = [str(tmp_path / name) for name in ("log", "socket", "state")]
+    config = MountConfig(
+        digest,
+        str(tmp_path / "m"),
+        f"file://{home / 'store'}",
+        str(home / "cache"),
+        *places,
+        str(home),
+        cache_limit=UNBOUNDED,
+    )
+    manifest = load_manifest(config)
+    warm(config, manifest)
+    file = max(manifest.files, key=lambda file: file.size)
+    with contextlib.closing(Cache(home / "cache").open(file)) as there:
+        there.mark(0, ABSENT)
+    shown = []
+    done = warm(config, manifest, lambda now, total: shown.append((now, total)))
+    assert done.fetched == file.chunks[0].length < file.size and len(file.chunks) > 1
+    assert max(shown) == (file.size, file.size)

@@ -15,11 +15,10 @@ from lazyfs.cli.options import (
     CacheLimit,
     Duration,
     Gigabytes,
+    cache_limit_option,
     json_option,
     option,
-    peer_self_option,
-    peer_token_option,
-    peers_option,
+    peer_options,
     reports_errors,
     size_text,
     store_option,
@@ -151,17 +150,8 @@ def prune_(to: int | None, unused: float, dry_run: bool, as_json: bool) -> None:
 
 @cache.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
-@option(
-    "--cache-limit",
-    type=CacheLimit(),
-    default="auto",
-    show_default=True,
-    envvar="QUICKTHAW_CACHE_LIMIT",
-    help="As of mount.",
-)
-@peers_option
-@peer_token_option
-@peer_self_option
+@cache_limit_option
+@peer_options
 @store_option
 @json_option
 @reports_errors

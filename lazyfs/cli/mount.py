@@ -11,16 +11,13 @@ from typing import TYPE_CHECKING
 import click
 
 from lazyfs.cli.options import (
-    CACHE_LIMIT_HELP,
-    CacheLimit,
     Duration,
     PathArgument,
+    cache_limit_option,
     json_option,
     open_chunks,
     option,
-    peer_self_option,
-    peer_token_option,
-    peers_option,
+    peer_options,
     reports_errors,
     store_option,
     trust_option,
@@ -71,14 +68,7 @@ def _request_options(command: click.decorators.FC) -> click.decorators.FC:
     envvar="QUICKTHAW_TRANSPORT",
     help="FUSE implementation: raw needs CAP_SYS_ADMIN, pyfuse3 needs fusermount3.",
 )
-@option(
-    "--cache-limit",
-    type=CacheLimit(),
-    default="auto",
-    show_default=True,
-    envvar="QUICKTHAW_CACHE_LIMIT",
-    help=CACHE_LIMIT_HELP,
-)
+@cache_limit_option
 @option(
     "--idle-exit",
     type=Duration(),
@@ -91,9 +81,7 @@ def _request_options(command: click.decorators.FC) -> click.decorators.FC:
     "--allow-other", is_flag=True, envvar="QUICKTHAW_ALLOW_OTHER", help="Let other users of this host use the mount."
 )
 @trust_option
-@peers_option
-@peer_token_option
-@peer_self_option
+@peer_options
 @option("--log-file", type=PathArgument(), envvar="QUICKTHAW_MOUNT_LOG", help="The daemon's log file.")
 @store_option
 @json_option

@@ -26,19 +26,6 @@ store_option = option(
     metavar="URL",
     help="A directory, s3://, gs://, az:// or http(s)://.  [default: store/ under $QUICKTHAW_HOME]",
 )
-peers_option = option(
-    "--peers",
-    default="",
-    envvar="QUICKTHAW_PEERS",
-    metavar="HOST:PORT,…",
-    help="Hosts that run `quickthaw peer`, asked before the store; dns://NAME:PORT is every address of a name.",
-)
-peer_token_option = option(
-    "--peer-token",
-    default="",
-    envvar="QUICKTHAW_PEER_TOKEN",
-    help="Token of the peers. The variable keeps it out of process lists.",
-)
 trust_option = option(
     "--trust-key",
     "trust_keys",
@@ -47,14 +34,35 @@ trust_option = option(
     envvar="QUICKTHAW_TRUST_KEY",
     help="Show only weights whose manifest one of these keys has signed. Repeatable.",
 )
-peer_self_option = option(
-    "--peer-self",
-    default="",
-    envvar="QUICKTHAW_PEER_SELF",
-    metavar="HOST:PORT",
-    help="This host's own address among the peers.  [default: the one that is an address of this host]",
-)
 json_option = option("--json", "as_json", is_flag=True, envvar="QUICKTHAW_JSON", help="Print JSON instead of text.")
+
+
+def peer_options(command: F) -> F:
+    """Add --peers, --peer-token and --peer-self."""
+    for each in (
+        option(
+            "--peer-self",
+            default="",
+            envvar="QUICKTHAW_PEER_SELF",
+            metavar="HOST:PORT",
+            help="This host's own address among the peers.  [default: the one that is an address of this host]",
+        ),
+        option(
+            "--peer-token",
+            default="",
+            envvar="QUICKTHAW_PEER_TOKEN",
+            help="Token of the peers. The variable keeps it out of process lists.",
+        ),
+        option(
+            "--peers",
+            default="",
+            envvar="QUICKTHAW_PEERS",
+            metavar="HOST:PORT,…",
+            help="Hosts that run `quickthaw peer`, asked before the store; dns://NAME:PORT is every address of a name.",
+        ),
+    ):
+        command = each(command)
+    return command
 
 
 def reports_errors(command: F) -> F:
@@ -141,6 +149,16 @@ class Gigabytes(CacheLimit):
         if str(value).lower() in ("auto", "none"):
             self.fail(f"{value!r} is not a number of GB", param, ctx)
         return super().convert(value, param, ctx)
+
+
+cache_limit_option = option(
+    "--cache-limit",
+    type=CacheLimit(),
+    default="auto",
+    show_default=True,
+    envvar="QUICKTHAW_CACHE_LIMIT",
+    help=CACHE_LIMIT_HELP,
+)
 
 
 class PathArgument(click.Path):

@@ -13,9 +13,7 @@ import click
 from lazyfs.cli.options import (
     json_option,
     option,
-    peer_self_option,
-    peer_token_option,
-    peers_option,
+    peer_options,
     reports_errors,
     store_option,
 )
@@ -49,9 +47,7 @@ def _is_loopback(host: str) -> bool:
     envvar="QUICKTHAW_PEER_MEMORY_MB",
     help="Megabytes of chunks to keep in memory that were fetched from the store for others.",
 )
-@peers_option
-@peer_token_option
-@peer_self_option
+@peer_options
 @store_option
 @json_option
 @reports_errors

@@ -47,25 +47,24 @@ def load(folder: Path, hosts: int, digest: str, store: str, *, peers: bool) -> f
     """Load a model on all hosts at once; return seconds from the start of the first to the end of the last."""
     addresses = [f"127.0.0.{i + 2}:{9470}" for i in range(hosts)]
     listed = ",".join(addresses) if peers else ""
-    servers = []
-    if peers:
-        for i, address in enumerate(addresses):
+    servers, loads = [], []
+    try:
+        for i, address in enumerate(addresses if peers else ()):
             servers.append(start(["peer", "--listen", address, "--store", store], folder / f"h{i}", listed, address))
         for server in servers:
             assert server.stdout is not None and "ready" in server.stdout.readline()
-    began = time.monotonic()
-    try:
-        loads = [
-            start(["cache", "warm", digest, "--store", store], folder / f"h{i}", listed, addresses[i] if peers else "")
-            for i in range(hosts)
-        ]
+        began = time.monotonic()
+        for i, address in enumerate(addresses):
+            words = ["cache", "warm", digest, "--store", store]
+            loads.append(start(words, folder / f"h{i}", listed, address if peers else ""))
         for one in loads:
             assert one.wait(300) == 0
         return time.monotonic() - began
     finally:
-        for server in servers:
-            server.terminate()
-            server.wait(60)
+        for one in (*loads, *servers):
+            one.terminate()
+        for one in (*loads, *servers):
+            one.wait(60)
 
 
 def run(hosts: int, megabytes: int, store_mb_s: float) -> None:

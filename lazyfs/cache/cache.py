@@ -41,10 +41,10 @@ class Cache:
 
     `limit`: maximum bytes of disk blocks that they and the folders `COUNTED` beside them occupy, plus memory reserved by
     mounts of this cache, in total. AUTO: this host's bound, which is what leaves part of the file system free unless set.
-    None: only the disk limits.
+    UNBOUNDED: only the disk limits.
     """
 
-    def __init__(self, root: Path, limit: int | None = None) -> None:
+    def __init__(self, root: Path, limit: int = UNBOUNDED) -> None:
         self.root = private_dir(root)
         self.limit = limit
         self._room = 0
@@ -60,7 +60,7 @@ class Cache:
     @property
     def bound(self) -> int:
         """Return the bound that applies now: bytes, UNBOUNDED, or AUTO for what leaves part of the file system free."""
-        return host_bound(self.root) if self.limit == AUTO else self.limit or UNBOUNDED
+        return host_bound(self.root) if self.limit == AUTO else self.limit
 
     def folder(self, file: File) -> Path:
         """Return the folder of the file's sparse cache file."""

@@ -29,6 +29,7 @@ from capacity.inputs.load import load  # noqa: E402
 from capacity.model import Demand, Forecast, Policy, Pool, Problem, Service  # noqa: E402
 from capacity.optimize import plan  # noqa: E402
 from capacity.simulation import simulate  # noqa: E402
+from capacity.simulation.policies import Program  # noqa: E402
 from tests.kits.capacity_kit import naive, random_problem  # noqa: E402
 
 TYPES = (("H100", 8, 80.0, 24.0), ("A100", 8, 80.0, 14.0), ("L40S", 4, 48.0, 6.0), ("H200", 8, 141.0, 33.0))
@@ -237,8 +238,8 @@ def trace_section(path):
     results = [simulate.run(problem, requests, policy, options) for policy in simulate.default_policies(problem)]
     equal = [next(r for r in results if r.policy == "hpa")]
     for kind in ("cold", "restored"):
-        able = [r for r in simulate.sweep(problem, requests, options, kind, equal[0].p99) if r.p99 <= equal[0].p99]
-        equal += sorted(able, key=lambda r: r.gpu_hours)[:1]
+        swept = simulate.sweep(problem, requests, options, Program(name=f"lp {kind}", kind=kind), equal[0].p99)
+        equal += sorted((r for r in swept if r.p99 <= equal[0].p99), key=lambda r: r.gpu_hours)[:1]
     reached = simulate.pareto_of_each(simulate.frontier(problem, requests, options))
     tables = {"as_in_the_file": results, "at_equal_p99": equal, "frontier": reached}
     return {name: report.simulation_json(rows, [])["policies"] for name, rows in tables.items()}

@@ -8,17 +8,18 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from capacity import report
 from capacity.errors import CapacityError, InfeasibleError
 from capacity.inputs.command import init_command
-from capacity.options import Duration, console, fail, folder_of, option, say
+from capacity.options import Duration, check_folder, console, fail, option, say
 from capacity.simulation.command import generate_command, simulate_command
 
 if TYPE_CHECKING:
+    from capacity.model import Problem
     from capacity.optimize.plan import Plan
 
 
@@ -131,7 +132,7 @@ def solve_command(
     try:
         if watch is not None:
             sys.exit(_watch(file, watch, command, observe, state, rounds, as_json, exact, limit))
-        folder_of(plot)
+        check_folder(plot)
         problem = load(file)
         chosen = solve(problem, "restored", exact=exact, thorough=thorough, limit=limit)
         if emit and pause_image:
@@ -150,7 +151,7 @@ def solve_command(
         report.print_plan(console(), chosen, other, explain=explain)
 
 
-def _cold(problem: Any, exact: bool, thorough: bool, limit: float) -> Any:
+def _cold(problem: Problem, exact: bool, thorough: bool, limit: float) -> Plan | None:
     """Return the same plan with cold lead times; None if they leave no feasible plan, which the report states."""
     from capacity.optimize.plan import solve
 

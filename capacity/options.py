@@ -103,7 +103,7 @@ def fail(error: CapacityError, *, file: Path | None = None, as_json: bool = Fals
     sys.exit(error.exit_code)
 
 
-def folder_of(plot: Path | None) -> None:
+def check_folder(plot: Path | None) -> None:
     """Raise InputError before the work begins if the plot could not be written after it."""
     if plot is not None and not plot.absolute().parent.is_dir():
         raise InputError("cannot-write", f"there is no folder {plot.parent}", where="--plot")

@@ -15,7 +15,7 @@ from capacity.errors import CapacityError
 from capacity.files import replacing
 from capacity.model import Floats
 from capacity.optimize.plan import Plan
-from capacity.simulation.simulate import Result, pareto
+from capacity.simulation.simulate import Result, pareto, settings_of
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -116,7 +116,7 @@ def frontier(points: list[Result], names: list[str]) -> Callable[[Any], None]:
             figure.subplots(1, 2), ("p99", "p50"), ("p99 wait, s", "median wait, s"), strict=True
         ):
             for name in names:
-                mine = [r for r in points if r.policy.split(",")[0] == name]
+                mine = settings_of(points, name)
                 (line,) = axis.plot(
                     [r.cost for r in mine], [getattr(r, value) for r in mine], "o", markersize=3, alpha=0.5
                 )

@@ -11,7 +11,7 @@ import click
 
 from capacity import report
 from capacity.errors import CapacityError
-from capacity.options import Number, Quantity, Samples, console, fail, folder_of, option, say
+from capacity.options import Number, Quantity, Samples, check_folder, console, fail, option, say
 
 
 @click.command("simulate")
@@ -91,7 +91,7 @@ def simulate_command(
     if (standby_memory is not None or host_memory is not None) and standby_wake is None:
         raise click.UsageError("--standby-memory and --host-memory require --standby-wake")
     try:
-        folder_of(plot)
+        check_folder(plot)
         given = {"cold": cold, "restored": restored, "standby": standby_wake, "standby_memory": standby_memory}
         changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         problem, trace = load(file), read(trace_file)

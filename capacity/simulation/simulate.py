@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
 from capacity.errors import InputError
 from capacity.inputs import trace as traces
 from capacity.inputs.trace import Trace
-from capacity.model import KINDS, Floats, Kind, Problem
+from capacity.model import KINDS, Floats, Problem
 from capacity.simulation.fleet import NEVER, Fleet
 from capacity.simulation.policies import BIN, Autoscaler, Buffered, Hpa, Past, Program
 
@@ -86,17 +85,17 @@ def default_policies(problem: Problem, fixed: int = 1) -> list[Autoscaler]:
     return policies + ([Program(name="lp ladder", ladder=True)] if any(s.standby for s in problem.services) else [])
 
 
-def sweep(problem: Problem, trace: Trace, options: Options, kind: Kind, longest: float, **changes: Any) -> list[Result]:
-    """Return the results of the program over a grid of target waits up to `longest` seconds, probabilities and hold-downs."""
+def sweep(problem: Problem, trace: Trace, options: Options, policy: Program, longest: float) -> list[Result]:
+    """Return the results of `policy` over a grid of target waits up to `longest` seconds, probabilities and hold-downs."""
     results = []
     for hold in HOLDS:
         hysteresis = replace(problem.policy.hysteresis, hold_down=hold)
         changed = replace(problem, policy=replace(problem.policy, hysteresis=hysteresis))
         for wait in sorted({2.0, *(round(max(2.0, longest * share), 1) for share in WAITS)}):
             for level in LEVELS:
-                name = f"lp {kind} (wait {wait:.0f} s, probability {level:g}, hold {hold:.0f} s)"
-                policy = Program(**{"name": name, "kind": kind, "target_wait": wait, "probability": level, **changes})
-                results.append(run(changed, trace, policy, options))
+                name = f"{policy.name}, wait {wait:.0f} s, probability {level:g}, hold {hold:.0f} s"
+                setting = replace(policy, name=name, target_wait=wait, probability=level)
+                results.append(run(changed, trace, setting, options))
     return results
 
 
@@ -115,8 +114,12 @@ def frontier(problem: Problem, trace: Trace, options: Options) -> list[Result]:
             found.append(run(problem, trace, policy, options))
     longest = max(r.p99 for r in found)
     ladder = any(s.standby for s in problem.services)
-    plans = sweep(problem, trace, options, "restored", longest, ladder=ladder)
-    return found + [replace(r, policy=f"plan, {r.policy.partition('(')[2][:-1]}") for r in plans]
+    return found + sweep(problem, trace, options, Program(name="plan", ladder=ladder), longest)
+
+
+def settings_of(results: list[Result], name: str) -> list[Result]:
+    """Return the results of one of FRONTIER at all of its settings."""
+    return [r for r in results if r.policy.split(",")[0] == name]
 
 
 def pareto(results: list[Result], value: str) -> list[Result]:
@@ -130,7 +133,7 @@ def pareto(results: list[Result], value: str) -> list[Result]:
 
 def pareto_of_each(results: list[Result]) -> list[Result]:
     """Return, of each of FRONTIER, the results that none of its own undercuts in both cost and p99 wait."""
-    return [best for name in FRONTIER for best in pareto([r for r in results if r.policy.split(",")[0] == name], "p99")]
+    return [best for name in FRONTIER for best in pareto(settings_of(results, name), "p99")]
 
 
 def arrivals_of(problem: Problem, trace: Trace) -> list[tuple[Floats, Floats]]:

@@ -13,11 +13,11 @@ from capacity.errors import InputError
 
 
 def read_text(path: Path, most: int) -> str:
-    """Return the text of a UTF-8 file of at most `most` bytes. Raises InputError (unreadable, too-large)."""
+    """Return the text of a UTF-8 file of at most `most` bytes, without a byte order mark. Raises InputError (unreadable, too-large)."""
     try:
         if path.stat().st_size > most:
             raise InputError("too-large", f"over {most} bytes", file=str(path))
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as bad:
         raise InputError("unreadable", f"cannot be read: {bad}", file=str(path)) from bad
 

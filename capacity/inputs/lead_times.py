@@ -70,11 +70,13 @@ def wakes(path: Path, *, model: str | None = None, engine: str | None = None) ->
     """
     file = path / WAKES if path.is_dir() else path
     seen: set[str] = set()
-    found = [entry for _, entry in _lines(read_text(file, MAX_BYTES), file) if _wanted(entry, model, engine, seen)]
+    lines = _lines(read_text(file, MAX_BYTES), file)
+    found = [(number, entry) for number, entry in lines if _wanted(entry, model, engine, seen)][-NEWEST:]
     if not found:
         raise InputError("no-samples", f"holds no wake of {model or 'any model'} from standby", file=str(file))
-    seconds = tuple(_seconds(entry.get("seconds"), file, None) for entry in found[-NEWEST:])
-    return seconds, max(_seconds(entry.get("memory_bytes", 0), file, None) for entry in found[-NEWEST:]) / 2**30
+    seconds = tuple(_number(entry.get("seconds"), "a wake time is seconds", file, number) for number, entry in found)
+    held = [_number(entry.get("memory_bytes", 0), "memory_bytes is a count", file, number) for number, entry in found]
+    return seconds, max(held) / 2**30
 
 
 def _lines(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -134,8 +136,13 @@ def _manifest(entry: dict[str, Any], path: Path, model: str | None, engine: str 
 
 
 def _seconds(value: Any, path: Path, line: int | None) -> float:
+    return _number(value, "a lead time is seconds", path, line)
+
+
+def _number(value: Any, what: str, path: Path, line: int | None) -> float:
+    """Return a finite number that is not negative. Raises InputError, which says `what` it is."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise InputError("bad-sample", f"a lead time is seconds, not {value!r}", file=str(path), line=line)
+        raise InputError("bad-sample", f"{what}, not {value!r}", file=str(path), line=line)
     return float(value)
 
 

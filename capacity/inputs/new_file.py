@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 
 import yaml
 
-from capacity.errors import Errors, InputError
+from capacity.errors import Errors, InputError, Value
 from capacity.files import replacing
 from capacity.inputs import document, lead_times, prices
 from capacity.inputs.load import from_field
@@ -179,6 +179,15 @@ def _pools(machine: Words, regions: tuple[str, ...], offers: list[Offer], missin
     return found
 
 
+def _measured(reader: Callable[..., Value], model: str) -> tuple[Value | None, str]:
+    """Return what was measured on this host of a model; or None, and what is wrong with its file if it is there."""
+    try:
+        return reader(lead_times.home(), model=model), ""
+    except InputError as bad:
+        nothing = bad.code == "no-samples" or isinstance(bad.__cause__, FileNotFoundError)
+        return None, "" if nothing else bad.message
+
+
 def _service(model: Words, trace: Path | None, missing: _Missing) -> str:
     """Return the entry of one model."""
     path = model[""]
@@ -197,12 +206,12 @@ def _service(model: Words, trace: Path | None, missing: _Missing) -> str:
                 model, "peak", f"{path}: {unit} a second at busy times (9 of 10 are below)", option + ",peak=…", "rate"
             )
     samples, measured = {}, {}
-    found = Errors().read(lead_times.read, lead_times.home(), model=path) if not {*KINDS} <= model.keys() else None
+    found, damage = _measured(lead_times.read, path) if not {*KINDS} <= model.keys() else (None, "")
     for kind in KINDS:
         if kind not in model and found and found.get(kind):
             measured[kind] = f"{len(found[kind])} {kind}, median {duration_text(statistics.median(found[kind]))}"
             continue
-        question = f"{path}: seconds of {kind} starts; none was measured here (quickthaw bench coldstart)"
+        question = f"{path}: seconds of {kind} starts; {damage or 'none was measured here (quickthaw bench coldstart)'}"
         missing.want(model, kind, question, f"{option},{kind}=…", "duration")
         samples[kind] = _times(model.get(kind, ""))
     lead = ", ".join(
@@ -218,8 +227,9 @@ def _service(model: Words, trace: Path | None, missing: _Missing) -> str:
         "    probability: 0.99  # of not waiting longer",
         f"    lead_time: {{{lead}}}{note}",
     ]
-    wakes = Errors().read(lead_times.wakes, lead_times.home(), model=path)
+    wakes, damage = _measured(lead_times.wakes, path)
     lines += [f"    standby: {{}}  # measured on this host: {len(wakes[0])} wakes; for simulate"] if wakes else []
+    lines += [f"    # standby: {{}}  # not read: {' '.join(damage.split())}"] if damage else []
     return "\n".join(lines) + "\n"
 
 

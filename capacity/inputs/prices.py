@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from capacity.errors import Errors, InputError
+from capacity.files import read_text
 from capacity.inputs.units import parse
 
-# Written from memory, not taken from a price list: whoever reads a price of it is told so.
+MAX_BYTES = 4 * 1024 * 1024
+# Written from memory, not taken from a price list; `init` prints this beside each price that it takes from the table.
 SOURCE = "not checked: from memory, AWS on demand, us-east-1, about January 2025; give yours by --prices"
 _TABLE = """\
 instance,gpu,gpus,memory,price
@@ -47,10 +49,7 @@ def offers(path: Path | None) -> list[Offer]:
     if path is None:
         text, name, source = _TABLE, "the built-in prices", SOURCE
     else:
-        try:
-            text, name, source = path.read_text(encoding="utf-8-sig"), str(path), path.name
-        except (OSError, UnicodeDecodeError) as bad:
-            raise InputError("unreadable", f"cannot be read: {bad}", file=str(path)) from bad
+        text, name, source = read_text(path, MAX_BYTES), str(path), path.name
     rows = csv.DictReader(text.splitlines())
     lacking = {"instance", "gpu", "gpus", "price"} - {str(column).strip().lower() for column in rows.fieldnames or ()}
     if lacking:

@@ -119,6 +119,18 @@ def test_what_was_measured_here_is_found(tmp_path, home):
     assert (service.standby, service.standby_memory) == ((0.4,), 70.0)
 
 
+def test_a_damaged_measurement_is_named_and_not_taken_for_none(tmp_path, home):
+    (home / "lead-times.jsonl").write_text("{\n{}\n")
+    (home / "wake-times.jsonl").write_text('{"model": "/models/chat", "seconds": 0.4, "memory_bytes": "x"}\n')
+    file, words = tmp_path / "p.yaml", ("--gpu", "H100,boot=60s", "--model")
+    chat = "/models/chat,gpus=1,rate=2,demand=3,peak=4"
+    said = typed("init", file, *words, chat, code=2).stderr
+    assert said.count("lead-times.jsonl:1: ") == 2 and "none was measured" not in said
+    typed("init", file, *words, chat + ",cold=97s,restored=2s")
+    assert "wake-times.jsonl:1: memory_bytes is a count, not 'x'" in file.read_text()
+    assert load(file).services[0].standby == ()
+
+
 def test_questions_in_a_terminal(tmp_path):
     """Every question has one answer; an empty one ends a list, or takes the default."""
     answers = {
@@ -153,7 +165,9 @@ def test_questions_in_a_terminal(tmp_path):
 
 def test_prices_of_ones_own(tmp_path):
     table = tmp_path / "prices.csv"
-    table.write_text("instance,gpu,gpus,price,memory,region\nbig,H100,8,16 $/h,80GiB,west\n")
+    table.write_text(
+        "\ufeffinstance,gpu,gpus,price,memory,region\nbig,H100,8,16 $/h,80GiB,west\n"
+    )  # as Excel writes it
     file = tmp_path / "p.yaml"
     words = ("--model", MODEL + ",demand=1,peak=2", "--gpu", "H100,boot=60s", "--prices", table)
     assert "not checked" not in typed("init", file, *words, "--region", "west").stdout

@@ -10,6 +10,8 @@ import pytest
 from checkpoint.snapshot import manifest
 from tests.kits.checkpoint.snapshots import draft
 
+pytestmark = pytest.mark.t0
+
 
 @pytest.mark.parametrize(("former", "today"), [("full", "included"), ("thin", "excluded")])
 def test_former_words_for_the_weights_are_read_as_todays(former: str, today: str) -> None:

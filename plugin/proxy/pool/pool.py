@@ -478,22 +478,23 @@ class ReplicaPool:
             loop.call_later(_TICK_S, self._tick, loop)
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Repeat while requests wait: expire deadlines, retry suspect replicas, start a wake if needed.
+        """Repeat while requests wait: retry suspect replicas, start a wake if needed, expire deadlines.
 
-        The measured deadline follows the start when a failed restore turns into a cold start.
+        A replica that serves is given out first: its start has just ended, perhaps in another thread.
         """
         self._ticking = False
+        self.dispatch()
         if not self._waiters:
             return
         now, progress = time.monotonic(), self.progress()
         measured = self.history.deadline(progress.kind)
         for waiter in list(self._waiters):
-            limit = measured if waiter.limit_s is None else waiter.limit_s
+            waiter.measured_s = max(waiter.measured_s, measured)
+            limit = waiter.measured_s if waiter.limit_s is None else waiter.limit_s
             limit = min(self.max_hold_s, limit, waiter.at_most_s)
             if now - waiter.began >= limit and not waiter.ready.done():
                 message = f"no replica was ready within {limit:.1f} s ({progress.sentence()})"
                 waiter.ready.set_exception(Unavailable("hold-deadline", message, retry_after_s=progress.left_s))
                 self._waiters.pop(waiter, None)
-        self.dispatch()
         if self._waiters:
             self._tick_soon(loop)

@@ -25,6 +25,8 @@ class Waiter:
     """True if it may run speculatively on a replica under check."""
     client: bool = True
     """False for an owner's own wait."""
+    measured_s: float = 0.0
+    """The longest measured deadline of the starts that it has waited for: one that ends, or fails, takes nothing of it back."""
 
 
 @dataclass(frozen=True)

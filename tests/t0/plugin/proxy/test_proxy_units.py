@@ -11,6 +11,7 @@ import re
 import string
 import subprocess
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -171,6 +172,35 @@ def test_the_kind_of_the_next_start_is_predicted():
     replica.record(Phase.MOUNTING, Phase.RESTORING)
     replica.recording = lambda: True
     assert replica.start_kind is Kind.FIRST_RESTORE
+
+
+@pytest.mark.parametrize("draining", [False, True])
+def test_the_end_of_a_long_cold_start_expires_no_request_that_waited_for_it(draining):
+    """The next start would be a restore, with a deadline that the request has passed long ago."""
+
+    async def main():
+        loop, pool, tracker = asyncio.get_running_loop(), ReplicaPool(), PhaseTracker()
+        pool.bind(loop)
+        pool.next_kind = lambda: Kind.RESTORED
+        replica = pool.add("r0", tracker, tcp("127.0.0.1", 1))
+        for phase in (Phase.MOUNTING, Phase.STARTING, Phase.LOADING):
+            tracker.to(phase)
+        await asyncio.sleep(0.01)
+        waiting = asyncio.create_task(pool.acquire(since=time.monotonic() - 60))
+        await asyncio.sleep(0.01)
+        pool._tick(loop)
+        assert pool.history.deadline(pool.progress().kind) > 60
+        replica.draining = draining
+        for phase in (Phase.WARMING, Phase.SERVING):
+            tracker.to(phase)
+        assert pool.history.deadline(pool.progress().kind) < 60
+        pool._tick(loop)  # before the loop has heard of the transition
+        assert pool.held == int(draining)
+        replica.draining = False
+        pool.dispatch()
+        assert await waiting is replica
+
+    asyncio.run(main())
 
 
 def test_the_remaining_time_follows_the_phase():

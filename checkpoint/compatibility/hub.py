@@ -10,8 +10,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from lazyfs.stores.hub_rules import is_commit as is_commit
+from lazyfs.stores.hub_rules import is_offline as is_offline
+
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 DEFAULT_REVISION = "main"
 TEXT_REVISIONS = {
     "tokenizer": ("tokenizer-revision", "revision"),
@@ -26,17 +28,6 @@ _CODE_ELSEWHERE = re.compile(r"([\w.-]+/[\w.-]+)--[\w.]+")
 def is_name(value: str) -> bool:
     """Return whether a value has the form of a repository's name."""
     return bool(_NAME.fullmatch(value))
-
-
-def is_commit(revision: str | None) -> bool:
-    """Return whether a revision is a commit, whose files never change. A branch or a tag may move."""
-    return bool(revision and _COMMIT.fullmatch(revision))
-
-
-def is_offline(environment: Mapping[str, str]) -> bool:
-    """Return whether the hub's own client asks no hub with this environment."""
-    given = environment.get("HF_HUB_OFFLINE") or environment.get("TRANSFORMERS_OFFLINE") or ""
-    return given.upper() in ("1", "ON", "YES", "TRUE")
 
 
 def code_repositories(model: Path) -> list[str]:

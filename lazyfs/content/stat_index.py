@@ -15,7 +15,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import stat
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from lazyfs.errors import Integrity, LazyfsError, NotFound, Temporary
 from lazyfs.paths import default_store_url, fingerprint, home, private_dir, state_dir, write_atomic
+from lazyfs.stores.hub_rules import is_commit
 from lazyfs.stores.urls import local_path, normal_url, shown_url, without_user
 
 if TYPE_CHECKING:
@@ -166,8 +166,8 @@ def _described_within(limit_s: float | None, url: str, known: Manifest | None) -
 
 def _is_fixed(url: str) -> bool:
     """Return whether what a URL names never changes: a commit of the hub, an artifact by its digest."""
-    fixed = {"hf": r"[0-9a-f]{40}", "oci": r"sha256:[0-9a-f]{64}"}.get(url.partition("://")[0])
-    return fixed is not None and re.fullmatch(fixed, url.rpartition("@")[2]) is not None
+    scheme, version = url.partition("://")[0], url.rpartition("@")[2]
+    return (scheme == "hf" and is_commit(version)) or (scheme == "oci" and version.startswith("sha256:"))
 
 
 def source_folder(cache: Path) -> Path:

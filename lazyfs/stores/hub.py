@@ -24,10 +24,10 @@ from urllib.parse import quote
 from lazyfs.errors import HostLacks, LazyfsError, NotFound, Permanent, Usage
 from lazyfs.stores.base import MOST_BYTES, ObjectInfo
 from lazyfs.stores.http import WebStore
+from lazyfs.stores.hub_rules import is_commit, is_offline
 from lazyfs.stores.local import LocalStore
 
 _URL = re.compile(r"hf://([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@([\w][\w./-]*))?")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _NEXT = re.compile(r'<([^>]+)>;\s*rel="next"')
 # Signed addresses hold for an hour; a few minutes save as much.
 _KEPT_S = 300.0
@@ -51,11 +51,6 @@ def parse(url: str) -> tuple[str, str]:
     if found is None or ".." in (found[2] or "").split("/"):
         raise Usage(f"{url!r} is not a model of the hub; write hf://ORG/MODEL or hf://ORG/MODEL@REVISION")
     return found[1], found[2] or "main"
-
-
-def is_commit(revision: str) -> bool:
-    """Return whether a revision is a commit, whose files never change."""
-    return bool(_COMMIT.fullmatch(revision))
 
 
 def read_by_engines(paths: Iterable[str]) -> set[str]:
@@ -119,9 +114,10 @@ class HubStore(WebStore):
     def commit(self) -> str:
         """Return the commit of the revision, asked for once. Raises NotFound, Permanent, Temporary."""
         if not self._commit:
-            if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+            if is_offline(os.environ):
                 raise Permanent(
-                    f"{self.url}: HF_HUB_OFFLINE is set, so the hub is not asked; name a commit", code="offline"
+                    f"{self.url}: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so the hub is not asked; name a commit",
+                    code="offline",
                 )
             path = f"api/models/{self.repository}/revision/{quote(self.revision, safe='')}"
             answer = self._api(f"{self.base}/{path}")[0]

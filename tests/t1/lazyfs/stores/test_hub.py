@@ -46,7 +46,7 @@ def hub(tmp_path, monkeypatch):
     hub = Hub()
     for name, value in hub.environment(tmp_path / "hf").items():
         monkeypatch.setenv(name, value)
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     hub.redirects = True
     yield hub
@@ -160,15 +160,14 @@ def test_a_hub_that_stalls_delays_a_launch_by_seconds_where_its_files_are_known(
     assert caplog.text.count("source-silent") == 2
 
 
-def test_a_hub_that_does_not_answer_shows_what_it_had(home, hub, model, caplog):
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_a_hub_that_must_not_be_asked_shows_what_it_had(home, hub, model, caplog, variable):
     digest = read_through("hf://org/toy")
-    hub.close()
+    before = len(hub.requests)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lazyfs.stores.retry.RetryPolicy.__post_init__", lambda self: None)
-        patch.setattr("lazyfs.stores.http.INACTIVITY_S", 0.2)
-        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv(variable, "1")
         assert read_through("hf://org/toy") == digest
-    assert "as it was when it last answered" in caplog.text
+    assert "as it was when it last answered: offline" in caplog.text and len(hub.requests) == before
 
 
 @pytest.mark.parametrize(

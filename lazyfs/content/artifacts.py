@@ -90,7 +90,7 @@ def pull(source: OciStore, folder: Path) -> Moved:
 
     Files that are there already with the right bytes are kept. Raises Integrity, DiskFull, or what the registry raises.
     """
-    layers = list(source.layers().values())
+    layers = list(retrying(source.layers, RetryPolicy()).values())
     with os_errors(f"cannot write below {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(_WORKERS) as pool:

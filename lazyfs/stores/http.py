@@ -176,9 +176,6 @@ class WebStore:
     ) -> tuple[int, http.client.HTTPMessage, bytes | memoryview]:
         parts = urlsplit(url)
         connection = self._connection(url)
-        connection.response_class = functools.partial(
-            _DeadlineResponse, deadline=deadline, inactivity_s=self.inactivity_s
-        )  # type: ignore[assignment]
         if connection.sock is not None:
             connection.sock.settimeout(self.inactivity_s)
         sent = {**self._headers, **headers}
@@ -187,7 +184,7 @@ class WebStore:
             sent.pop("Authorization", None)
         target = parts.path + (f"?{parts.query}" if parts.query else "")
         connection.request(method, target or "/", headers=sent)
-        response = connection.getresponse()
+        response = response_within(connection, deadline, self.inactivity_s)
         body: bytes | memoryview = b""
         used = method == "HEAD" or response.status in (200, 206)
         if method != "HEAD" and used:
@@ -232,8 +229,7 @@ class WebStore:
         kept: dict[tuple[str, str], http.client.HTTPConnection] = self._local.__dict__.setdefault("kept", {})
         place = (parts.scheme, parts.netloc)
         if place not in kept:
-            kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-            kept[place] = kind(parts.hostname or "", parts.port, timeout=self.inactivity_s)
+            kept[place] = connect(url, self.inactivity_s)
             self._all.append(kept[place])
         return kept[place]
 
@@ -263,6 +259,24 @@ class WebStore:
             wait = float(after) if after.isdecimal() else None
             return Temporary(text, code="throttled" if status in (429, 503) else "temporary", retry_after=wait)
         return Permanent(text, code="refused")
+
+
+def connect(url: str, inactivity_s: float) -> http.client.HTTPConnection:
+    """Return a connection, not open yet, to the host of a URL. `inactivity_s` limits each wait for the socket."""
+    parts = urlsplit(url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    return kind(parts.hostname or "", parts.port, timeout=inactivity_s)
+
+
+def response_within(
+    connection: http.client.HTTPConnection, deadline: float, inactivity_s: float
+) -> http.client.HTTPResponse:
+    """Return the response to the request just sent. It must be complete at `deadline` (of time.monotonic()).
+
+    Raises TimeoutError, as its reads do.
+    """
+    connection.response_class = functools.partial(_DeadlineResponse, deadline=deadline, inactivity_s=inactivity_s)  # type: ignore[assignment]
+    return connection.getresponse()
 
 
 class _DeadlineResponse(http.client.HTTPResponse):

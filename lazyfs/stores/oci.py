@@ -7,10 +7,12 @@ Reading is that of any store, by ranges of blobs; a file's version is its layer'
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +21,9 @@ from urllib.parse import urlencode, urlsplit
 
 from lazyfs.errors import Integrity, LazyfsError, NotFound, Permanent, Temporary, Usage
 from lazyfs.stores.base import MOST_BYTES, ObjectInfo
-from lazyfs.stores.http import WebStore, origin
+from lazyfs.stores.http import WebStore, connect, origin, response_within
 from lazyfs.stores.retry import RetryPolicy, retrying
+from lazyfs.stores.urls import shown_url
 
 _PART = r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*"
 _URL = re.compile(
@@ -211,18 +214,16 @@ class OciStore(WebStore):
 
     def _write(self, method: str, url: str, body: Any, headers: dict[str, str]) -> str:
         """Send a body; return the Location of the answer. Raises Permanent, Temporary."""
-        import http.client
-
         for attempt in (0, 1):
             parts = urlsplit(url)
-            kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-            connection = kind(parts.hostname or "", parts.port, timeout=self.whole_s)
+            connection = connect(url, self.whole_s)
             try:
                 sent = {**self._headers, **headers}
                 if origin(url) != origin(self.base):
                     sent.pop("Authorization", None)
                 connection.request(method, f"{parts.path}?{parts.query}" if parts.query else parts.path, body, sent)
-                response = connection.getresponse()
+                # A registry hashes a large blob before it answers.
+                response = response_within(connection, time.monotonic() + self.whole_s, self.whole_s)
                 response.read(4096)
                 if response.status in (200, 201, 202, 204):
                     return response.headers.get("Location", "")
@@ -283,20 +284,27 @@ class OciStore(WebStore):
         return False
 
     def _token(self, url: str) -> str:
-        import http.client
-
+        """Return the token that the registry's token service gives, or "" if it refuses. Raises Temporary."""
         parts = urlsplit(url)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(parts.hostname or "", parts.port, timeout=self.inactivity_s)
+        connection = connect(url, self.inactivity_s)
         try:
             headers = {"User-Agent": "quickthaw"} | ({"Authorization": f"Basic {self._basic}"} if self._basic else {})
             connection.request("GET", f"{parts.path}?{parts.query}", headers=headers)
-            response = connection.getresponse()
-            found = json.loads(response.read(1 << 20)) if response.status == 200 else {}
+            response = response_within(connection, time.monotonic() + self.whole_s, self.inactivity_s)
+            if response.status != 200:
+                refused = super()._status_error(response.status, shown_url(url), response.headers)
+                if isinstance(refused, Temporary):
+                    raise refused
+                return ""  # the challenge stays unanswered, and is reported as such
+            found = json.loads(response.read(1 << 20))
             token = str(found.get("token") or found.get("access_token") or "")
             return token if re.fullmatch(r"[!-~]+", token) else ""  # nothing that a header cannot have
-        except (OSError, http.client.HTTPException, ValueError, AttributeError):
-            return ""  # the challenge stays unanswered, and is reported as such
+        except (OSError, http.client.HTTPException) as error:
+            raise Temporary(
+                f"{self.url}: its token service {shown_url(url)}: {error or type(error).__name__}"
+            ) from error
+        except (ValueError, AttributeError):
+            return ""
         finally:
             connection.close()
 

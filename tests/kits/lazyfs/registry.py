@@ -15,6 +15,8 @@ class Registry:
 
     def __init__(self, password: str = "") -> None:
         self.password, self.token = password, "sesame"
+        # The token service that challenges name; this registry's own if empty.
+        self.token_service = ""
         # Where a GET of a blob is redirected to.
         self.blobs_at = ""
         # Uploads that are refused as if their token had expired, and passwords that were seen.
@@ -68,9 +70,8 @@ def _handler(registry: Registry) -> type[BaseHTTPRequestHandler]:
                 good = self.headers.get("Authorization") == f"Basic {right}"
                 return self._send(200 if good else 401, json.dumps({"token": registry.token}).encode() if good else b"")
             if registry.password and self.headers.get("Authorization") != f"Bearer {registry.token}":
-                challenge = (
-                    f'Bearer realm="http://{registry.host}/token",service="registry",scope="repository:x:pull,push"'
-                )
+                realm = registry.token_service or f"http://{registry.host}/token"
+                challenge = f'Bearer realm="{realm}",service="registry",scope="repository:x:pull,push"'
                 return self._send(401, b"", {"WWW-Authenticate": challenge})
             match = re.fullmatch(r"/v2/(.+?)/(manifests|blobs)/(.+)", path)
             if match is None:

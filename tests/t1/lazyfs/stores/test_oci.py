@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import filecmp
 import json
+import socket
+import threading
+import time
 
 import pytest
 from click.testing import CliRunner
@@ -13,7 +17,7 @@ from lazyfs.api import import_directory, read_through
 from lazyfs.cli.weights import weights
 from lazyfs.content.chunk_store import ChunkStore
 from lazyfs.content.manifest import decode
-from lazyfs.errors import NotFound, Permanent, Usage
+from lazyfs.errors import NotFound, Permanent, Temporary, Usage
 from lazyfs.stores import opened
 from lazyfs.stores.local import LocalStore
 from lazyfs.stores.oci import TITLE, OciStore, parse
@@ -191,6 +195,32 @@ def test_an_upload_whose_token_expires_begins_again(secured, model, tmp_path):
 def test_a_token_that_no_header_can_have_is_none(secured, model):
     secured.token = "a\r\nX-Other: b"
     assert "permission-denied" in run("push", model, f"oci://{secured.host}/team/model:v1", code=1)
+
+
+@pytest.mark.parametrize("fault", ["refused", "busy", "drips"])
+def test_a_token_service_that_is_down_is_tried_again_not_taken_for_wrong_credentials(secured, model, tmp_path, fault):
+    url = f"oci://{secured.host}/team/model:v1"
+    run("push", model, url)
+    with opened(url) as store, socket.create_server(("127.0.0.1", 0)) as service:
+        secured.token_service = f"http://127.0.0.1:{service.getsockname()[1]}/token"
+        store.whole_s = 0.2
+        threading.Thread(target=answer_badly, args=(service, fault), daemon=True).start()
+        with pytest.raises(Temporary):
+            store.layers()
+        secured.token_service = ""
+        assert "config.json" in store.layers()
+
+
+def answer_badly(service, fault):
+    """Answer one request: refused (close), busy (HTTP 503), drips (a byte now and then, each within the limit of silence)."""
+    with contextlib.suppress(OSError), service.accept()[0] as connection:
+        connection.recv(4096)
+        if fault == "busy":
+            connection.sendall(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n")
+        until = time.monotonic() + 5
+        while fault == "drips" and time.monotonic() < until:
+            connection.sendall(b"H")
+            time.sleep(0.02)
 
 
 @pytest.mark.parametrize("place", ["http://127.0.0.1:1/x", "file:///etc/passwd"])

@@ -259,8 +259,7 @@ def test_a_proxy_that_was_killed_delays_a_scale_down_until_its_lease_has_expired
         monkeypatch.setattr("plugin.proxy.kubernetes.agreement.ASK_S", 0.5)
         async with two_proxies(tmp_path, a_sleeps_after_s=0.3) as (nodes, a, b):
             assert (await b.ask("r0")).status_code == 200
-            for task in tuple(b.session.agreement._tasks):
-                task.cancel()  # as if it had been killed: its Lease stays as it is
+            b.session.agreement._background.cancel()  # as if it had been killed: its Lease stays as it is
             b.session.agreement._circles.clear()
             killed = time.monotonic()
             assert (await a.ask("r1")).status_code == 200

@@ -34,6 +34,7 @@ from lightkube.types import PatchType
 
 from plugin.proxy.errors import StartFailed
 from plugin.proxy.kubernetes.address import WorkloadAddress
+from plugin.proxy.kubernetes.background import Background
 from plugin.proxy.kubernetes.cluster import Cluster
 from plugin.proxy.kubernetes.informer import Informer
 
@@ -48,7 +49,6 @@ ASK_S = 4.0
 """How long the others may take to answer."""
 HOLD_S = 15.0
 """How long one that said yes holds its requests if it hears nothing more; longer than `ASK_S` and the writing of `scale`."""
-
 SETTLE_S = 8.0
 """How long it then waits at most until the pods go, if the workload was scaled to 0."""
 
@@ -118,7 +118,7 @@ class Agreement:
         host = "".join(c if c.isalnum() or c == "-" else "-" for c in socket.gethostname().lower()).strip("-")
         self.identity = identity or f"{host[:40] or 'proxy'}-{secrets.token_hex(3)}"
         self._circles: dict[str, _Circle] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background("the agreement of several proxies failed", "agreement-failed")
 
     def join(self, workload: Shared) -> None:
         """Tell the others that this proxy serves a workload."""
@@ -127,8 +127,8 @@ class Agreement:
             leases = Informer(self.cluster, Lease, namespace, labels=[(_LABEL, None)], silent_s=HEARD_S)
             circle = self._circles[namespace] = _Circle(namespace, leases)
             leases.changed.append(lambda: self._heard(circle))
-            self._run(leases.run())
-            self._run(self._renew(circle))
+            self._background.run(leases.run())
+            self._background.run(self._renew(circle))
         self._circles[namespace].workloads[_key(workload)] = workload
 
     @contextlib.asynccontextmanager
@@ -162,7 +162,7 @@ class Agreement:
             raise StartFailed("busy", f"another proxy did not answer within {ASK_S:g} s") from None
         finally:
             circle.wants.pop(key, None)
-            self._run(self._write_quietly(circle))
+            self._background.run(self._write_quietly(circle))
 
     def _serving(self, circle: _Circle, key: str) -> list[_Other]:
         """Return the other proxies that serve a workload and are not dead."""
@@ -197,9 +197,9 @@ class Agreement:
         circle.answers[token] = "no" if workload.busy else "yes"
         if circle.answers[token] == "yes":
             workload.hold(True)
-            self._run(self._hold(circle, workload, token))
+            self._background.run(self._hold(circle, workload, token))
         else:
-            self._run(self._write_quietly(circle))
+            self._background.run(self._write_quietly(circle))
 
     async def _hold(self, circle: _Circle, workload: Shared, token: str) -> None:
         """Hold new requests until the wish is withdrawn, its proxy is dead, or 15 s have passed."""
@@ -278,21 +278,9 @@ class Agreement:
                 await self.cluster.client.create(lease)
             circle.registered = True
 
-    def _run(self, coroutine: Any) -> None:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("the agreement of several proxies failed", exc_info=error, extra={"event": "agreement-failed"})
-
     async def close(self) -> None:
         """Leave: the others need not wait for this proxy's Lease to expire."""
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.close()
         for circle in self._circles.values():
             if circle.registered:
                 with contextlib.suppress(StartFailed):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,11 +10,10 @@ from lightkube.resources.discovery_v1 import EndpointSlice
 
 from plugin.proxy.kubernetes.address import WorkloadAddress
 from plugin.proxy.kubernetes.agreement import Agreement
+from plugin.proxy.kubernetes.background import Background
 from plugin.proxy.kubernetes.cluster import Cluster
 from plugin.proxy.kubernetes.informer import Informer, selector_of
 from plugin.proxy.kubernetes.pods import Listed
-
-log = logging.getLogger("quickthaw.proxy")
 
 
 class Session:
@@ -25,7 +22,7 @@ class Session:
     def __init__(self, cluster: Cluster, agreement: Agreement) -> None:
         self.cluster, self.agreement = cluster, agreement
         self._informers: dict[tuple[str, str, str], Informer] = {}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._background = Background("the cluster is not followed any more", "cluster-unfollowed")
         self._listed: dict[tuple[str, int | None], tuple[int, dict[str, Listed]]] = {}
         """By namespace and port: the change of the EndpointSlices, and what they said then. All workloads ask after each change."""
 
@@ -48,9 +45,7 @@ class Session:
         if key not in self._informers:
             labels = selector_of(selector) if selector else None
             self._informers[key] = informer = Informer(self.cluster, resource, namespace, labels=labels)
-            task = asyncio.get_running_loop().create_task(informer.run())
-            task.add_done_callback(_ended)
-            self._tasks.append(task)
+            self._background.run(informer.run())
         return self._informers[key]
 
     def listed(
@@ -65,13 +60,6 @@ class Session:
 
     async def close(self) -> None:
         """Stop following the cluster and leave the agreement."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.close()
         await self.agreement.close()
         await self.cluster.close()
-
-
-def _ended(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.error("the cluster is not followed any more", exc_info=error, extra={"event": "cluster-unfollowed"})

@@ -25,6 +25,7 @@ from plugin.proxy.errors import ProxyError, StartFailed
 from plugin.proxy.http.address import tcp
 from plugin.proxy.kubernetes.address import WorkloadAddress
 from plugin.proxy.kubernetes.asking import COLD, RESTORED, Asker, WorkloadSpec, advance
+from plugin.proxy.kubernetes.background import Background
 from plugin.proxy.kubernetes.pods import Fault, PodState, listed_by_pod, state_of
 from plugin.proxy.pool.pool import ReplicaPool
 from plugin.proxy.pool.replica import FOUND_UP, STARTING, Replica
@@ -94,7 +95,7 @@ class Workload:
         self._pods: Informer | None = None
         self._selector = ""
         self._changed, self._found = asyncio.Event(), asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background(f"{name}: a task of its own failed", "workload-failed", pool=name)
         self._waking_since: float | None = None
         self._rest()
 
@@ -111,18 +112,16 @@ class Workload:
         """Begin to follow the workload's pods. The API may be away: requests then wait until it answers."""
         if self.spec.scales:
             self._session.agreement.join(self)
-        self._run(self._follow())
+        self._background.run(self._follow())
         if self.spec.sleep_after_s is not None and self.spec.scales:
-            self._run(self._watch_unserved(self.spec.sleep_after_s))
+            self._background.run(self._watch_unserved(self.spec.sleep_after_s))
 
     def kill(self) -> None:
         """End at once; nothing runs here."""
 
     async def close(self) -> None:
         """Stop following the pods. The workload stays as it is: another proxy may use it."""
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.close()
         for replica in self.pool.replicas.values():
             replica.tracker.to(Phase.STOPPED)
         if self._owns_session:
@@ -153,18 +152,6 @@ class Workload:
             return
         if not scale.spec.replicas:
             await self._until_gone()
-
-    def _run(self, coroutine: Any) -> asyncio.Task[None]:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            fields = {"pool": self.name, "reason": repr(error)}
-            log.error("%s: a task of its own failed", self.name, exc_info=error, extra={"fields": fields})
 
     async def _follow(self) -> None:
         """Find the workload's selector, then keep its replicas as its pods are."""
@@ -293,7 +280,7 @@ class Workload:
             if tracker.phase in STARTING and (member.prober is None or state.step != before.step):
                 replica.step = state.step if fault is None else f"{state.step}: {fault.message}"
             if state.running and state.address and member.prober is None and not member.waits:
-                member.prober = self._run(self._probe(member))
+                member.prober = self._background.run(self._probe(member))
 
     def _unproven(self, member: Member, why: str) -> None:
         """Stop sending requests to a pod until it answers again."""
@@ -346,7 +333,7 @@ class Workload:
         for member in self._members.values():
             if member.replica is replica and member.prober is None:
                 self._unproven(member, f"it refuses connections: {why}")
-                member.prober = self._run(self._probe(member))
+                member.prober = self._background.run(self._probe(member))
 
     # -- wake and sleep --------------------------------------------------------------------------
 

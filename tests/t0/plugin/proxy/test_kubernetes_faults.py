@@ -129,9 +129,7 @@ async def circle_of(one, *leases):
     try:
         yield agreed, circle
     finally:
-        for task in tuple(agreed._tasks):
-            task.cancel()
-        await asyncio.gather(*agreed._tasks, return_exceptions=True)
+        await agreed._background.close()
 
 
 SERVES = json.dumps({"serves": ["deployment/llama"]})
@@ -284,8 +282,7 @@ def test_endpoints_are_read_once_for_all_workloads_of_a_port():
         slices.objects["s"] = object()
         slices._notify()
         assert session.listed(two, reading)["n"] == session.listed(one, reading)["n"] == 1
-        for task in session._tasks:
-            task.cancel()
+        await session._background.close()
 
     asyncio.run(test())
     assert read == [80, None, 80]
@@ -295,7 +292,7 @@ def test_a_copy_that_ends_says_so(caplog):
     async def test():
         session = Session(SimpleNamespace(client=None), None)  # no error that a cluster causes
         session.slices("models")
-        await asyncio.wait(session._tasks)
+        await asyncio.wait(session._background._tasks)
 
     asyncio.run(test())
     assert "not followed any more" in caplog.text

@@ -20,8 +20,6 @@ NOTED_BYTES = 4 << 30
 """Log a line before reading a model of at least this size."""
 BACKGROUND_THREADS = 1
 """Threads of a digest that is computed while the engine loads: reading waits for the disk, and the engine needs the processors."""
-
-
 KEEP_LIMIT_S = 3600.0
 """How long a digest that was read through a mount waits for the verification of its files before it is given up."""
 

@@ -10,6 +10,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from launchers.given_options import given_options, last
+
 log = logging.getLogger("quickthaw")
 PREFIX = "hf://"
 # It outlives this module's call until the launch holds a file of it open, and a launch that was killed by no more than this.
@@ -35,16 +37,17 @@ def resolve(arguments: Sequence[str], home: Path, cache_limit: int, *, mounts: b
 
     found = next(url for url in map(_url_of, arguments) if url)
     repository, revision = parse(found)
-    source, given = found, _value(arguments, "--revision")
+    options = given_options(arguments)
+    source, given = found, last(options, "revision")
     if given:
         if "@" in found and given != revision:
             raise Usage(f"{found} and --revision {given} are two revisions; give one of them")
         source = f"{PREFIX}{repository}@{given}"
-    served = () if _given(arguments, "--served-model-name") else ("--served-model-name", repository)
+    served = () if "served-model-name" in options else ("--served-model-name", repository)
     place = _mounted(source, home, cache_limit) if mounts else None
     if place is not None:
         return (*_replaced(arguments, found, str(place)), *served)
-    at = () if revision == "main" or _given(arguments, "--revision") else ("--revision", revision)
+    at = () if revision == "main" or given else ("--revision", revision)
     return (*_replaced(arguments, found, repository), *at)
 
 
@@ -102,18 +105,3 @@ def _replaced(arguments: Sequence[str], old: str, new: str) -> tuple[str, ...]:
     return tuple(
         argument[: len(argument) - len(old)] + new if _url_of(argument) == old else argument for argument in arguments
     )
-
-
-def _value(arguments: Sequence[str], option: str) -> str:
-    """Return the value of an option, its last one if there are several; "" if it is not given."""
-    found = ""
-    for at, argument in enumerate(arguments):
-        if argument.startswith(f"{option}="):
-            found = argument.removeprefix(f"{option}=")
-        elif argument == option and at + 1 < len(arguments):
-            found = arguments[at + 1]
-    return found
-
-
-def _given(arguments: Sequence[str], option: str) -> bool:
-    return any(argument == option or argument.startswith(f"{option}=") for argument in arguments)

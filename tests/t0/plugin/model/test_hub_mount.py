@@ -37,6 +37,18 @@ def test_a_revision_is_that_of_the_url_or_of_its_option(asked, tmp_path, words, 
     assert any(word.endswith(str(tmp_path / "mounted")) for word in found)
 
 
+@pytest.mark.parametrize(
+    "words", [("--served_model_name", "mine"), ("--served-model-name=mine",), ("--config", "FILE")]
+)
+def test_a_name_to_serve_under_that_is_given_stays_the_only_one(asked, tmp_path, words):
+    file = tmp_path / "options.yaml"
+    file.write_text("served-model-name: mine\nrevision: v3\n")
+    words = [str(file) if word == "FILE" else word for word in words]
+    found = hub_mount.resolve(("--model", "hf://a/b", *words), tmp_path, -1, mounts=True)
+    assert found == ("--model", str(tmp_path / "mounted"), *words)
+    assert asked == ["hf://a/b@v3" if "--config" in words else "hf://a/b"]
+
+
 def test_two_revisions_are_refused_before_anything_is_mounted(asked, tmp_path):
     with pytest.raises(Usage, match="two revisions"):
         hub_mount.resolve(("--model", "hf://a/b@v1", "--revision", "v2"), tmp_path, -1, mounts=True)

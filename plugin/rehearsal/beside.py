@@ -167,18 +167,11 @@ class Beside:
         prepared = not self.settings.lazy_restore or rehearsal.prepared_here(folder, snapshot)
         if rehearsal.read(folder, snapshot) is None or not prepared:
             return False
-        store = self._push_to()
+        store = self.settings.push_to
         if store and not rehearsal.pushed(folder, store):
             return False
         self._settled = snapshot.digest
         return True
-
-    def _push_to(self) -> str:
-        """Return the store to push to, or "". Without a key for signing, a launch that trusts keys could not use what it pushed."""
-        settings = self.settings
-        if not settings.push or (settings.trust_keys and settings.sign_key is None):
-            return ""
-        return settings.snapshot_store or ""
 
     def order(self, snapshot: Snapshot) -> Order:
         """Return what the process is asked to do."""
@@ -193,7 +186,7 @@ class Beside:
             verify=settings.verify,
             trust_keys=[str(path) for path in settings.trust_keys],
             store_url=settings.store_url,
-            push_to=self._push_to(),
+            push_to=settings.push_to,
             sign_key=str(settings.sign_key) if settings.sign_key else "",
         )
 

@@ -86,6 +86,16 @@ class LaunchSettings:
             raise ValueError("times must not be negative, and --start-timeout must be above 0")
 
     @property
+    def refuses_own(self) -> bool:
+        """Return whether this launch would refuse the snapshot that it takes: it trusts keys, and signs with none."""
+        return bool(self.trust_keys) and self.sign_key is None
+
+    @property
+    def push_to(self) -> str:
+        """Return the store that a rehearsed snapshot is pushed to, or ""."""
+        return (self.snapshot_store or "") if self.push and not self.refuses_own else ""
+
+    @property
     def given_environment(self) -> dict[str, str]:
         """Return `environment` for the engine: without quickthaw's own variables and without those in `scrub_env`."""
         return {k: v for k, v in without_own_variables(self.environment).items() if k not in self.scrub_env}

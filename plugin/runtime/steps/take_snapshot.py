@@ -77,7 +77,7 @@ def wanted(replica: StartContext) -> bool:
     if not settings.take_snapshot or replica.capabilities.new_snapshots:
         return False
     name = replica.snapshot_name
-    if settings.trust_keys and settings.sign_key is None:
+    if settings.refuses_own:
         log.info("not taking a snapshot: without --sign-key, --trust-key could not accept it")
         return False
     if replica.multi_gpu():
@@ -114,7 +114,7 @@ class Preparation:
         """Keep the claim until the snapshot that was taken is pushed, or cannot be; give it up if none was taken."""
         if self.claim is None:
             return
-        library, snapshot, store = replica.library, replica.snapshot, replica.settings.snapshot_store or ""
+        library, snapshot, store = replica.library, replica.snapshot, replica.settings.push_to
         if snapshot is None or snapshot is self.before:
             self.claim.release()
             return
@@ -150,13 +150,12 @@ def prepared(replica: StartContext) -> Iterator[Preparation | None]:
 def _claim(replica: StartContext) -> Claim | None:
     """Claim the snapshot in the store that this launch will push it to; None if it pushes to none."""
     settings = replica.settings
-    pushes = settings.snapshot_store and settings.rehearse and settings.push
     # `strict`: whoever asked for the snapshot shall get it
-    if not pushes or settings.strict or (settings.trust_keys and settings.sign_key is None):
+    if not settings.push_to or not settings.rehearse or settings.strict:
         return None
     from checkpoint.store.claim import Claim
 
-    return Claim(settings.snapshot_store or "", replica.snapshot_name)
+    return Claim(settings.push_to, replica.snapshot_name)
 
 
 def works(replica: StartContext, prepared: Preparation | None) -> bool:

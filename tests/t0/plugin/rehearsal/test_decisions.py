@@ -149,9 +149,7 @@ def test_what_is_left_to_do_with_a_rehearsed_snapshot(tmp_path, lazy, store, pus
     folder.mkdir(parents=True)
     (folder / manifest.FILE_NAME).write_bytes(manifest.dump(draft("one", 1)))
     found = manifest.load(folder)
-    settings = types.SimpleNamespace(
-        home=tmp_path, lazy_restore=lazy, push=True, snapshot_store=store, trust_keys=(), sign_key=None
-    )
+    settings = types.SimpleNamespace(home=tmp_path, lazy_restore=lazy, push_to=store or "")
     assert not Beside(settings, [], None)._nothing_to_do(found)
     rehearsal.write(folder, rehearsal.Mark(found.digest, "2026-01-01T00:00:00Z", ["short"], 1.0))
     if pushed_to:

@@ -29,7 +29,7 @@ def claim(monkeypatch):
 
 
 def replica():
-    settings = SimpleNamespace(take_snapshot=True, home=None, snapshot_store="s3://x/y")
+    settings = SimpleNamespace(take_snapshot=True, home=None, push_to="s3://x/y")
     capabilities = SimpleNamespace(new_snapshots="")
     return SimpleNamespace(criu=object(), capabilities=capabilities, settings=settings, snapshot=None, library=None)
 

@@ -222,7 +222,7 @@ async def simulation(args: argparse.Namespace, folder: Path) -> None:
     waits: list[float] = []
     failed: Counter[str] = Counter()
     async with contextlib.AsyncExitStack() as stack:
-        server = await stack.enter_async_context(await asyncio.start_server(pretended.serve, "0.0.0.0", port))
+        await stack.enter_async_context(await asyncio.start_server(pretended.serve, "0.0.0.0", port))
         nodes = await stack.enter_async_context(
             cluster(folder, runtime=pretended, slots=args.nodes * 8, probe_s=1.0, grace_s=1.0)
         )
@@ -296,8 +296,6 @@ async def simulation(args: argparse.Namespace, folder: Path) -> None:
         await asyncio.gather(*tasks)
         wall = time.monotonic() - began
         counting.cancel()
-        for task in watching:
-            task.cancel()
         wakes = Counter(what for _, _, kind, _, what in nodes.api.writes if kind.endswith("/scale"))
         held = sorted(wait for wait in waits if wait > 0.05)
         after = per_second[int(away + 60.0 / speed) : int(away + 60.0 / speed) + 10]
@@ -310,7 +308,6 @@ async def simulation(args: argparse.Namespace, folder: Path) -> None:
         print(f"  scaled up {up} times, down {down}; other writes of scale {sum(wakes.values()) - up - down}")
         median, most = (statistics.median(held), held[-1]) if held else (0.0, 0.0)
         print(f"  held {len(held)}: median {median:.2f} s of the hour, most {most:.2f} s; failed {dict(failed)}")
-        server.close()
 
 
 def main() -> None:

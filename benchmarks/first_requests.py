@@ -118,7 +118,7 @@ def median(values: list[float]) -> float:
 def first_requests(engine: str, runs: int, batch: int, home: Path | None, as_json: bool) -> int:
     """Measure the first ten requests after a restore by their place, and a batch that waits for one."""
     one = preset(engine, state_home())
-    with kept(home) if home else fresh_home() as state:
+    with fresh_home(home) as state:
         took_s = create(state, one)
         port = measure.free_port()
         with running(state, one, NAME, launch_words(one, one.model, NAME, port)) as command:
@@ -130,16 +130,6 @@ def first_requests(engine: str, runs: int, batch: int, home: Path | None, as_jso
     result = {"engine": engine, "runs": runs, "batch": batch, "rehearsed_s": took_s, **summary(found)}
     click.echo(json.dumps(result | {"all": found}, indent=1) if as_json else shown(result))
     return 0 if result["met"] else 1
-
-
-@contextlib.contextmanager
-def kept(home: Path) -> Iterator[Path]:
-    """A state folder that stays, with this machine's CRIU and compile caches."""
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for shared in ("criu", "compile"):
-        if not (home / shared).exists():
-            (home / shared).symlink_to(state_home() / shared)
-    yield home
 
 
 def measured(port: int, model: str, runs: int, batch: int) -> dict[str, Any]:
@@ -233,7 +223,7 @@ def pulled(engine: str, runs: int, later: int, home: Path | None) -> int:
     others: list[float] = []
     took: list[float] = []
     texts = set()
-    with kept(home) if home else fresh_home() as made, fresh_home() as scratch:
+    with fresh_home(home) as made, fresh_home() as scratch:
         store = scratch / "store"
         create(made, one, "--snapshot-store", f"file://{store}")
         with loopback(store) as url:

@@ -24,7 +24,7 @@ from typing import Any
 
 import click
 
-from benchmarks.first_requests import NAME, kept
+from benchmarks.first_requests import NAME
 from benchmarks.switching import fresh_home
 from checkpoint.snapshot import rehearsal as mark
 from checkpoint.snapshot.library import Library
@@ -169,7 +169,7 @@ def rehearsal(
     took: list[float] = []
     texts = set()
     for number in range(runs):
-        with kept(home) if home else fresh_home() as state:
+        with fresh_home(home) as state:
             launches = Launches(chosen, state)
             with launches.running(COLD_LIMIT_S) as answer:
                 texts.add(answer.text)

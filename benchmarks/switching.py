@@ -44,11 +44,11 @@ def fresh_home(kept: Path | None = None) -> Iterator[Path]:
     """A state folder of this run alone, or the folder `kept`, which stays; with this machine's CRIU and compile caches."""
     parent = state_home()
     home = kept or Path(tempfile.mkdtemp(prefix="bench-standby-", dir=parent))
-    home.mkdir(mode=0o700, exist_ok=True)
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         for shared in ("criu", "compile"):
             (parent / shared).mkdir(mode=0o700, exist_ok=True)
-            if not (home / shared).is_symlink():
+            if not (home / shared).exists():
                 (home / shared).symlink_to(parent / shared)
         yield home
     finally:

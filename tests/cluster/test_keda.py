@@ -97,7 +97,8 @@ def test_keda_scales_by_what_is_held_and_the_proxy_only_follows(keda, tmp_path):
                     ref = messages.ScaledObjectRef(
                         name="llama", namespace="models", scalerMetadata={"drainSeconds": "2"}
                     )
-                    assert not (await scaler.IsActive(ref)).result
+                    # The proxy's own port may be open before KEDA's.
+                    assert not (await scaler.IsActive(ref, wait_for_ready=True, timeout=10)).result
                     scaling = asyncio.create_task(scale(nodes, scaler, ref))
                     clients = Clients(command.port)
                     held = [asyncio.create_task(clients.ask(f"r{n}", answer=0.2)) for n in range(6)]

@@ -70,16 +70,12 @@ def selected(selector, labels):
 class Faults:
     """What goes wrong. Each is off at first."""
 
-    latency_s: float = 0.0
     throttled: int = 0
     """So many requests get 429."""
-    retry_after: str = "0.05"
     conflicts: int = 0
     """Before so many writes of `scale` somebody else changes the workload."""
     failing: int = 0
     """So many requests get 500."""
-    short_watches_s: float | None = None
-    """Each watch ends in order after so long."""
     gone_as_status: bool = False
     """410 is the answer's status, in place of an event."""
     random_rate: float = 0.0
@@ -179,11 +175,6 @@ class Api:
         self.log.clear()
         self.known_from = self.version
 
-    async def changed(self, limit_s=30.0):
-        """Wait for the next change."""
-        async with asyncio.timeout(limit_s):
-            await self._changed.wait()
-
     # -- HTTP ------------------------------------------------------------------------------------
 
     async def start(self):
@@ -219,7 +210,7 @@ class Api:
         for cut in self._watching:
             cut.set()
 
-    def kubeconfig(self, folder, name="kubeconfig"):
+    def kubeconfig(self, folder):
         """Write a kubeconfig that leads here; return its path."""
         document = {
             "apiVersion": "v1",
@@ -231,7 +222,7 @@ class Api:
             "clusters": [{"name": "double", "cluster": {"server": f"http://127.0.0.1:{self.port}"}}],
             "users": [{"name": "proxy", "user": {"token": "secret"}}],
         }
-        path = folder / name
+        path = folder / "kubeconfig"
         path.write_text(json.dumps(document))
         return path
 
@@ -245,11 +236,11 @@ class Api:
             return failure(403, "Forbidden", f"cannot {verb} {resource}")
         unlucky = faults.random_rate and faults.rng.random() < faults.random_rate
         kind = faults.rng.choice(["latency", "429", "500", "cut"]) if unlucky else ""
-        if faults.latency_s or kind == "latency":
-            await asyncio.sleep(faults.latency_s or faults.rng.uniform(0, 0.2))
+        if kind == "latency":
+            await asyncio.sleep(faults.rng.uniform(0, 0.2))
         if faults.throttled or kind == "429":
             faults.throttled = max(0, faults.throttled - 1)
-            return failure(429, "TooManyRequests", "slow down", {"retry-after": faults.retry_after})
+            return failure(429, "TooManyRequests", "slow down", {"retry-after": "0.05"})
         if faults.failing or kind == "500":
             faults.failing = max(0, faults.failing - 1)
             return failure(500, "InternalError", "etcd has no leader")
@@ -302,7 +293,7 @@ class Api:
         return JSONResponse({"kind": f"{KINDS[plural]}List", "apiVersion": group, "metadata": meta, "items": part})
 
     async def _stream(self, plural, namespace, selector, since):
-        cut, began = asyncio.Event(), time.monotonic()
+        cut = asyncio.Event()
         self._watching.add(cut)
         try:
             if since and since < self.known_from:
@@ -326,13 +317,9 @@ class Api:
                     if kind_of is not None:
                         yield json.dumps({"type": kind_of, "object": obj}) + "\n"
                 since = at
-                limit = self.faults.short_watches_s
-                left = 60.0 if limit is None else limit - (time.monotonic() - began)
-                if left <= 0:
-                    return
                 waits = [asyncio.ensure_future(changed.wait()), asyncio.ensure_future(cut.wait())]
                 try:
-                    await asyncio.wait(waits, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait(waits, timeout=60.0, return_when=asyncio.FIRST_COMPLETED)
                 finally:
                     for wait in waits:
                         wait.cancel()

@@ -65,8 +65,6 @@ class Nodes:
         """`slots`: pods that the only node takes. `probe_s`: the kubelet's readiness probe. `pull_s`: how long an image takes."""
         self.api, self.runtime, self.slots = api, runtime, slots
         self.probe_s, self.grace_s, self.pull_s = probe_s, grace_s, pull_s
-        self.paused = False
-        """The controller does nothing while this is true."""
         self._kubelets = {}
         self._names = itertools.count(1)
         self._task = None
@@ -106,10 +104,9 @@ class Nodes:
     async def _run(self):
         while not self._ending:
             changed = self.api._changed
-            if not self.paused:
-                self._reconcile()
-                self._schedule()
-                self._endpoints()
+            self._reconcile()
+            self._schedule()
+            self._endpoints()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0.25):
                     await changed.wait()

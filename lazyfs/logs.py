@@ -39,7 +39,8 @@ class RepeatLimiter:
         self._lock = threading.Lock()
 
     def log(self, level: int, kind: str, message: str) -> None:
-        """Record an event of this kind; log it if it is the first."""
+        """Record an event of this kind; log it if it is the first of `every_s` seconds."""
+        self.tick()
         now = self.clock()
         with self._lock:
             since, level_before, count, _ = self._kinds.get(kind, (-1.0, level, 0, ""))
@@ -51,7 +52,8 @@ class RepeatLimiter:
     def tick(self) -> None:
         """Log the repeats counted since the kind was last logged, once `every_s` has passed.
 
-        Call it periodically. A kind without new events is forgotten, so that its next event is logged at once.
+        `log` calls it; called periodically as well, it logs counts that no later event follows. A kind without new events is
+        forgotten, so that its next event is logged at once.
         """
         now, said = self.clock(), []
         with self._lock:

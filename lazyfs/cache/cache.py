@@ -28,6 +28,8 @@ from lazyfs.paths import private_dir, state_folder
 log = logging.getLogger("lazyfs.cache.cache")
 # An evicting process may remove the folder while another opens it, repeatedly.
 _OPEN_TRIES = 100
+# How often a process that serves files calls `Cache.watch`, seconds.
+WATCH_S = 2.0
 # Reserve this much at a time: counting walks folders.
 _BATCH = 64 << 20
 COUNTED = ("snapshots", "compile", "traces")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import json
+import logging
 import signal
 import threading
 
@@ -18,9 +18,6 @@ from lazyfs.cli.options import (
     store_option,
 )
 from lazyfs.errors import Usage, os_errors
-
-# Period in which the free space of the cache's disk is watched, as each mount does.
-_WATCH_S = 2.0
 
 
 def _is_loopback(host: str) -> bool:
@@ -64,7 +61,7 @@ def peer(
     quickthaw mount llama:v1 /mnt/llama --store s3://bucket/weights --peers dns://quickthaw-peers:9470
     """
     from lazyfs.cache.bound import AUTO
-    from lazyfs.cache.cache import Cache
+    from lazyfs.cache.cache import WATCH_S, Cache
     from lazyfs.cache.open_sparse_files import raise_descriptor_limit
     from lazyfs.content.chunk_store import ChunkStore
     from lazyfs.logs import configure
@@ -93,9 +90,12 @@ def peer(
     server.start()
     where = f"{server.address[0]}:{server.address[1]}"
     click.echo(json.dumps({"address": where}) if as_json else f"ready: serving chunks at {where}")
-    while not stop.wait(_WATCH_S):
-        with contextlib.suppress(OSError):  # a disk that cannot be looked at
+    while not stop.wait(WATCH_S):
+        server.repeats.tick()
+        try:
             cache.watch()
+        except OSError as error:
+            server.repeats.log(logging.WARNING, "disk", f"cannot watch the disk of {cache.root}: {error}")
     server.close()
     click.echo(
         json.dumps(server.counters()) if as_json else " ".join(f"{k}: {v}" for k, v in server.counters().items())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lazyfs.cache.bound import UNBOUNDED
-from lazyfs.cache.cache import Cache
+from lazyfs.cache.cache import WATCH_S, Cache
 from lazyfs.cache.open_sparse_files import raise_descriptor_limit
 from lazyfs.cache.slots import SlotMemory, tier_mb
 from lazyfs.cache.whole_files import WholeFiles
@@ -35,8 +35,6 @@ from lazyfs.stores.urls import shown_url
 
 log = logging.getLogger("lazyfs.mount.server")
 _TICK_S = 1.0
-# Period in which the free space of the cache's disk is watched.
-_WATCH_S = 2.0
 # Share a recorded access log with other hosts after this long without a new touch.
 _QUIET_S = 5.0
 # How long a command waits for room in the fetcher's socket.
@@ -184,11 +182,13 @@ class Server:
 
     def _watch_disk(self) -> None:
         """Evict what no mount uses while others fill the cache's disk. In a thread: removing a large file takes seconds."""
-        while not self._ending.wait(_WATCH_S):
+        while not self._ending.wait(WATCH_S):
             try:
                 freed = self.cache.watch()
             except OSError as error:
-                log.warning("cannot watch the disk of %s: %s", self.cache.root, error)
+                self.service.repeats.log(
+                    logging.WARNING, "disk", f"cannot watch the disk of {self.cache.root}: {error}"
+                )
                 continue
             if freed:
                 log.info("the disk of %s ran low: %d bytes of unused cache files removed", self.cache.root, freed)

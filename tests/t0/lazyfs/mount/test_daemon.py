@@ -184,6 +184,13 @@ def test_a_kind_of_failure_is_logged_once_and_then_counted(caplog):
     caplog.clear()
     repeats.log(logging.ERROR, "temporary", "again")
     assert caplog.messages == ["again"]
+    # Without any call of tick, a failure that goes on is logged again.
+    now[0] += 61
+    repeats.log(logging.ERROR, "temporary", "an hour later")
+    repeats.log(logging.ERROR, "temporary", "at the same time")
+    now[0] += 61
+    repeats.log(logging.ERROR, "temporary", "and again")
+    assert caplog.messages == ["again", "an hour later", "1 more like this one within 60 s: at the same time"]
 
 
 # -- between fetcher and server

@@ -113,10 +113,11 @@ def read_through(
         return str(record["manifest"])
     from lazyfs.content.manifest import decode, encode
 
-    known = None
+    known, known_digest = None, ""
     if folder is None and record is not None:
+        known_digest = str(record["manifest"])
         with contextlib.suppress(Integrity):  # a damaged one is made again
-            known = decode((manifests / record["manifest"]).read_bytes(), record["manifest"], local=True)
+            known = decode((manifests / known_digest).read_bytes(), known_digest, local=True)
     try:
         digest, data = encode(_described_within(limit_s if known is None else known_limit_s, url, known))
     except LazyfsError as error:
@@ -124,7 +125,7 @@ def read_through(
         if known is None or not (isinstance(error, Temporary) or error.code == "offline"):
             raise
         log.warning("%s is shown as it was when it last answered: %s: %s", shown_url(url), error.code, error)
-        return str(record["manifest"]) if record else ""
+        return known_digest
     decode(data, digest, local=True)  # An object may have a name that no file can have.
     write_atomic(manifests / digest, data)
     if folder is None:

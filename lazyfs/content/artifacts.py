@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +15,8 @@ from lazyfs.content.chunk_store import ChunkStore
 from lazyfs.content.importer import walk
 from lazyfs.content.manifest import File
 from lazyfs.content.whole_file import hash_of
-from lazyfs.errors import Integrity, Permanent, from_os_error, os_errors
-from lazyfs.paths import open_fd
+from lazyfs.errors import Busy, Integrity, Permanent, from_os_error, os_errors
+from lazyfs.paths import flock_within, open_fd
 from lazyfs.stores.oci import Layer, OciStore, layer_of
 from lazyfs.stores.retry import RetryPolicy, retrying
 
@@ -88,14 +89,30 @@ def _chunks_of(file: File, chunks: ChunkStore) -> Iterator[bytes]:
 def pull(source: OciStore, folder: Path) -> Moved:
     """Write an artifact's files below a directory, each under a temporary name until its digest is right.
 
-    Files that are there already with the right bytes are kept. Raises Integrity, DiskFull, or what the registry raises.
+    Files that are there already with the right bytes are kept. Raises Busy (pull-busy) if another pull writes there, Integrity,
+    DiskFull, or what the registry raises.
     """
     layers = list(retrying(source.layers, RetryPolicy()).values())
     with os_errors(f"cannot write below {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(_WORKERS) as pool:
+    with _locked(folder), ThreadPoolExecutor(_WORKERS) as pool:
         new = sum(pool.map(lambda layer: _pull(source, layer, folder), layers))
     return Moved(source.pinned.rpartition("@")[2], len(layers), sum(layer.size for layer in layers), new)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock a directory: two pulls would write the same temporary files."""
+    with contextlib.ExitStack() as held:
+        with os_errors(f"cannot open {folder}"):
+            fd = held.enter_context(open_fd(folder, os.O_RDONLY | os.O_DIRECTORY))
+        try:
+            free = flock_within(fd, 0.0)
+        except OSError:
+            free = True  # a file system without locks of directories, such as NFS
+        if not free:
+            raise Busy(f"another pull writes to {folder}; wait for it, or give another directory", code="pull-busy")
+        yield
 
 
 def _pull(source: OciStore, layer: Layer, folder: Path) -> bool:

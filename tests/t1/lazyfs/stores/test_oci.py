@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import filecmp
 import json
+import os
 import socket
 import threading
 import time
@@ -18,6 +20,7 @@ from lazyfs.cli.weights import weights
 from lazyfs.content.chunk_store import ChunkStore
 from lazyfs.content.manifest import decode
 from lazyfs.errors import NotFound, Permanent, Temporary, Usage
+from lazyfs.paths import open_fd
 from lazyfs.stores import opened
 from lazyfs.stores.local import LocalStore
 from lazyfs.stores.oci import TITLE, OciStore, parse
@@ -132,6 +135,18 @@ def test_a_wrong_blob_is_never_kept(registry, model, tmp_path, home):
     assert "integrity" in run("pull", url, tmp_path / "there", code=1)
     assert not (tmp_path / "there" / "model.safetensors").exists()
     assert "integrity" in run("import", url, code=1)
+
+
+def test_two_pulls_into_one_directory_do_not_mix(registry, model, tmp_path):
+    url, there = f"oci://{registry.host}/team/model:v1", tmp_path / "there"
+    run("push", model, url)
+    there.mkdir()
+    with open_fd(there, os.O_RDONLY) as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "pull-busy" in run("pull", url, there, code=1)
+        assert not list(there.iterdir())
+    run("pull", url, there)
+    assert_equal(model, there)
 
 
 @pytest.mark.parametrize("path", ["../out", "/etc/passwd", "a//b", "."])

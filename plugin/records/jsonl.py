@@ -13,6 +13,8 @@ from checkpoint.files import write_private
 
 log = logging.getLogger("quickthaw")
 _LINE = 400  # bytes; few lines are longer
+MOST_BYTES, KEPT = 1 << 20, 1000
+"""Size above which a file is cut, and the lines that stay: a model may start or wake every few seconds for years."""
 
 
 def append(file: Path, line: Mapping[str, Any]) -> None:
@@ -21,10 +23,14 @@ def append(file: Path, line: Mapping[str, Any]) -> None:
         fd = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             os.write(fd, json.dumps(line).encode() + b"\n")
+            size = os.fstat(fd).st_size
         finally:
             os.close(fd)
     except OSError as error:
         log.warning("%s: %s; this measurement is not kept", file, error.strerror)
+        return
+    if size > MOST_BYTES:
+        _shorten(file)
 
 
 def latest(file: Path, count: int) -> list[dict[str, Any]]:
@@ -46,12 +52,9 @@ def latest(file: Path, count: int) -> list[dict[str, Any]]:
     return found
 
 
-def shorten(file: Path, most_bytes: int, count: int) -> None:
-    """Cut a file of over `most_bytes` to its last `count` lines. A line that another process appends meanwhile may be lost."""
+def _shorten(file: Path) -> None:
+    """Cut a file to its last KEPT lines. A line that another process appends meanwhile may be lost."""
     try:
-        if file.stat().st_size <= most_bytes:
-            return
-        lines = latest(file, count)
-        write_private(file, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+        write_private(file, b"".join(json.dumps(line).encode() + b"\n" for line in latest(file, KEPT)))
     except OSError as error:
         log.warning("%s: %s; it is not shortened", file, error.strerror)

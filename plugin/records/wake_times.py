@@ -18,8 +18,6 @@ from plugin.runtime.config import LaunchSettings
 FILE = "wake-times.jsonl"
 KEPT = 200
 """Latest wakes that are read."""
-MOST_BYTES = 1 << 20
-"""Size above which the file is cut to its latest lines: a model may wake every few seconds for years."""
 
 
 @dataclass
@@ -37,9 +35,7 @@ def remember(settings: LaunchSettings, seconds: float, rest: Rest) -> None:
     cost = {name: value for name, value in asdict(rest).items() if value is not None} | {
         "enter_s": round(rest.enter_s, 4)
     }
-    file = settings.home / FILE
-    jsonl.append(file, line | cost | {"at": datetime.now(UTC).isoformat(timespec="seconds")})
-    jsonl.shorten(file, MOST_BYTES, 4 * KEPT)
+    jsonl.append(settings.home / FILE, line | cost | {"at": datetime.now(UTC).isoformat(timespec="seconds")})
 
 
 def seconds_of(settings: LaunchSettings) -> list[float]:

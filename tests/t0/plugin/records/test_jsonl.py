@@ -23,6 +23,17 @@ def test_the_latest_lines_are_returned_in_order(tmp_path: Path) -> None:
     assert file.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_file_stays_small_and_has_its_latest_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "MOST_BYTES", 20_000)
+    monkeypatch.setattr(jsonl, "KEPT", 20)
+    file = tmp_path / "j"
+    for number in range(400):
+        jsonl.append(file, {"n": number, "model": "m" * 100})
+        assert file.stat().st_size <= 20_000
+    assert [line["n"] for line in jsonl.latest(file, 5)] == [395, 396, 397, 398, 399]
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
 def test_torn_lines_are_skipped(tmp_path: Path) -> None:
     file = tmp_path / "j"
     file.write_bytes(b'": 1}\n{"n": 1}\n[]\n{"n"\n{"n": 2}\n')

@@ -44,16 +44,6 @@ def test_a_capacity_plan_reads_them(tmp_path):
     assert planned.wakes(tmp_path, model="m") == ((0.1, 0.2, 0.3), 3.0)
 
 
-def test_the_file_stays_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(wake_times, "MOST_BYTES", 20_000)
-    monkeypatch.setattr(wake_times, "KEPT", 5)
-    here = settings(tmp_path)
-    for number in range(400):
-        wake_times.remember(here, float(number), Rest(0.0))
-    assert (tmp_path / wake_times.FILE).stat().st_size < 21_000
-    assert wake_times.seconds_of(here) == [395.0, 396.0, 397.0, 398.0, 399.0]
-
-
 def test_lines_of_another_version_are_skipped(tmp_path):
     (tmp_path / wake_times.FILE).write_text('{"engine": "vllm"}\n{"engine": "vllm", "model": "m", "seconds": "x"}\n')
     assert wake_times.seconds_of(settings(tmp_path)) == []

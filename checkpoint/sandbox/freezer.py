@@ -16,7 +16,6 @@ import signal
 import time
 from pathlib import Path
 
-from checkpoint.control_groups import groups
 from checkpoint.errors import Failed
 from checkpoint.sandbox.process_tree import processes, state
 
@@ -178,6 +177,8 @@ class Freezer:
 
 def own_cgroup() -> Path | None:
     """Return the folder of this process's cgroup of version 2, or None if there is none."""
+    from checkpoint.control_groups import groups  # needed only to freeze; a start need not wait for the import
+
     with contextlib.suppress(OSError, ValueError):
         return next((group.folder for group in groups() if group.own), None)
     return None

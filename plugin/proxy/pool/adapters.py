@@ -58,7 +58,7 @@ async def forward_and_note(
 
 
 def mark_loaded(pool: ReplicaPool, replica: Replica) -> None:
-    """Keep a replica awake from now on, because clients have loaded adapters; log it if the pool has an idle timeout."""
+    """Keep a replica awake from now on, because clients have loaded adapters; log it if the pool would go to sleep when idle."""
     if not replica.adapters_loaded and pool.sleep_after_s is not None:
         fields = {"pool": pool.name, "replica": replica.name}
         text = "%s: adapters-loaded: clients have loaded LoRA adapters, which no start restores; it stays awake"

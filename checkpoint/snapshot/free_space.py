@@ -7,9 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoint.control_groups import PROC
 from checkpoint.errors import Failed
-from checkpoint.host_memory import room
 
 _MARGIN = 64 << 20
 """Bytes beyond the pages: images of descriptors, shared memory, temporary files."""
@@ -40,10 +38,12 @@ def tmpfs_bytes(root: Path, folders: Sequence[str]) -> int:
     return sum(used.values())
 
 
-def check_memory(wanted: int, proc: Path = PROC) -> None:
+def check_memory(wanted: int, proc: Path = Path("/proc")) -> None:
     """Raise Failed (host-memory-short) unless `wanted` more bytes fit into this host's memory and the limits of control groups."""
     if not wanted:
         return
+    from checkpoint.host_memory import room  # needed only with a GPU
+
     free = room(proc).available
     if free < wanted + _MARGIN:
         raise Failed(

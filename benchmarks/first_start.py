@@ -49,7 +49,10 @@ def large_model(folder: Path, gigabytes: int) -> Path:
 
 
 def first_start(python: Path, folder: Path, home: Path) -> tuple[float, int]:
-    """Return seconds until the engine loads, and bytes written into the state folder by the time it serves."""
+    """Return seconds until the engine loads, and bytes written into the state folder by the time it serves.
+
+    Raises SystemExit if it ends before.
+    """
     home.mkdir()
     (home / "criu").symlink_to(state_home() / "criu")
     env = {**os.environ, "QUICKTHAW_HOME": str(home), "PYTHONPATH": str(ROOT)}
@@ -64,7 +67,8 @@ def first_start(python: Path, folder: Path, home: Path) -> tuple[float, int]:
         "--model-path",
         str(folder),
     ]
-    loading = -1.0
+    loading, written = -1.0, -1
+    said = []
     began = time.monotonic()
     with subprocess.Popen(
         [*argv, "--host", "127.0.0.1", "--port", str(free_port())],
@@ -77,6 +81,7 @@ def first_start(python: Path, folder: Path, home: Path) -> tuple[float, int]:
         assert process.stderr is not None
         try:
             for line in process.stderr:
+                said.append(line)
                 if line.startswith("quickthaw: loading"):
                     loading = time.monotonic() - began
                 if re.match("quickthaw: (warming|trimming)", line):
@@ -91,6 +96,8 @@ def first_start(python: Path, folder: Path, home: Path) -> tuple[float, int]:
         finally:
             process.send_signal(signal.SIGTERM)
             process.stderr.read()
+    if loading < 0 or written < 0:
+        raise SystemExit("the engine did not come to serve:\n" + "".join(said[-15:]))
     return loading, written
 
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 import launchers
+from checkpoint import host_memory
 from checkpoint.compatibility import host
 from checkpoint.compatibility.gpu import Gpu
 from checkpoint.criu.binary import Criu
@@ -28,7 +29,6 @@ from plugin.proxy.admin.costs import memory_bytes
 from plugin.proxy.endpoints.admission import Admission, Member
 from plugin.proxy.http.address import from_url
 from plugin.proxy.pool.pool import ReplicaPool
-from plugin.rehearsal import memory
 from plugin.rehearsal.rehearse import GivenUp, Rehearsal, _Rehearsed, named_settings
 from plugin.runtime.capabilities import Capabilities
 from plugin.runtime.config import LaunchSettings, state_home
@@ -360,15 +360,15 @@ def test_an_engine_whose_gpu_state_does_not_fit_into_host_memory_serves_on(gpu_r
     replica = gpu_rig("vllm", take_snapshot=take_snapshot)
     replica.start()
     expected, calls = answer(replica), len(replica._cuda.changes()) if take_snapshot else 0
-    room = memory.Room(512 << 20, 1 << 30)
-    monkeypatch.setattr(memory, "room", lambda: room)
+    room = host_memory.Room(512 << 20, 1 << 30)
+    monkeypatch.setattr(host_memory, "room", lambda: room)
     monkeypatch.setattr(standby_engine, "memory_held", lambda running: 0)
     with pytest.raises(EngineFailed) as refused:
         replica.standby()
     assert refused.value.code == "standby-memory-short" and replica.tracker.phase is Phase.SERVING
     assert worker(replica)["away"] == [] and answer(replica) == expected
     assert not take_snapshot or len(replica._cuda.changes()) == calls, "nothing was moved"
-    room = memory.Room(2 << 30, 4 << 30)
+    room = host_memory.Room(2 << 30, 4 << 30)
     replica.standby()
     replica.start()
     assert answer(replica) == expected

@@ -134,7 +134,7 @@ def banded(problem: Problem, state: State) -> Problem:
             if old.levels == forecast.levels and len(old.values[0]) == len(forecast.values[0]):
                 then, now = np.array(old.values), np.array(forecast.values)
                 if np.all(np.abs(now - then) <= band * then + 1e-12):
-                    mean = before.get("mean")
+                    mean = before.get("mean", forecast.mean)  # older states have none
                     kept = replace(forecast, values=old.values, mean=None if mean is None else tuple(mean))
         forecasts[name] = kept
     return replace(problem, demand=replace(problem.demand, forecasts=forecasts))

@@ -1,5 +1,6 @@
 """Demand that is learned from a trace: its bins, its rhythm, the error of its forecast."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -120,16 +121,75 @@ def test_a_backtest_sees_only_the_past():
     rates = np.random.default_rng(5).uniform(0, 1, (1, 40 * 24 * 5))
     blocks = demand._blocks(History(90.0, rates), 3600.0, 0.0)
     for method in ("last", "day"):
-        for k in range(30, 60):
-            assert all(b < k - 3 for b in blocks.like(k, k - 3, method))
-            assert blocks.like(k, k - 3, method)
+        for ahead in (3, 30):
+            for k in range(60, 90):
+                assert all(b < k - ahead for b in blocks.like(k, k - ahead, method))
+                assert blocks.like(k, k - ahead, method)
     assert blocks.like(50, 50, "day") == [26, 2]
+    assert blocks.like(50, 20, "day") == [2]
+
+
+def test_a_backtest_looks_half_a_plan_ahead():
+    """Over a day a slow rhythm of the hours; each day has a level of its own, so that only the next hour is like the last."""
+    hours = np.arange(10 * 24)
+    level = np.random.default_rng(2).uniform(0, 1.0, 10)[hours // 24]
+    rates = np.repeat(3 + np.sin(hours * 2 * np.pi / 24) + level, 40)[None, :]
+    blocks = demand._blocks(History(90.0, rates), 3600.0, 0.0)
+    found = [demand._backtest(blocks, ["last", "day"], 0.5, steps, 90.0)[0] for steps in (1, 24)]
+    assert found == ["last", "day"]
+
+
+def test_the_rates_of_a_service_are_averaged_over_its_own_bin(tmp_path):
+    """One has a bin of 1 s; the requests of the other take 10 s and may wait 5 s."""
+    rows = [f"{t},1,0,fast\n{t},1,0,slow" if t % 15 == 0 else f"{t},1,0,fast" for t in range(600)]
+    (tmp_path / "t.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens,Service\n" + "\n".join(rows) + "\n")
+    one = "name: {name}, gpus: 1, rate: {rate}, target_wait: {wait}, lead_time: {{cold: 97s, restored: 1.9s}}"
+    both = (one.format(name="fast", rate="10/s", wait="0s"), one.format(name="slow", rate="0.1/s", wait="5s"))
+    text = PLAN.format(path=tmp_path / "t.csv", step="1h", rate="1/s", wait="1s", more="")
+    text = text.replace(
+        text[text.index("services: ") : text.index("demand: ")], f"services: [{{{both[0]}}}, {{{both[1]}}}]\n"
+    )
+    history = load.from_field(document.parse_text(text, "plan.yaml"), Path("plan.yaml")).demand.history
+    assert history.bin_seconds == 1.0
+    assert history.rates[0] == pytest.approx(1.0)
+    assert history.rates[1, 15:] == pytest.approx(1 / 15)
+
+
+def test_what_comes_next_is_like_the_last_step_not_like_the_whole_trace(tmp_path):
+    problem = read(csv(tmp_path / "t.csv", np.concatenate([np.arange(0, 3600), np.arange(3600, 7200, 0.25)])))
+    assert problem.demand.forecasts["s"].typical()[0] == pytest.approx(4.0, rel=0.02)
 
 
 def test_a_short_trace_says_that_it_is_too_short(tmp_path):
     problem = read(csv(tmp_path / "t.csv", np.arange(0, 1000, 0.5)))
     assert "too short for a backtest" in problem.demand.notes[1]
     assert problem.demand.forecasts["s"].typical()[0] == pytest.approx(2.0, rel=0.05)
+
+
+@pytest.fixture
+def nine_hours_ahead(monkeypatch):
+    """The zone of this process is nine hours ahead of UTC."""
+    with monkeypatch.context() as changed:
+        changed.setenv("TZ", "JST-9")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.parametrize(
+    ("zone", "begin"),
+    [
+        ("+02:00", "2026-01-05T03:00:00"),  # the trace names its zone: the start in UTC
+        ("", "2026-01-05T12:00:00"),  # it does not: the start in local time, as the trace is taken to be
+    ],
+)
+def test_a_start_is_on_the_clock_of_the_trace(tmp_path, nine_hours_ahead, zone, begin):
+    path = tmp_path / "t.csv"
+    path.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(f"2026-01-05T00:0{m}:00{zone},1,0\n" for m in (0, 2))
+    )
+    found = read(path, more=", start: 2026-01-05T08:00:00+05:00").demand.begin
+    assert found == np.datetime64(begin).astype(int)
 
 
 def test_a_start_needs_times_of_day(tmp_path):

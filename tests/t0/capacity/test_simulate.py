@@ -325,6 +325,16 @@ def test_a_replica_in_standby_frees_its_gpu_and_wakes_in_its_own_time(ladder, ho
     assert one.standby_gib_seconds == pytest.approx(10.0 * 9.0 if rung == "standby" else 0.0)
 
 
+def test_a_start_takes_the_instance_on_which_its_service_is_in_standby():
+    one = resting_fleet(requests([0.0]), with_standby())
+    one.start_instances(0, 1, booted=True)
+    first, second = one.instances[0]
+    second.resting, first.resting = first.resting, []
+    one.start_replica(0)
+    assert one.starts["standby"] == 1
+    assert len(second.replicas) == 1
+
+
 def test_the_oldest_standby_makes_room_and_an_instance_that_goes_takes_its_own_along():
     made = with_standby()
     one = resting_fleet(requests([0.0]), made)
@@ -335,10 +345,12 @@ def test_the_oldest_standby_makes_room_and_an_instance_that_goes_takes_its_own_a
         one.advance(one.now + 1.0)
     assert [since for _, since in host.resting] == [3.0, 4.0]
     one.start_instances(0, 1, booted=True)
+    younger = one.instances[0][1]
+    younger.resting, host.resting = host.resting, []
     one.stop_empty(0, 1)
-    assert one.instances[0] == [host]  # the one without standby went first
+    assert one.instances[0] == [younger]  # the one without standby went first
     one.stop_empty(0, 1)
-    assert host.resting == []
+    assert younger.resting == []
     assert one.standby_gib_seconds == pytest.approx(10.0 * (1 + 2 + 2 + 1))
 
 

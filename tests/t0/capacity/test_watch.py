@@ -17,6 +17,7 @@ from capacity.actions import watch
 from capacity.actions.apply import Applied, apply, observe
 from capacity.errors import CapacityError, InfeasibleError, InputError
 from capacity.model import Hysteresis
+from capacity.optimize.best_effort import scaled
 from tests.kits.capacity_kit import random_problem
 
 pytestmark = pytest.mark.t0
@@ -31,9 +32,31 @@ def moved(problem, factor):
     return replace(problem, demand=replace(problem.demand, forecasts=forecasts))
 
 
+def with_mean(problem, mean):
+    forecasts = {name: replace(f, mean=(mean,) * len(f.values[0])) for name, f in problem.demand.forecasts.items()}
+    return replace(problem, demand=replace(problem.demand, forecasts=forecasts))
+
+
 def done(decision, granted=None):
     """What a command did that did all of it, or started `granted` only."""
     return Applied(dict(decision.starts) if granted is None else granted, dict(decision.stops), {})
+
+
+def test_the_expected_demand_is_kept_and_scaled_with_the_quantiles():
+    problem = with_mean(random_problem(1, steps=1), 3.0)
+    state = watch.State()
+    state.planned = {
+        name: {"levels": f.levels, "values": f.values, "mean": f.mean} for name, f in problem.demand.forecasts.items()
+    }
+    for forecast in watch.banded(with_mean(problem, 4.0), state).demand.forecasts.values():
+        assert forecast.mean == (3.0,)
+    for planned in state.planned.values():
+        del planned["mean"]  # the state of an older version
+    for forecast in watch.banded(with_mean(problem, 4.0), state).demand.forecasts.values():
+        assert forecast.mean == (4.0,)
+    halves = dict.fromkeys(problem.demand.forecasts, 0.5)
+    for forecast in scaled(problem, halves).demand.forecasts.values():
+        assert forecast.mean == (1.5,)
 
 
 def quiet_pools(problem):

@@ -71,6 +71,7 @@ def test_the_table_joins_steps_that_are_alike_and_says_what_binds(tmp_path):
     assert "in 60m to in 2h" in said
     assert "Bound by quota of pool big, 4 instances: one more instance saves" in said
     assert said.splitlines()[0].startswith("Hold 3 × 8xH100")
+    assert "<!-- cold starts -->" in html and "<!-- idle -->" in html  # words that matplotlib draws
     assert "<svg" in html and "Bound by quota of pool big" in html and "Hold 3 × 8xH100" in html
 
 

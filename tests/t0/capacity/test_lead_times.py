@@ -101,6 +101,23 @@ def test_a_snapshot_remembers_the_start_it_was_taken_from(tmp_path, monkeypatch)
     assert service("").cold == (90.0,)
 
 
+def test_standby_is_as_the_file_says_and_the_rest_as_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path))
+    times = ", lead_time: {cold: 9s, restored: 1s}, standby: "
+    with pytest.raises(InputError, match="write wake and memory here, or measure them"):
+        service(times + "{wake: 3s}")
+    assert (service(times + "{wake: 3s, memory: 5GiB}").standby_memory) == 5.0
+    wake = {"model": "llama-8b", "engine": "vllm", "seconds": 0.4, "memory_bytes": 70 * 2**30}
+    (tmp_path / "wake-times.jsonl").write_text(json.dumps(wake) + "\n")
+    found = [service(times + given) for given in ("{}", "{wake: 3s}", "{memory: 5GiB}", "{wake: 3s, memory: 5GiB}")]
+    assert [(s.standby, s.standby_memory) for s in found] == [
+        ((0.4,), 70.0),
+        ((3.0,), 70.0),
+        ((0.4,), 5.0),
+        ((3.0,), 5.0),
+    ]
+
+
 def test_nothing_measured_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "none"))
     with pytest.raises(InputError, match="quickthaw bench coldstart") as caught:

@@ -325,6 +325,13 @@ def test_a_replica_in_standby_frees_its_gpu_and_wakes_in_its_own_time(ladder, ho
     assert one.standby_gib_seconds == pytest.approx(10.0 * 9.0 if rung == "standby" else 0.0)
 
 
+def test_what_is_in_standby_at_the_end_counts():
+    one = resting_fleet(requests([0.0]), with_standby())
+    one.advance(12.0)
+    one.finish()
+    assert one.standby_gib_seconds == pytest.approx(10.0 * (12.0 - 2.0))
+
+
 def test_a_start_takes_the_instance_on_which_its_service_is_in_standby():
     one = resting_fleet(requests([0.0]), with_standby())
     one.start_instances(0, 1, booted=True)

@@ -65,6 +65,7 @@ def container(**state):
         ({"containerStatuses": [container(waiting={"reason": "ImagePullBackOff", "message": "no such tag"})]}, "pulling", "pod-image"),
         ({"containerStatuses": [container(waiting={"reason": "CreateContainerConfigError"})]}, "creating", "pod-config"),
         ({"containerStatuses": [container(waiting={"reason": "CrashLoopBackOff"})]}, "restarting", "pod-crashes"),
+        ({"initContainerStatuses": [container(running={})], "containerStatuses": [container(waiting={"reason": "PodInitializing"})]}, "initialising", None),
         ({"containerStatuses": [container(running={"startedAt": "2026-01-01T00:00:00Z"})]}, "running", None),
     ],
 )  # fmt: skip
@@ -72,6 +73,22 @@ def test_the_start_of_a_pod_is_told_in_steps_and_what_is_wrong_with_a_code(statu
     spec = {} if step == "unscheduled" else {"nodeName": "n"}
     state = state_of(pod(status, **spec), {}, parse("k8s://m/l"))
     assert (state.step, state.fault.code if state.fault else None) == (step, code)
+
+
+def test_a_container_that_keeps_ending_says_its_last_code():
+    crashed = container(waiting={"reason": "CrashLoopBackOff"}) | {"lastState": {"terminated": {"exitCode": 137}}}
+    state = state_of(pod({"containerStatuses": [crashed]}, nodeName="n"), {}, parse("k8s://m/l"))
+    assert state.fault.message == "container engine keeps ending, last with code 137"
+
+
+@pytest.mark.parametrize(("phase", "leaving"), [("Failed", True), ("Succeeded", True), ("Running", False)])
+def test_a_pod_whose_processes_have_ended_for_good_leaves(phase, leaving):
+    assert state_of(pod({"phase": phase}, nodeName="n"), {}, parse("k8s://m/l")).leaving is leaving
+
+
+def test_without_endpoints_the_port_is_the_containers():
+    one = pod({}, nodeName="n", containers=[{"name": "engine", "ports": [{"containerPort": 7000}]}])
+    assert state_of(one, {}, parse("k8s://m/l")).port == 7000
 
 
 def slices(*conditions, port=9000):
@@ -99,6 +116,13 @@ def test_endpoints_say_who_serves_and_who_leaves(conditions, ready, leaving):
     state = state_of(pod(status, nodeName="n"), listed, parse("k8s://m/l"))
     assert (state.ready, state.leaving, state.port) == (ready, leaving, 9000)
     assert state_of(pod(status, nodeName="n"), listed, parse("k8s://m/l:1234")).port == 1234
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_several_services_one_that_has_the_pod_serving_is_enough(first):
+    two = [slices({"serving": True}, port=None)[0], slices({"serving": False, "terminating": True})[0]]
+    (found,) = listed_by_pod([two[first], two[1 - first]], None).values()
+    assert (found.serving, found.terminating, found.port) == (True, True, 9000)
 
 
 @pytest.mark.parametrize("both", [False, True])

@@ -63,11 +63,11 @@ async def until(what, limit_s=5.0):
             await asyncio.sleep(0.005)
 
 
-def follow(client, *callbacks):
+def follow(client, *callbacks, silent_s=60.0):
     """Run an informer until the last object, `z`, is seen; return it."""
 
     async def test():
-        seen = Informer(SimpleNamespace(client=client, reported_away=False), Pod, "models")
+        seen = Informer(SimpleNamespace(client=client, reported_away=False), Pod, "models", silent_s=silent_s)
         seen.changed.extend(callbacks)
         running = asyncio.create_task(seen.run())
         try:
@@ -84,6 +84,18 @@ def follow(client, *callbacks):
 def test_a_watch_whose_last_line_was_cut_off_is_opened_again():
     cut = [("ADDED", named("a")), json.JSONDecodeError("Unterminated string", '{"type"', 7)]
     assert set(follow(Client([], cut, [("ADDED", named("z"))])).objects) == {"a", "z"}
+
+
+def test_a_watch_that_breaks_twice_is_followed_by_a_list():
+    client = Client([], [OSError("cut")], [OSError("cut")], [("ADDED", named("z"))])
+    follow(client)
+    assert client.lists == 2
+
+
+def test_a_watch_in_which_nothing_comes_is_opened_again():
+    client = Client([], [], [("ADDED", named("z"))])
+    follow(client, silent_s=0.02)
+    assert client.lists == 1
 
 
 def test_a_callback_that_fails_is_logged_and_ends_neither_the_copy_nor_the_others(caplog):
@@ -142,6 +154,33 @@ def test_a_lease_that_others_wrote_ends_nothing(note):
         async with circle_of(one, lease("odd", "1", note), lease("b", "1", SERVES)) as (agreed, circle):
             assert [other.serves for other in agreed._serving(circle, "deployment/llama")] == [{"deployment/llama"}]
             assert circle.others["odd"].wants == circle.others["odd"].answers == {} and not one.held
+
+    asyncio.run(test())
+
+
+def test_a_proxy_whose_lease_is_not_written_asks_for_no_quiet():
+    async def test():
+        one = shared()
+        async with circle_of(one) as (agreed, circle):
+            async with agreed.quiet(one):
+                pass
+            circle.registered = False
+            with pytest.raises(StartFailed, match="not written yet"):
+                async with agreed.quiet(one):
+                    pass
+
+    asyncio.run(test())
+
+
+def test_an_answer_is_forgotten_with_the_wish():
+    async def test():
+        one = shared(busy=True)
+        wish = json.dumps({"serves": ["deployment/llama"], "wants": {"deployment/llama": "token"}})
+        async with circle_of(one, lease("b", "1", wish)) as (agreed, circle):
+            assert circle.answers == {"token": "no"}
+            circle.leases.objects["b"] = lease("b", "2", SERVES)
+            agreed._heard(circle)
+            assert circle.answers == {}
 
     asyncio.run(test())
 

@@ -93,9 +93,9 @@ def test_a_watch_that_breaks_twice_is_followed_by_a_list():
 
 
 def test_a_watch_in_which_nothing_comes_is_opened_again():
-    client = Client([], [], [("ADDED", named("z"))])
+    client = Client([], [], [], [("ADDED", named("z"))])
     follow(client, silent_s=0.02)
-    assert client.lists == 1
+    assert client.lists == 1, "silence is no failure, after which it would list anew"
 
 
 def test_a_callback_that_fails_is_logged_and_ends_neither_the_copy_nor_the_others(caplog):

@@ -265,7 +265,7 @@ def marks(found):
     for row in found.get("million", ()):
         what = f"{row['requests']} requests, {row['policy']}"
         add(what, f"< {row['target_s']:g} s", f"{row['wall_s']:g} s", row["wall_s"] < row["target_s"])
-    equal = {row["policy"].split(" (")[0]: row for row in found.get("trace_at_equal_p99", ())}
+    equal = {row["policy"].split(",")[0]: row for row in found.get("trace_at_equal_p99", ())}
     if equal:
         restored, bar = equal.get("lp restored"), equal["hpa"]
         for other in ("hpa", "lp cold"):

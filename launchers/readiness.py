@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from launchers.client import Client
-from launchers.errors import EngineDied, EngineFailed
+from launchers.errors import EngineDied, EngineFailed, LauncherError
 
 POLL_S = 0.05
 """How often a starting engine is asked whether it is ready, in seconds. Asking one that does not listen yet costs 0.1 ms."""
@@ -17,6 +17,13 @@ go on after an earlier end here, and share a step with whatever is asked next.
 """
 PATIENCE_S = 30.0
 """How long a healthy engine is asked again for what it refuses with an internal error, in seconds."""
+BUSY = ("trim-busy",)
+"""Codes of calls that an engine refuses because a request still runs in it."""
+BUSY_LIMIT_S = 10.0
+"""How long an engine may be busy though every request was answered, in seconds: it ends the last step, drops a request whose client
+left, or warms up by itself. SGLang answers a request before it counts itself idle.
+"""
+BUSY_PAUSE_S = 0.02
 
 
 @dataclass
@@ -48,6 +55,21 @@ def wait_until(ready: Callable[[], bool], probe: Probe) -> None:
     while not ready():
         time.sleep(POLL_S)
         probe.check()
+
+
+def when_idle(call: Callable[[], None], given_up: Callable[[], bool]) -> None:
+    """Make a call that an idle engine grants; repeat it while the engine is busy, up to BUSY_LIMIT_S seconds or until `given_up`.
+
+    Raises the call's LauncherError, the last one (trim-busy) if the engine stays busy.
+    """
+    limit = time.monotonic() + BUSY_LIMIT_S
+    while True:
+        try:
+            return call()
+        except LauncherError as error:
+            if error.code not in BUSY or time.monotonic() > limit or given_up():
+                raise
+        time.sleep(BUSY_PAUSE_S)
 
 
 def healthy(client: Client) -> bool:

@@ -17,6 +17,7 @@ from checkpoint.sandbox.freezer import Freezer
 from checkpoint.sandbox.process_tree import processes
 from checkpoint.sandbox.sandbox import Sandbox
 from launchers.errors import EngineFailed, LauncherError
+from launchers.readiness import BUSY, when_idle
 from plugin.runtime.phases import Phase
 from plugin.runtime.steps import restore_snapshot, take_snapshot
 
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("quickthaw")
 LIFE_LIMIT_S = 10.0
 """Seconds within which the server of an engine that continues must answer; it answers within milliseconds."""
-BUSY = ("trim-busy",)
-"""Errors of the drop for which the engine does not go to standby; after any other, its KV cache stays."""
 
 
 @dataclass
@@ -110,9 +109,9 @@ def _check_whole(frozen: Frozen) -> None:
 
 
 def _drop_cache(replica: RestoreContext, running: Running) -> None:
-    """Drop the KV cache where the engine offers it. Raises LauncherError (trim-busy) if a request still runs."""
+    """Drop the KV cache where the engine offers it. Raises LauncherError (trim-busy) if a request still runs: no standby then."""
     try:
-        replica.engine.drop_cache(running.client)
+        when_idle(lambda: replica.engine.drop_cache(running.client), lambda: replica.stop_requested)
     except LauncherError as error:
         if error.code in BUSY:
             raise

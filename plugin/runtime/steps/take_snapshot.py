@@ -26,7 +26,7 @@ from launchers import control
 from launchers.client import Client
 from launchers.errors import EngineFailed, LauncherError
 from launchers.model_source import can_reload
-from launchers.readiness import Probe
+from launchers.readiness import Probe, when_idle
 from plugin.records import restore_rates
 from plugin.runtime.phases import Phase
 from plugin.runtime.steps import compatibility, paging
@@ -213,7 +213,7 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
         kv_bytes = 0
         if settings.trim:
             control.exclude_weights(sandbox.control_dir, excluded)
-            engine.trim(client)
+            when_idle(lambda: engine.trim(client), lambda: replica.stop_requested)
             control.exclude_weights(sandbox.control_dir, False)
             if driver is not None and gpu:
                 awake = _free_memory(driver)

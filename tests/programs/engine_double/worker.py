@@ -90,6 +90,7 @@ class Worker:
             torch.default_generator.manual_seed(7)
         if os.environ.get("ENGINE_DOUBLE_ARM_S"):
             self.arm(float(os.environ["ENGINE_DOUBLE_ARM_S"]))
+        self.busy_flushes = int(os.environ.get("ENGINE_DOUBLE_BUSY_FLUSHES", "0"))
 
     def get_kvcache(self):
         return self.model_runner.pool
@@ -99,7 +100,8 @@ class Worker:
     def flush_cache(self):
         from sglang.srt.plugins.hook_registry import HookRegistry
 
-        return HookRegistry.after("flush_cache", True, self)
+        self.busy_flushes -= 1  # as SGLang in the moment after a request's answer
+        return self.busy_flushes < 0 and HookRegistry.after("flush_cache", True, self)
 
     def collective_rpc(self, method):
         from vllm.v1.worker.worker_base import WorkerBase

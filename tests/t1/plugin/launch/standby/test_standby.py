@@ -235,3 +235,14 @@ def test_the_commands_show_and_move_a_model(rig_of):
         assert unknown.returncode == 1 and unknown.stderr.startswith("quickthaw: model-not-found: ")
     gone = rig.cli("ps", **here)
     assert gone.returncode == 1 and gone.stderr.startswith("quickthaw: not-reached: "), gone.stderr
+
+
+def test_an_engine_that_is_busy_for_a_moment_after_its_last_answer_is_asked_again(rig_of):
+    """SGLang answers a request before it counts itself idle, and warms up beside the first requests."""
+    rig, busy = rig_of("sglang"), {"ENGINE_DOUBLE_BUSY_FLUSHES": "9"}
+    with rig.running("--no-snapshot", env=busy) as started:
+        answer = started.ask()
+        assert act(started, "standby") == (200, {"name": "default", "phase": "standby"})
+        assert started.ask() == answer
+    rig.take(env=busy)
+    assert rig.library.names()

@@ -382,7 +382,7 @@ replica = (
     *stores,
     option(
         "--rehearse/--no-rehearse",
-        default=False,
+        default=True,
         help="Restore a new snapshot once, at the lowest priority beside the engine, so that its first real restore is a fast one.",
     ),
     option(

@@ -43,7 +43,7 @@ class LaunchSettings:
     store_url: str | None = None
     snapshot_store: str | None = None
     cache_limit: int = -1
-    rehearse: bool = False
+    rehearse: bool = True
     push: bool = True
     name: str | None = None
     named: bool = False

@@ -106,7 +106,12 @@ class Images(Podman):
         nothing of it is left (`watched`).
         """
         volumes = (f"--volume={rig.home}:/var/lib/quickthaw", f"--volume={rig.model}:{rig.model}:ro")
-        env = {**rig.watch.environment, "QUICKTHAW_SHARED_STEP": "1", "SGLANG_USE_CPU_ENGINE": "1"}
+        env = {
+            **rig.watch.environment,
+            "QUICKTHAW_SHARED_STEP": "1",
+            "SGLANG_USE_CPU_ENGINE": "1",
+            "QUICKTHAW_REHEARSE": "0",
+        }
         given = ("--network=host", *volumes, *(f"--env={name}={value}" for name, value in env.items()), *options)
         log = rig.folder / f"log-{port}"
         with log.open("ab") as out:

@@ -55,7 +55,7 @@ LOCALTIME = Path("/etc/localtime")
 # Flags of /proc/cpuinfo (names as in the kernel's cpufeatures.h) on which no program's code path can depend: privileged
 # instructions and modes, mitigations, clocks, power, performance counters, virtualisation, cache control; and hints
 # about the speed of string instructions. All other flags count as instruction sets.
-_IGNORED_CPU_FLAGS = frozenset(
+IGNORED_CPU_FLAGS = frozenset(
     [
         "acpi", "apic", "x2apic", "extapic", "x2avic", "avic", "aperfmperf", "arat", "art", "cpb", "de", "vme", "mca", "mce", "mtrr", "msr",
         "pat", "pge", "pse", "pse36", "pae", "nx", "sep", "ht", "hypervisor", "cpuid_fault", "osvw", "skinit", "wdt", "overflow_recov",
@@ -186,7 +186,7 @@ class CurrentIdentity:
             *(engine.version, engine.build, engine.python, engine.python_build, engine.libc),
             {name: engine.packages.get(name, "") for name in _COMPILERS},
             host.machine,
-            sorted(set(host.cpu_flags) - _IGNORED_CPU_FLAGS),
+            sorted(set(host.cpu_flags) - IGNORED_CPU_FLAGS),
             host.cpus,
             self.arguments,
             dict(self.environment),
@@ -338,7 +338,7 @@ def check_host(recorded: Identity, host: HostFacts, reads: int = FORMAT) -> tupl
     if then.page_size != host.page_size:
         found.append(_differs("page-size-differs", "page size", then.page_size, host.page_size))
     found += _check_kernel(then.kernel, host.kernel)
-    if missing := sorted(set(then.cpu_flags) - set(host.cpu_flags) - _IGNORED_CPU_FLAGS):
+    if missing := sorted(set(then.cpu_flags) - set(host.cpu_flags) - IGNORED_CPU_FLAGS):
         code = f"cpu-features-missing: {' '.join(missing)}"
         found.append(Mismatch(code, f"taken on {then.cpu_model}, this host has {host.cpu_model}"))
     if then.criu and _numbers(host.criu) < _numbers(then.criu):

@@ -135,10 +135,21 @@ def push(
                 job.drain()
             finally:
                 job.pool.shutdown(cancel_futures=True)
-            done = job.finish(listing, kind, name or folder.name, modes, times=kind != KIND)
+            host = host_class(folder) if kind == KIND else ""
+            done = job.finish(listing, kind, name or folder.name, host, modes, times=kind != KIND)
             if sign:
                 chunks.store.put(signature_key(done.digest), sign(signed_message(done.digest)))
             return done
+
+
+def host_class(folder: Path) -> str:
+    """Return the class of the host that a snapshot was taken on, "" if its manifest does not say (checkpoint.store.variants)."""
+    from checkpoint.compatibility.host_class import class_of
+
+    try:
+        return class_of(manifests.parse((folder / manifests.FILE_NAME).read_bytes(), folder, folder.name).identity)
+    except (OSError, CheckpointError):
+        return ""
 
 
 def signature_key(digest: str) -> str:

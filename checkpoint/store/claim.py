@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lazyfs.stores.base import Store
 
 log = logging.getLogger("quickthaw")
+PREFIX = "claims/snapshots/"
 EXPIRES_S, RENEW_S, POLL_S = 30.0, 8.0, 2.0
 MOST_S = 3600.0
 """How long one launch may hold a claim: its rehearsal may never get the processor."""
@@ -42,11 +43,15 @@ class _Held(msgspec.Struct, frozen=True):
 
 
 class Claim:
-    """A claim on the snapshot `name` in the store at `url`, begun at once in the background."""
+    """A claim on a snapshot in the store at `url`, begun at once in the background.
+
+    `name`: that of the snapshot, and of the class of host that makes it (checkpoint.store.variants.reference): those of another class
+    need their own.
+    """
 
     def __init__(self, url: str, name: str) -> None:
         self._url, self._name = url, name
-        self._key = f"claims/snapshots/{name}"
+        self._key = PREFIX + name.replace(":", "@")
         self._token = os.urandom(8).hex()
         self._known, self._released = threading.Event(), threading.Event()
         self._lock = threading.Lock()

@@ -35,6 +35,7 @@ from checkpoint.snapshot.library import Library
 from checkpoint.store import archive as archives
 from checkpoint.store.download import BACKGROUND, FIRST_TOKEN, STARTUP, WARM, Download
 from checkpoint.store.upload import translate_errors
+from checkpoint.store.variants import open_fitting
 
 if TYPE_CHECKING:
     from lazyfs.content.chunk_store import ChunkStore
@@ -88,12 +89,14 @@ class RemoteSnapshot:
         name: str,
         accept: Callable[[bytes, bytes | None], None] | None = None,
         trust_keys: Sequence[Path] = (),
+        host: str = "",
     ) -> RemoteSnapshot:
         """Open the snapshot `name` in the store at `url`, or return the one that this process is already fetching.
 
-        `accept` receives the snapshot's manifest and its signatures, and may raise. With `trust_keys`, the snapshot
-        must be signed. If the archive as a whole is signed too, that signature covers each chunk and a restore may
-        begin early. Otherwise only the snapshot's own signature applies, which covers whole files, and everything
+        `accept` receives the snapshot's manifest and its signatures, and may raise: of the snapshots that hosts of several
+        classes made, the first that it takes is opened, that of the class `host` first (checkpoint.store.variants). With
+        `trust_keys`, the snapshot must be signed. If the archive as a whole is signed too, that signature covers each
+        chunk and a restore may begin early. Otherwise only the snapshot's own signature applies, which covers whole files, and everything
         must be fetched first.
 
         Raises NotFound, Integrity, Incompatible, Busy (another process is fetching it), Failed (the store does not
@@ -108,10 +111,7 @@ class RemoteSnapshot:
                 return found
             chunks = archives.open_chunks(url)
             with translate_errors(f"cannot fetch {name}"):
-                opened = archives.OpenedArchive.of(name, chunks, trust_keys)
-            opened.check_name(name)
-            if accept:
-                accept(opened.document, opened.signature)
+                opened = open_fitting(name, chunks, host, accept, trust_keys)
             made = cls(library, name, chunks, opened, _reason_to_complete_first(opened, trust_keys))
             _open[key] = made
             return made

@@ -181,8 +181,10 @@ class Push:
         if self.progress:
             self.progress(Progress(self.total, self.done, self.stored))
 
-    def finish(self, listing: Listing, kind: str, name: str, modes: Mapping[str, int], times: bool) -> Pushed:
-        """Write the archive's manifest and set its name.
+    def finish(
+        self, listing: Listing, kind: str, name: str, host: str, modes: Mapping[str, int], times: bool
+    ) -> Pushed:
+        """Write the archive's manifest, and set its name, and that of its `host` class if there is one.
 
         `modes`: of the archive's files. `times`: whether to record modification times.
         """
@@ -208,7 +210,8 @@ class Push:
             meta,
         )
         digest = self.chunks.put_manifest(manifest)
-        self.chunks.set_ref("snapshots", name, digest)
+        for reference in ([f"{name}:{host}"] if host else []) + [name]:
+            self.chunks.set_ref("snapshots", reference, digest)
         size = sum(size for _, size, _ in listing.files)
         return Pushed(digest, len(listing.files), self.count, size, self.zero, self.copies, self.shared, self.stored)
 

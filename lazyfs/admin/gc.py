@@ -114,8 +114,7 @@ class _Collection:
             if digest in named or not self._old(f"manifests/{digest}"):
                 self.used |= manifest.chunk_digests()
             else:
-                self.chunks.store.delete(f"manifests/{digest}")
-                self.chunks.store.delete(f"signatures/{digest}")
+                self.chunks.delete_manifest(digest)
                 self.result.manifests += 1
         self.to_delete = {}
 

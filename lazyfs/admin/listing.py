@@ -136,6 +136,7 @@ def complete(chunks: ChunkStore, digest: str) -> bool:
 def remove(chunks: ChunkStore, name: str) -> list[str]:
     """Remove a tag or snapshot name, and the manifest if no name is left; given a digest, all its names and the manifest.
 
+    A snapshot's name also stands for the names NAME:HOST, one for each kind of host that has made it (checkpoint.store.variants).
     A damaged name is removed alone. Chunks stay until garbage is collected. Returns what was removed. Raises NotFound.
     """
     good, broken = named_manifests(chunks)
@@ -145,8 +146,11 @@ def remove(chunks: ChunkStore, name: str) -> list[str]:
             # Not delete_ref, which rejects an invalid name.
             chunks.store.delete(chunks.ref_key(kind, ref))
             return [f"{kind[:-1]} {ref}"]
-    digest = chunks.resolve(name)
     removed = []
+    for ref in [ref for kind, ref in good if kind == "snapshots" and ref.startswith(f"{name}:")]:
+        removed += remove(chunks, ref)
+        del good["snapshots", ref]
+    digest = good.get(("snapshots", name)) or chunks.resolve(name)
     by_digest = digest.startswith(name)
     # A damaged name may have pointed at this manifest: then only its digest removes it.
     others = 0 if by_digest else len(broken)
@@ -162,7 +166,6 @@ def remove(chunks: ChunkStore, name: str) -> list[str]:
     if not there and not removed:
         raise NotFound(f"no manifest {digest[:12]} in {chunks.store.url}; `quickthaw weights ls` lists its manifests")
     if there and not others:
-        chunks.store.delete(f"manifests/{digest}")
-        chunks.store.delete(f"signatures/{digest}")
+        chunks.delete_manifest(digest)
         removed.append(f"manifest {digest}")
     return removed

@@ -321,6 +321,11 @@ class ChunkStore:
             )
         return decode(data, digest)
 
+    def delete_manifest(self, digest: str) -> None:
+        """Remove a manifest, and what has signed it: `signatures/` of weights, `.sig` of a snapshot's archive."""
+        for key in (f"manifests/{digest}", f"signatures/{digest}", f"manifests/{digest}.sig"):
+            self.store.delete(key)
+
     def has_manifest(self, digest: str) -> bool:
         return self.store.head(f"manifests/{digest}") is not None
 

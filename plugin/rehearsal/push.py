@@ -12,6 +12,7 @@ from checkpoint import disk
 from checkpoint.snapshot import manifest, rehearsal, signatures
 from checkpoint.store import archive
 from checkpoint.store.upload import translate_errors
+from checkpoint.store.variants import reference
 
 if TYPE_CHECKING:
     from checkpoint.snapshot.library import Library
@@ -40,7 +41,9 @@ def has(folder: Path, chunks: ChunkStore) -> bool:
 
     with translate_errors(f"cannot look for {folder.name} in {chunks.store.url}"):
         try:
-            stored = chunks.get_manifest(chunks.get_ref("snapshots", folder.name))
+            stored = chunks.get_manifest(
+                chunks.get_ref("snapshots", reference(folder.name, archive.host_class(folder)))
+            )
         except NotFound:
             return False
         files = {file.path: file for file in stored.files}

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from checkpoint.compatibility.host_class import host_class
 from checkpoint.criu.binary import Criu
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Incompatible, Integrity, NotFound
 from checkpoint.sandbox import prestart
@@ -270,7 +271,7 @@ class Replica:
             )
             return None
         if not self.library.has(name):
-            found = self.fetching.find(name, self.check_identity)
+            found = self.fetching.find(name, self.check_identity, host_class(self.identity.host))
             if found is None:
                 return None
             self.library = found

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from checkpoint import disk
 from checkpoint.errors import Busy, CheckpointError, Failed, Integrity, NotFound
 from checkpoint.snapshot.library import Library
@@ -36,17 +38,18 @@ class Fetching:
         self.remote: RemoteSnapshot | None = None
         self._works = True
 
-    def find(self, name: str, accept: Callable[[Snapshot], object]) -> Library | None:
+    def find(self, name: str, accept: Callable[[Snapshot], object], host: str = "") -> Library | None:
         """Start to fetch the snapshot `name` from the configured store and return a library that has it, or None.
 
-        `accept` receives the manifest and raises if the snapshot may not be restored here. Returns None when the store
+        `accept` receives the manifest and raises if the snapshot may not be restored here; one of this host's class is
+        preferred (checkpoint.store.variants). Returns None when the store
         lacks the snapshot, or when fetching fails (the reason is logged). With `strict`, or for a snapshot that the
         user named, the error is raised instead.
         """
         if self.settings.snapshot_store is None or not self._works:
             return None
         try:
-            return self._find(self.settings.snapshot_store, name, accept)
+            return self._find(self.settings.snapshot_store, name, accept, host)
         except CheckpointError as error:
             self._works = False
             if self.settings.strict or self.settings.named:
@@ -54,7 +57,7 @@ class Fetching:
             log.warning("no snapshot from %s: %s", _shown(self.settings.snapshot_store), error)
             return None
 
-    def _find(self, store: str, name: str, accept: Callable[[Snapshot], object]) -> Library | None:
+    def _find(self, store: str, name: str, accept: Callable[[Snapshot], object], host: str) -> Library | None:
         from checkpoint.store.remote_restore import DownloadingLibrary
 
         library = Library(self.settings.home)
@@ -62,7 +65,7 @@ class Fetching:
         waited = False
         while True:
             try:
-                remote = _open(library, store, name, accept, self.settings.trust_keys)
+                remote = _open(library, store, name, accept, self.settings.trust_keys, host)
                 if library.has(name):
                     return library  # another process has finished the download
                 remote.begin()
@@ -164,7 +167,12 @@ class Fetching:
 
 
 def _open(
-    library: Library, store: str, name: str, accept: Callable[[Snapshot], object], trust_keys: Sequence[Path]
+    library: Library,
+    store: str,
+    name: str,
+    accept: Callable[[Snapshot], object],
+    trust_keys: Sequence[Path],
+    host: str,
 ) -> RemoteSnapshot:
     from checkpoint.snapshot import manifest
     from checkpoint.store.remote_restore import RemoteSnapshot
@@ -172,17 +180,28 @@ def _open(
     def accept_manifest(document: bytes, _: bytes | None) -> None:
         accept(manifest.parse(document, library.path(name), name))
 
-    return RemoteSnapshot.open(library, store, name, accept_manifest, trust_keys)
+    return RemoteSnapshot.open(library, store, name, accept_manifest, trust_keys, host)
 
 
 def manifest_of(library: Library, store: str | None, name: str, trust_keys: Sequence[Path]) -> Snapshot:
     """Return the manifest of a snapshot in the library, or in the store; the latter starts its download.
 
-    Raises NotFound, and every other error that prevents its use.
+    Raises NotFound, Incompatible if the store has it for other kinds of hosts only, and every other error that prevents its use.
     """
+    from checkpoint.compatibility import check
+    from checkpoint.compatibility.host import host_facts
+    from checkpoint.compatibility.host_class import host_class
+
     if store is None or library.has(name):
         return library.load(name)
-    remote = _open(library, store, name, lambda _: None, trust_keys)
+    here = host_facts()
+
+    def accept(found: Snapshot) -> None:
+        recorded = check.Identity.decode(found.identity)
+        # The replica looks at CRIU: where there is none, that is the reason.
+        check.refuse(check.check_host(recorded, msgspec.structs.replace(here, criu=recorded.host.criu)))
+
+    remote = _open(library, store, name, accept, trust_keys, host_class(here))
     with contextlib.suppress(Busy):  # another process downloads it; the replica waits for that process
         remote.begin()  # the user named this snapshot; download while the launcher is set up
     return remote.snapshot

@@ -153,9 +153,11 @@ def _claim(replica: StartContext) -> Claim | None:
     # `strict`: whoever asked for the snapshot shall get it
     if not settings.push_to or not settings.rehearse or settings.strict:
         return None
+    from checkpoint.compatibility.host_class import host_class
     from checkpoint.store.claim import Claim
+    from checkpoint.store.variants import reference
 
-    return Claim(settings.push_to, replica.snapshot_name)
+    return Claim(settings.push_to, reference(replica.snapshot_name, host_class(replica.identity.host)))
 
 
 def works(replica: StartContext, prepared: Preparation | None) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -438,3 +439,32 @@ def test_of_two_hosts_that_start_cold_at_once_one_takes_the_snapshot_and_the_oth
     with running(without) as again:
         assert again.ask()[0] in answers
         assert again.phases()[0][:2] == ["mounting", "restoring"], again.ours()
+
+
+def test_two_node_pools_with_other_processors_keep_a_snapshot_each_in_one_store(launch_rig, tmp_path):
+    """Neither can restore the other's: each makes the one that it misses, and neither replaces the other's."""
+    info = Path("/proc/cpuinfo").read_text()
+    pools = {}
+    for name in ("pool-a", "pool-b"):
+        (tmp_path / name).write_text(re.sub(r"(?m)^(flags\s*:.*)$", rf"\1 only_on_{name}", info))
+        script = f'mount --bind {tmp_path / name} /proc/cpuinfo && exec "$@"'
+        pools[name] = ["unshare", "--mount", "sh", "-c", script, "sh"]
+    words = ("--rehearse", "--snapshot-store", tmp_path / "store")
+    answers = set()
+    for name, prefix in pools.items():
+        launch_rig.fresh_home(f"first-of-{name}")
+        with launch_rig.running(*words, prefix=prefix) as started:
+            answers.add(started.ask()[0])
+            assert started.phases()[0][:2] == ["mounting", "starting"], started.ours()
+            refused = "cpu-features-missing: only_on_pool-a" in started.ours()
+            assert refused is (name == "pool-b"), started.ours()
+            started.wait_for("pushed (", LIMIT_S)
+    for name, prefix in pools.items():
+        launch_rig.fresh_home(f"second-of-{name}")
+        with launch_rig.running(*words, prefix=prefix) as started:
+            answers.add(started.ask()[0])
+            assert started.phases()[0][:2] == ["mounting", "restoring"], started.ours()
+    assert len(answers) == 1
+    stored = [path.name for path in (tmp_path / "store" / "refs" / "snapshots").iterdir()]
+    refs = sorted(name.partition("@")[2] for name in stored if not name.startswith("compile-"))
+    assert refs[0] == "" and len(set(refs)) == len(refs) == 3, refs  # the one pushed last, and one of each pool

@@ -1,0 +1,42 @@
+"""Name the kind of host that a snapshot was taken on, so that a store keeps one snapshot of a launch for each kind.
+
+A launch's name says nothing of the host: most hosts restore each other's snapshots. Those of two node pools that do not (other
+processors, another GPU driver) would replace each other's in a store, without end.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import blake3
+import msgspec
+
+from checkpoint.compatibility.check import IGNORED_CPU_FLAGS, Identity
+from checkpoint.compatibility.host import HostFacts
+from checkpoint.errors import CheckpointError
+
+
+def host_class(host: HostFacts) -> str:
+    """Return a name such as `x86_64-6.1-9f3a21bc`: machine, kernel, and a digest of all else that `check_host` compares.
+
+    CRIU's version is left out: it belongs to the image, and a launch does not know it everywhere.
+    """
+    kernel = re.match(r"\d+\.\d+", host.kernel)
+    compared = [
+        host.page_size,
+        sorted(set(host.cpu_flags) - IGNORED_CPU_FLAGS),
+        [[gpu.name, gpu.memory >> 30] for gpu in host.gpus],
+        host.driver,
+    ]
+    digest = blake3.blake3(b"quickthaw host class 1\0" + msgspec.json.encode(compared)).hexdigest()[:8]
+    return f"{re.sub(r'[^A-Za-z0-9_]', '_', host.machine)}-{kernel[0] if kernel else '0'}-{digest}"
+
+
+def class_of(identity: Mapping[str, Any]) -> str:
+    """Return the class of the host that a snapshot was taken on, "" if its manifest's `identity` does not say."""
+    try:
+        return host_class(Identity.decode(identity).host)
+    except CheckpointError:
+        return ""

@@ -22,6 +22,7 @@ def configure(role: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for each request
 
 
 class RepeatLimiter:

@@ -15,8 +15,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import NamedTuple
 
 from lazyfs.errors import Usage
+from lazyfs.peers.endpoint_slices import SCHEME, EndpointSlices, Service, parse_service
 
 log = logging.getLogger("lazyfs.peers.order")
 DEFAULT_PORT = 9470
@@ -38,22 +40,35 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def parse_peers(text: str) -> tuple[tuple[Address, ...], tuple[Address, ...]]:
-    """Read a list of peers, separated by commas: HOST[:PORT], or dns://NAME[:PORT] for every address of a name.
+class PeerList(NamedTuple):
+    """What --peers names: addresses, names whose every address is a peer, Services of Kubernetes."""
 
-    Return (addresses, names to resolve). Raises Usage.
+    addresses: tuple[Address, ...] = ()
+    names: tuple[Address, ...] = ()
+    services: tuple[Service, ...] = ()
+
+
+def parse_peers(text: str) -> PeerList:
+    """Read a list of peers, separated by commas: HOST[:PORT], dns://NAME[:PORT] for every address of a name, or
+    k8s://NAMESPACE/SERVICE[:PORT] for every ready endpoint of a Service.
+
+    Raises Usage.
     """
     fixed: list[Address] = []
     names: list[Address] = []
+    services: list[Service] = []
     for word in filter(None, (part.strip() for part in text.split(","))):
-        (names if word.startswith("dns://") else fixed).append(_address(word.removeprefix("dns://"), text))
-    return tuple(dict.fromkeys(fixed)), tuple(dict.fromkeys(names))
+        if word.startswith(SCHEME):
+            services.append(parse_service(word))
+        else:
+            (names if word.startswith("dns://") else fixed).append(_address(word.removeprefix("dns://"), text))
+    return PeerList(*(tuple(dict.fromkeys(each)) for each in (fixed, names, services)))
 
 
 def parse_address(text: str) -> Address | None:
     """Read one address: HOST[:PORT]; None for an empty text. Raises Usage."""
-    fixed, names = parse_peers(text)
-    if names or len(fixed) > 1:
+    fixed, *others = parse_peers(text)
+    if any(others) or len(fixed) > 1:
         raise Usage(f"{text!r} is not one address; write HOST:PORT")
     return fixed[0] if fixed else None
 
@@ -66,7 +81,7 @@ def _address(word: str, text: str) -> Address:
     elif word.count(":") == 1:
         host, _, port = word.partition(":")
     if not host or "/" in host or (port and not (port.isdecimal() and 0 < int(port) < 65536)):
-        raise Usage(f"{text!r} is not a list of peers; write HOST:PORT,HOST:PORT or dns://NAME:PORT")
+        raise Usage(f"{text!r} is not a list of peers; write HOST:PORT,HOST:PORT, dns://NAME:PORT or k8s://NAMESPACE/SERVICE")
     return Address(host, int(port) if port else DEFAULT_PORT)
 
 
@@ -124,20 +139,27 @@ def _is_local(host: str | None) -> bool:
 
 
 class Members:
-    """The peers of a fleet as they are now. Names are resolved in a thread, so that no fetch waits for DNS."""
+    """The peers of a fleet as they are now. Names are resolved and Services followed in threads, so that no fetch waits for them."""
 
     def __init__(self, text: str, me: str = "") -> None:
         self._me = parse_address(me)
-        self._fixed, self._names = parse_peers(text)
+        self._fixed, self._names, services = parse_peers(text)
         self._now = self._fixed
         self._places: dict[str, str] = {}
         self._found: Address | None = None
-        self._first, self._ended = threading.Event(), threading.Event()
+        self._of_names: list[Address] = []
+        self._of_services: dict[Service, list[Address]] = {}
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        deadline = time.monotonic() + _FIRST_S
+        first: list[threading.Event] = []
+        self._slices = [self._follow(service, first) for service in services]
         if self._names or not all(_is_numeric(peer.host) for peer in self._fixed):
-            threading.Thread(target=self._refresh, name="peers", daemon=True).start()
-            self._first.wait(_FIRST_S)
+            first.append(threading.Event())
+            threading.Thread(target=self._refresh, args=(first[-1],), name="peers", daemon=True).start()
         else:
-            self._found = own_address(self._now)
+            self._update()
+        for answer in first:
+            answer.wait(max(0.0, deadline - time.monotonic()))
 
     @property
     def now(self) -> tuple[Address, ...]:
@@ -154,33 +176,58 @@ class Members:
         return peer.host if _is_numeric(peer.host) else self._places.get(peer.host)
 
     def close(self) -> None:
-        """Stop asking for the addresses of names."""
+        """Stop asking for the addresses of names, and following Services."""
         self._ended.set()
+        for one in self._slices:
+            one.close()
 
-    def _refresh(self) -> None:
+    def _follow(self, service: Service, first: list[threading.Event]) -> EndpointSlices:
+        answered = threading.Event()
+        first.append(answered)
+
+        def changed(found: list[tuple[str, int]]) -> None:
+            self._of_services[service] = [Address(host, port) for host, port in found]
+            self._update()
+            answered.set()
+
+        return EndpointSlices(service, DEFAULT_PORT, changed)
+
+    def _update(self) -> None:
+        with self._lock:
+            services = [peer for found in list(self._of_services.values()) for peer in found]
+            self._now = tuple(dict.fromkeys([*self._fixed, *self._of_names, *services]))
+            self._found = own_address(self._now, self.place)
+
+    def _refresh(self, first: threading.Event) -> None:
         while True:
             self._resolve()
-            self._first.set()
+            first.set()
             if self._ended.wait(_REFRESH_S):
                 return
 
     def _resolve(self) -> None:
-        found = list(self._fixed)
         try:
-            for name in self._names:
-                found += [Address(place, name.port) for place in _places(name)]
-            self._now = tuple(dict.fromkeys(found))
+            self._of_names = [Address(place, name.port) for name in self._names for place in _of_one_family(name)]
         except OSError as error:
             # As they were: a name server that fails must not make every host ask the store.
             log.warning("the peers are as before: %s", error)
+        self._update()
         for peer in self._fixed:
             if not _is_numeric(peer.host) and not self._ended.is_set():
                 try:
-                    # The first one: servers listen on every interface, IPv4 unless they are told otherwise.
-                    self._places[peer.host] = sorted(_places(peer), key=lambda place: ":" in place)[0]
+                    self._places[peer.host] = _of_one_family(peer)[0]
                 except OSError as error:
                     log.warning("peer %s is where it was: %s", peer, error)
-        self._found = own_address(self._now, self.place)
+        self._update()
+
+
+def _of_one_family(name: Address) -> list[str]:
+    """Return the IPv4 addresses of a name, else the others: a host with one of each is one peer, and servers listen on IPv4 by default.
+
+    Raises OSError.
+    """
+    places = _places(name)
+    return [place for place in places if ":" not in place] or places
 
 
 def _places(name: Address) -> list[str]:

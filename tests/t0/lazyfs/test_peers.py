@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -15,6 +16,7 @@ from lazyfs.content.chunk_store import digest_of
 from lazyfs.errors import Usage
 from lazyfs.peers import order
 from lazyfs.peers.client import Peers, Wanted
+from lazyfs.peers.endpoint_slices import Service, endpoints
 from lazyfs.peers.order import DEFAULT_PORT, FANOUT, Address, Members, own_address, parse_peers, ranked, sources
 
 pytestmark = pytest.mark.t0
@@ -68,13 +70,17 @@ def test_chunks_are_spread_evenly_and_only_those_of_a_lost_peer_move():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", ((), ())),
-        ("a:1, b ,a:1", ((Address("a", 1), Address("b", DEFAULT_PORT)), ())),
+        ("", ((), (), ())),
+        ("a:1, b ,a:1", ((Address("a", 1), Address("b", DEFAULT_PORT)), (), ())),
         (
             "[::1]:5,fe80::1,[::2]",
-            ((Address("::1", 5), Address("fe80::1", DEFAULT_PORT), Address("::2", DEFAULT_PORT)), ()),
+            ((Address("::1", 5), Address("fe80::1", DEFAULT_PORT), Address("::2", DEFAULT_PORT)), (), ()),
         ),
-        ("dns://peers:7,x", ((Address("x", DEFAULT_PORT),), (Address("peers", 7),))),
+        ("dns://peers:7,x", ((Address("x", DEFAULT_PORT),), (Address("peers", 7),), ())),
+        (
+            "k8s://models/peers, k8s://models/peers:7,x",
+            ((Address("x", DEFAULT_PORT),), (), (Service("models", "peers"), Service("models", "peers", 7))),
+        ),
     ],
 )
 def test_a_list_of_peers_is_read(text, expected):
@@ -87,7 +93,20 @@ def test_what_is_no_list_of_peers_is_refused(text):
         parse_peers(text)
 
 
-@pytest.mark.parametrize("text", ["dns://a", "a:1,b:1", "a:x"])
+@pytest.mark.parametrize("text", ["k8s://a", "k8s://a/b:0", "k8s://a/b:x", "k8s://a/b/c", "k8s://A/b", "k8s:///b"])
+def test_what_names_no_service_is_refused(text):
+    with pytest.raises(Usage, match="k8s://NAMESPACE/SERVICE"):
+        parse_peers(text)
+
+
+def test_a_service_needs_the_extra(monkeypatch):
+    monkeypatch.setattr("lazyfs.peers.endpoint_slices.importlib.util.find_spec", lambda _: None)
+    with pytest.raises(Usage, match=r"quickthaw\[kubernetes\]") as raised:
+        parse_peers("k8s://models/peers")
+    assert raised.value.code == "kubernetes-missing"
+
+
+@pytest.mark.parametrize("text", ["dns://a", "a:1,b:1", "a:x", "k8s://a/b"])
 def test_a_host_is_at_one_address(text):
     with pytest.raises(Usage, match="HOST:PORT"):
         Members("a:1,b:1", text)
@@ -96,7 +115,7 @@ def test_a_host_is_at_one_address(text):
 def test_a_name_that_no_dns_has_leaves_the_other_peers(caplog):
     members = Members("dns://" + "a" * 64 + ":7,10.0.0.1:7")
     try:
-        assert members._first.is_set(), "the look-up goes on"
+        members._resolve()
         assert members.now == (Address("10.0.0.1", 7),) and "the peers are as before" in caplog.text
     finally:
         members.close()
@@ -120,6 +139,44 @@ def test_names_are_resolved_and_stay_when_the_name_server_fails(monkeypatch):
         assert members.now == expected
     finally:
         members.close()
+
+
+def test_a_host_with_an_address_of_each_family_is_one_peer(monkeypatch):
+    """Twice, it would get twice its share, and would not know itself."""
+    answers = {"both": ["::1", "10.0.0.1"], "six": ["::2"]}
+    monkeypatch.setattr(
+        order.socket, "getaddrinfo", lambda host, *_, **__: [(2, 2, 0, "", (a, 7)) for a in answers.get(host, [host])]
+    )
+    members = Members("dns://both:7,dns://six:7")
+    try:
+        assert members.now == (Address("10.0.0.1", 7), Address("::2", 7))
+    finally:
+        members.close()
+
+
+def endpoint_slice(kind, endpoints, ports=()):
+    return SimpleNamespace(
+        addressType=kind,
+        ports=[SimpleNamespace(name=name, port=port) for name, port in ports],
+        endpoints=[
+            SimpleNamespace(addresses=[address], conditions=SimpleNamespace(ready=ready))
+            for address, ready in endpoints
+        ],
+    )
+
+
+def test_the_ready_endpoints_of_a_service_are_its_peers():
+    slices = [
+        endpoint_slice("IPv4", [("10.0.0.2", True), ("10.0.0.3", False)], [("peer", 5), ("admin", 6)]),
+        endpoint_slice("IPv4", [("10.0.0.1", None)], [("http", 7)]),
+        endpoint_slice("IPv6", [("fd00::1", True)], [("peer", 5)]),
+        SimpleNamespace(addressType="IPv4", ports=None, endpoints=None),
+    ]
+    assert endpoints(slices, None, 9470) == [("10.0.0.1", 7), ("10.0.0.2", 5)]
+    assert endpoints(slices, 8, 9470) == [("10.0.0.1", 8), ("10.0.0.2", 8)]
+    assert endpoints(slices[2:], None, 9470) == [("fd00::1", 5)]
+    two = endpoint_slice("IPv4", [("10.0.0.1", True)], [("a", 1), ("b", 2)])
+    assert endpoints([two], None, 9470) == [("10.0.0.1", 9470)]
 
 
 def test_no_fetch_waits_for_a_name_server(monkeypatch):

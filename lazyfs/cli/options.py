@@ -58,7 +58,8 @@ def peer_options(command: F) -> F:
             default="",
             envvar="QUICKTHAW_PEERS",
             metavar="HOST:PORT,…",
-            help="Hosts that run `quickthaw peer`, asked before the store; dns://NAME:PORT is every address of a name, k8s://NAMESPACE/SERVICE every endpoint of a Service.",
+            help="Hosts that run `quickthaw peer`, asked before the store; dns://NAME:PORT is every address of a name, "
+            "k8s://NAMESPACE/SERVICE every endpoint of a Service.",
         ),
     ):
         command = each(command)

@@ -73,9 +73,7 @@ def endpoints(slices: Iterable[Any], port: int | None, default_port: int) -> lis
 class EndpointSlices:
     """Follow a Service in a thread; `on_change` gets the endpoints after each change, in that thread."""
 
-    def __init__(
-        self, service: Service, default_port: int, on_change: Callable[[list[tuple[str, int]]], None]
-    ) -> None:
+    def __init__(self, service: Service, default_port: int, on_change: Callable[[list[tuple[str, int]]], None]) -> None:
         self.service, self._default_port, self._on_change = service, default_port, on_change
         self._ended = threading.Event()
         threading.Thread(target=self._run, name=f"peers-{service.name}", daemon=True).start()
@@ -85,17 +83,24 @@ class EndpointSlices:
         self._ended.set()
 
     def _run(self) -> None:
+        import httpx2
+        from lightkube.core.exceptions import ConfigError
+
+        # The last ones: of an answer that is not what the API sends.
+        errors = (httpx2.HTTPError, ConfigError, OSError, ValueError, TypeError, LookupError, AttributeError)
         client, failures, repeats = None, 0, RepeatLimiter(log, every_s=600.0)
         while not self._ended.is_set():
             began = time.monotonic()
             try:
                 client = client or _client()
                 self._follow(client)
-            except Exception as error:  # whatever the API, its answers or the kubeconfig are like, the peers stay
+            except errors as error:
                 failures = failures + 1 if time.monotonic() - began < _SILENT_S else 1
                 why = " ".join(str(error).split()) or type(error).__name__
                 refused = getattr(getattr(error, "status", None), "code", None) in (401, 403)
-                remedy = "; its service account needs list and watch of endpointslices (docs/lazyfs.md)" if refused else ""
+                remedy = (
+                    "; its service account needs list and watch of endpointslices (docs/lazyfs.md)" if refused else ""
+                )
                 if failures > 1 or refused:  # a watch that was cut once is nothing
                     repeats.log(logging.WARNING, "api", f"the peers of {self.service} are as before: {why}{remedy}")
                 # Spread, so that not every host lists in the moment in which the API is back.

@@ -81,7 +81,9 @@ def _address(word: str, text: str) -> Address:
     elif word.count(":") == 1:
         host, _, port = word.partition(":")
     if not host or "/" in host or (port and not (port.isdecimal() and 0 < int(port) < 65536)):
-        raise Usage(f"{text!r} is not a list of peers; write HOST:PORT,HOST:PORT, dns://NAME:PORT or k8s://NAMESPACE/SERVICE")
+        raise Usage(
+            f"{text!r} is not a list of peers; write HOST:PORT,HOST:PORT, dns://NAME:PORT or k8s://NAMESPACE/SERVICE"
+        )
     return Address(host, int(port) if port else DEFAULT_PORT)
 
 

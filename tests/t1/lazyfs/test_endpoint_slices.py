@@ -37,6 +37,7 @@ def at(*hosts):
 @pytest.fixture
 def soon(monkeypatch):
     monkeypatch.setattr(endpoint_slices, "_PAUSE_S", 0.05)
+    monkeypatch.setattr(endpoint_slices, "_PAUSE_MOST_S", 0.2)
     monkeypatch.setattr(endpoint_slices, "_REOPEN_S", 0.05)
 
 

@@ -62,7 +62,7 @@ def parse_peers(text: str) -> PeerList:
             services.append(parse_service(word))
         else:
             (names if word.startswith("dns://") else fixed).append(_address(word.removeprefix("dns://"), text))
-    return PeerList(*(tuple(dict.fromkeys(each)) for each in (fixed, names, services)))
+    return PeerList(tuple(dict.fromkeys(fixed)), tuple(dict.fromkeys(names)), tuple(dict.fromkeys(services)))
 
 
 def parse_address(text: str) -> Address | None:

@@ -126,14 +126,28 @@ class Claim:
         return False
 
     def _keep(self, store: Store) -> None:
+        """Renew the claim until it is given up, also after a store's failures, unless another launch took it over meanwhile."""
+        from lazyfs.errors import LazyfsError
+
         began = renewed = time.monotonic()
         while not self._released.wait(POLL_S):
             now = time.monotonic()
             if self._until() or now - began > MOST_S:
                 break
-            if now - renewed >= RENEW_S:
+            if now - renewed < RENEW_S:
+                continue
+            try:
+                if (
+                    now - renewed >= EXPIRES_S
+                    and (found := self._read(store)) is not None
+                    and found.token != self._token
+                ):
+                    log.info("snapshot %s: %s took over the claim of this launch", self._name, found.host)
+                    return
                 store.put(self._key, self._document())
-                renewed = now
+                renewed = time.monotonic()
+            except (LazyfsError, OSError) as error:
+                log.debug("snapshot %s: the claim was not renewed: %s", self._name, error)
         found = self._read(store)
         if found is not None and found.token == self._token:
             store.delete(self._key)

@@ -73,6 +73,56 @@ def test_of_many_at_once_one_makes_it_and_the_next_after_it_was_released(url):
     wait(lambda: not claimed(url))
 
 
+def test_a_claim_is_renewed_again_after_a_failure_of_the_store(monkeypatch, tmp_path):
+    from lazyfs.errors import Temporary
+    from lazyfs.stores.local import LocalStore
+
+    url, put, failed = str(tmp_path / "store"), LocalStore.put, []
+
+    def fail_first(store, *args, **more):
+        if len(failed) < 2:
+            failed.append(args)
+            raise Temporary("it is away")
+        return put(store, *args, **more)
+
+    ours = Claim(url, "NAME")
+    assert ours.holder(LIMIT_S) == ""
+    ours.hold(lambda: False)
+    monkeypatch.setattr(LocalStore, "put", fail_first)
+    wait(lambda: len(failed) == 2)
+    time.sleep(1.6)  # longer than it lives unless it is renewed
+    assert Claim(url, "NAME").holder(LIMIT_S), "it is still held"
+    ours.release()
+    wait(lambda: not claimed(url))
+
+
+def test_one_that_was_taken_over_while_the_store_was_away_is_not_taken_back(monkeypatch, tmp_path):
+    from lazyfs.errors import Temporary
+    from lazyfs.stores.local import LocalStore
+
+    url, put, away = str(tmp_path / "store"), LocalStore.put, threading.Event()
+
+    def fail_for_us(store, *args, **more):
+        if not away.is_set():
+            raise Temporary("it is away")
+        return put(store, *args, **more)
+
+    ours = Claim(url, "NAME")
+    assert ours.holder(LIMIT_S) == ""
+    monkeypatch.setattr(LocalStore, "put", fail_for_us)
+    time.sleep(1.7)
+    other = Claim(url, "NAME")
+    assert other.holder(LIMIT_S) == "", "it had expired"
+    away.set()
+    for _ in range(20):
+        found = msgspec.json.decode(bytes(open_store(url).get("claims/snapshots/NAME", limit=4096)))
+        assert found["token"] == other._token
+        time.sleep(0.05)
+    ours.release()
+    other.release()
+    wait(lambda: not claimed(url))
+
+
 def test_a_claim_whose_answer_was_lost_is_its_own(monkeypatch, tmp_path):
     from lazyfs.stores.local import LocalStore
 

@@ -1,10 +1,11 @@
-"""How fast a fleet of hosts gets a model from one slow store: with real peers on loopback, and simulated for many hosts.
+"""How fast a fleet of hosts gets a model from one slow store: in network namespaces of one machine, and simulated for many hosts.
 
-    python benchmarks/lazyfs_fleet.py run --hosts 8 --megabytes 96 --store-mb-s 40
+    python benchmarks/lazyfs_fleet.py run --hosts 8 --megabytes 192 --store-mb-s 20 --runs 3
     python benchmarks/lazyfs_fleet.py simulate --hosts 1000 --gigabytes 140 --gbit 10
 
-`run` starts `quickthaw peer` and `quickthaw cache warm` as processes, one of each for a host, at 127.0.0.2 and on, and prints the
-time of the last host against that of one host alone, and the copies that left the store.
+`run` starts `quickthaw peer` and `quickthaw cache warm` in a network namespace for each host, and a store behind a link that tc's tbf
+limits (`tests/kits/lazyfs/fleet_network.py`). For good peers, and for peers of which one dies, one lies and one stalls, it prints
+the time of the last host against that of one alone, the copies that left the store's link, and how many bytes were wrong. Needs root.
 
 `simulate` counts chunk by chunk. The hosts' trees are those of `lazyfs.peers.order`; each host reads in the same order and has 16
 chunks under way; links are shared in the order of the requests. A tenth of the chunks is simulated, and the time of the rest added.
@@ -15,81 +16,11 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
-import os
 import random
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-TOKEN = "fleet"
-
-
-def start(words: list[str], home: Path, peers: str, me: str) -> subprocess.Popen[str]:
-    """Start one command of quickthaw for a host."""
-    environment = {
-        **os.environ,
-        "QUICKTHAW_HOME": str(home),
-        "QUICKTHAW_PEERS": peers,
-        "QUICKTHAW_PEER_SELF": me,
-        "QUICKTHAW_PEER_TOKEN": TOKEN,
-        "QUICKTHAW_CACHE_LIMIT": "none",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", "plugin", *words], env=environment, stdout=subprocess.PIPE, text=True,
-        cwd=Path(__file__).resolve().parents[1],
-    )  # fmt: skip
-
-
-def load(folder: Path, hosts: int, digest: str, store: str, *, peers: bool) -> float:
-    """Load a model on all hosts at once; return seconds from the start of the first to the end of the last."""
-    addresses = [f"127.0.0.{i + 2}:{9470}" for i in range(hosts)]
-    listed = ",".join(addresses) if peers else ""
-    servers, loads = [], []
-    try:
-        for i, address in enumerate(addresses if peers else ()):
-            servers.append(start(["peer", "--listen", address, "--store", store], folder / f"h{i}", listed, address))
-        for server in servers:
-            assert server.stdout is not None and "ready" in server.stdout.readline()
-        began = time.monotonic()
-        for i, address in enumerate(addresses):
-            words = ["cache", "warm", digest, "--store", store]
-            loads.append(start(words, folder / f"h{i}", listed, address if peers else ""))
-        for one in loads:
-            assert one.wait(300) == 0
-        return time.monotonic() - began
-    finally:
-        for one in (*loads, *servers):
-            one.terminate()
-        for one in (*loads, *servers):
-            one.wait(60)
-
-
-def run(hosts: int, megabytes: int, store_mb_s: float) -> None:
-    """Print one line: the time of one host, that of the last of all, and the copies that left the store."""
-    from lazyfs.content.chunk_store import ChunkStore
-    from lazyfs.content.importer import import_tree
-    from lazyfs.stores.local import LocalStore
-    from tests.kits.lazyfs.fleet import SlowStore
-    from tests.kits.lazyfs.models import make_model
-
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
-        folder = Path(name)
-        make_model(folder / "model", megabytes=megabytes)
-        digest, manifest = import_tree(folder / "model", ChunkStore(LocalStore(folder / "store"), zstd=None))
-        unique = sum({c.digest: c.length for f in manifest.files for c in f.chunks}.values())
-        store = SlowStore(folder / "store", rate=store_mb_s * 1e6)
-        try:
-            alone = load(folder / "alone", 1, digest, store.url, peers=False)
-            store.sent = 0
-            together = load(folder / "fleet", hosts, digest, store.url, peers=True)
-            copies = store.sent / unique
-        finally:
-            store.close()
-    figures = {"hosts": hosts, "one_s": round(alone, 2), "last_s": round(together, 2)}
-    print(json.dumps({**figures, "ratio": round(together / alone, 2), "copies": round(copies, 3)}))
 
 
 def simulate(
@@ -168,6 +99,7 @@ def main() -> None:
     parser.add_argument("--hosts", type=int, default=8)
     parser.add_argument("--megabytes", type=int, default=96)
     parser.add_argument("--store-mb-s", type=float, default=40.0)
+    parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--gigabytes", type=float, default=140.0)
     parser.add_argument("--gbit", type=float, default=10.0)
     parser.add_argument("--store-gbit", type=float, default=10.0)
@@ -175,7 +107,11 @@ def main() -> None:
     parser.add_argument("--fanout", type=int, default=2)
     given = parser.parse_args()
     if given.what == "run":
-        run(given.hosts, given.megabytes, given.store_mb_s)
+        from tests.kits.lazyfs import fleet_network
+
+        for bad in [False, True] * given.runs:
+            found = fleet_network.run(given.hosts, given.megabytes, given.store_mb_s, bad=bad)
+            print(json.dumps({"bad_peers": 3 * bad, **found}), flush=True)
     else:
         print(
             json.dumps(simulate(given.hosts, given.gigabytes, given.gbit, given.store_gbit, given.window, given.fanout))

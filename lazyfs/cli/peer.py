@@ -6,6 +6,7 @@ import ipaddress
 import json
 import logging
 import signal
+import sys
 import threading
 
 import click
@@ -78,6 +79,8 @@ def peer(
     if not peer_token.strip() and not _is_loopback(host):
         raise Usage(f"{listen} is reached by others: give --peer-token, or listen on 127.0.0.1", code="peer-token")
     configure("peer")
+    # As in a mount's daemon: many threads need the interpreter briefly, and the heartbeat must not wait for all of them.
+    sys.setswitchinterval(0.0005)
     raise_descriptor_limit()  # every host of the fleet keeps connections
     above = Peers(Members(peers, peer_self), peer_token) if peers else None
     cache = Cache(home() / "cache", AUTO)

@@ -1,7 +1,7 @@
 """Ask peers for a chunk, before the store.
 
-A peer that has to fetch the chunk itself sends `102 Processing` while it does, so silence means that it is busy or gone. After
-50 ms of silence the next peer is asked whether it has the chunk. A peer that has never failed then gets half a second in all,
+A peer that has to fetch the chunk itself sends `102 Processing` while it does, over any connection of this client, so silence
+means that it is busy or gone. After 50 ms of silence the next peer is asked whether it has the chunk. A peer that has never failed then gets half a second in all,
 because a chunk that a second peer fetches leaves the store twice; any other is given up at once. One that failed is left out
 for a while, one that sent wrong bytes for ten minutes.
 """
@@ -9,6 +9,7 @@ for a while, one that sent wrong bytes for ten minutes.
 from __future__ import annotations
 
 import logging
+import secrets
 import select
 import socket
 import threading
@@ -24,6 +25,8 @@ from lazyfs.logs import RepeatLimiter
 from lazyfs.peers.order import Address, Members, sources
 
 log = logging.getLogger("lazyfs.peers.client")
+# Names the process that asks: a server tells it once that it lives, not for each of its requests.
+CLIENT = "Quickthaw-Client"
 SILENCE_S = 0.05
 GRACE_S = 0.5
 # How long a peer that answers may take before its first byte, and at least how fast a body must come.
@@ -77,7 +80,9 @@ class Peers:
     def __init__(self, members: Members, token: str, *, silence_s: float = SILENCE_S, limit_s: float = 20.0) -> None:
         self.members, self.silence_s, self.limit_s = members, silence_s, limit_s
         self.repeats = RepeatLimiter(log)
-        self._token = f"Authorization: Bearer {token.strip()}\r\n" if token else ""
+        self._headers = f"{CLIENT}: {secrets.token_hex(8)}\r\n"
+        self._headers += f"Authorization: Bearer {token.strip()}\r\n" if token else ""
+        self._heard: dict[Address, float] = {}
         self._idle: OrderedDict[tuple[Address, int], socket.socket] = OrderedDict()
         self._states: dict[Address, _State] = {}
         self._lock = threading.Lock()
@@ -157,7 +162,7 @@ class Peers:
             left_out = {peer for peer, state in self._states.items() if state.out_until > now}
         peers = [peer for peer in self.members.now if peer not in left_out or peer == me]
         own = [me] if me is not None and not relay and me not in left_out else []
-        return own + sources(digest, peers, me)
+        return own + sources(digest, peers, me, serves=relay)
 
     def _failed(self, peer: Address, why: str, *, lied: bool = False) -> None:
         with self._lock:
@@ -185,13 +190,13 @@ class Peers:
 
     def _begin(self, peer: Address, path: str) -> _Exchange:
         """Send a request, over a kept connection if there is one. Raises OSError."""
-        request = f"GET {path} HTTP/1.1\r\nHost: {peer}\r\n{self._token}\r\n".encode()
+        request = f"GET {path} HTTP/1.1\r\nHost: {peer}\r\n{self._headers}\r\n".encode()
         while (kept := self._take(peer)) is not None:
             # A connection that can be read has been closed by the peer. (Not select(): it knows no descriptor above 1023.)
             readable = select.poll()
             readable.register(kept, select.POLLIN)
             if not readable.poll(0):
-                exchange = _Exchange(peer, kept)
+                exchange = _Exchange(peer, kept, self._heard)
                 try:
                     exchange.send(request, self.silence_s)
                     return exchange
@@ -202,7 +207,8 @@ class Peers:
         place = self.members.place(peer)
         if place is None:
             raise OSError("its name has no address")
-        exchange = _Exchange(peer, socket.create_connection((place, peer.port), timeout=self.silence_s))
+        connection = socket.create_connection((place, peer.port), timeout=self.silence_s)
+        exchange = _Exchange(peer, connection, self._heard)
         try:
             exchange.send(request, self.silence_s)
         except BaseException:
@@ -229,10 +235,10 @@ class Peers:
 
 
 class _Exchange:
-    """One request over one connection, and what has come of its answer."""
+    """One request over one connection, and what has come of its answer. `heard`: when each peer last sent something, to any of them."""
 
-    def __init__(self, peer: Address, connection: socket.socket) -> None:
-        self.peer, self.connection = peer, connection
+    def __init__(self, peer: Address, connection: socket.socket, heard: dict[Address, float]) -> None:
+        self.peer, self.connection, self._heard = peer, connection, heard
         self.began_body = self.reusable = False
         self._buffer = bytearray()
 
@@ -267,9 +273,7 @@ class _Exchange:
         # It is alive: what it has begun to send may take a little longer on a busy host.
         self.connection.settimeout(max(silence_s, GRACE_S))
         while got < length:
-            got += self._receive(view[got:])
-            if time.monotonic() > deadline:
-                raise Silent("it sends too slowly")
+            got += self._receive(view[got:], deadline, "it sends too slowly")
         self.reusable = True
         return True
 
@@ -278,13 +282,10 @@ class _Exchange:
         deadline, block = time.monotonic() + _PATIENCE_S, memoryview(bytearray(4096))
         while True:
             while (end := self._buffer.find(b"\r\n\r\n")) < 0:
-                n = self._receive(block)
+                n = self._receive(block, deadline, f"it took more than {_PATIENCE_S:g} s")
                 self._buffer += block[:n]
                 if len(self._buffer) > _HEAD:
                     raise ValueError("its answer is not HTTP")
-                if time.monotonic() > deadline:
-                    self.began_body = True  # it has had its time
-                    raise Silent(f"it took more than {_PATIENCE_S:g} s")
             lines = bytes(self._buffer[:end]).decode("latin-1").split("\r\n")
             del self._buffer[: end + 4]
             words = lines[0].split(" ", 2)
@@ -295,11 +296,24 @@ class _Exchange:
                 headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
                 return int(words[1]), int(headers.get("content-length", "0"))
 
-    def _receive(self, view: memoryview) -> int:
-        try:
-            n = self.connection.recv_into(view)
-        except TimeoutError as error:
-            raise Silent(f"silent for {(self.connection.gettimeout() or 0) * 1000:.0f} ms") from error
-        if not n:
-            raise ConnectionResetError("it closed the connection")
-        return n
+    def _receive(self, view: memoryview, deadline: float, too_late: str) -> int:
+        """Receive some bytes, waiting while the peer sends something to anybody here. Raises Silent, OSError."""
+        silence_s = self.connection.gettimeout() or 0.0
+        while True:
+            try:
+                n = self.connection.recv_into(view)
+            except TimeoutError as error:
+                now = time.monotonic()
+                if now > deadline:
+                    self.began_body = True  # it has had its time
+                    raise Silent(too_late) from error
+                if now - self._heard.get(self.peer, -silence_s) >= silence_s:
+                    raise Silent(f"silent for {silence_s * 1000:.0f} ms") from error
+                continue
+            if not n:
+                raise ConnectionResetError("it closed the connection")
+            self._heard[self.peer] = now = time.monotonic()
+            if now > deadline:
+                self.began_body = True
+                raise Silent(too_late)
+            return n

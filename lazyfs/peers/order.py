@@ -93,11 +93,12 @@ def ranked(digest: str, peers: Sequence[Address]) -> list[Address]:
     return sorted(peers, key=lambda peer: blake2b(str(peer).encode(), key=key[:64], digest_size=8).digest())
 
 
-def sources(digest: str, peers: Sequence[Address], me: Address | None) -> list[Address]:
+def sources(digest: str, peers: Sequence[Address], me: Address | None, *, serves: bool = True) -> list[Address]:
     """Return whom the host `me` asks for a chunk before the store: its parent in the chunk's tree, those above it, the lowest ranks.
 
-    All of them have a lower rank, so nobody waits in a circle; the first one, and whoever finds nobody, asks the store. A host that
-    does not know its own address asks the first ranks.
+    All of them have a lower rank, so nobody waits in a circle; the first one, and whoever finds nobody, asks the store. Whoever does
+    not serve (a mount whose own server is gone) asks higher ranks at last: a chunk of which its host is the first one is theirs now.
+    A host that does not know its own address asks the first ranks.
     """
     order = ranked(digest, peers)
     if me not in order:
@@ -107,7 +108,7 @@ def sources(digest: str, peers: Sequence[Address], me: Address | None) -> list[A
     while at > 0:
         at = (at - 1) // FANOUT
         found.append(order[at])
-    return list(dict.fromkeys([*found, *lower]))[:_ASKED]
+    return list(dict.fromkeys([*found, *lower, *(() if serves else order[order.index(me) + 1 :])]))[:_ASKED]
 
 
 def own_address(

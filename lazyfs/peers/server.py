@@ -5,7 +5,7 @@
 
 A chunk comes out of memory, out of the cache's file, from a peer above this host in the chunk's tree (`lazyfs.peers.order`), or
 from the store. It is fetched once, however many hosts ask for it at a time; meanwhile each of them gets `102 Processing` every
-few milliseconds. What the cache has is not verified again: a state byte PRESENT says that it was, and every receiver verifies it.
+few milliseconds (`lazyfs.peers.heartbeat`). What the cache has is not verified again: a state byte PRESENT says that it was, and every receiver verifies it.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from lazyfs.content.manifest import RAW, ZSTD, is_digest
 from lazyfs.errors import LazyfsError, NotFound
 from lazyfs.logs import RepeatLimiter
 from lazyfs.paths import open_fd
-from lazyfs.peers.client import Peers, Wanted
+from lazyfs.peers.client import CLIENT, Peers, Wanted
+from lazyfs.peers.heartbeat import Heartbeat
 from lazyfs.stores.retry import RetryPolicy, retrying
 
 log = logging.getLogger("lazyfs.peers.server")
-HEARTBEAT_S = 0.015
 # A client that reads nothing for this long is dropped; an idle connection too.
 _CLIENT_S, _IDLE_S = 10.0, 60.0
 # Bodies sent at a time: more only share one link. Others wait their turn, in the order in which they came.
@@ -153,6 +153,7 @@ class PeerServer:
         self.token = token.strip()
         self.served = self.served_chunks = 0
         self.sending = _Turns(_SENDING)
+        self.heartbeat = Heartbeat()
         self.repeats = RepeatLimiter(log)
         peer = self
 
@@ -174,6 +175,7 @@ class PeerServer:
             self._server.shutdown()
         self._server.server_close()
         self.chunks.close()
+        self.heartbeat.close()
 
     def counters(self) -> dict[str, int]:
         """Return bytes served and fetched, and chunks served."""
@@ -308,8 +310,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         turn = turns.enter()
         try:
-            while not turn.wait(HEARTBEAT_S):
-                self._processing()
+            if not turn.is_set():
+                with self._heartbeat():
+                    turn.wait()
             self.connection.settimeout(_CLIENT_S)
             self._head(HTTPStatus.OK, length)
             if fd is None:
@@ -330,26 +333,20 @@ class _Handler(BaseHTTPRequestHandler):
         if future is None:
             self._refuse(HTTPStatus.NOT_FOUND)
             return None
-        while True:
-            try:
-                return future.result(HEARTBEAT_S)
-            except TimeoutError:
-                if future.done():
-                    self._refuse(HTTPStatus.BAD_GATEWAY)
-                    return None
-                self._processing()
-            except (NotFound, CancelledError):
-                self._refuse(HTTPStatus.NOT_FOUND)
-                return None
-            except (LazyfsError, OSError) as error:
-                self.server_of.repeats.log(
-                    logging.WARNING, "store", f"chunk {wanted.digest[:12]} from the store: {error}"
-                )
-                self._refuse(HTTPStatus.BAD_GATEWAY)
-                return None
+        try:
+            with self._heartbeat():
+                return future.result()
+        except (NotFound, CancelledError):
+            self._refuse(HTTPStatus.NOT_FOUND)
+        except (LazyfsError, OSError) as error:
+            text = f"chunk {wanted.digest[:12]} from the store: {error}"
+            self.server_of.repeats.log(logging.WARNING, "store", text)
+            self._refuse(HTTPStatus.BAD_GATEWAY)
+        return None
 
-    def _processing(self) -> None:
-        self._send(b"HTTP/1.1 102 Processing\r\n\r\n")
+    def _heartbeat(self) -> contextlib.AbstractContextManager[None]:
+        client = self.headers.get(CLIENT) or f"{self.client_address}"
+        return self.server_of.heartbeat.during(client, self.connection)
 
     def _head(self, status: HTTPStatus, length: int) -> None:
         self._send(f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Length: {length}\r\n\r\n".encode())

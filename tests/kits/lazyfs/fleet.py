@@ -21,7 +21,9 @@ from lazyfs.stores import open_store
 class SlowStore:
     """A store over HTTP. Its link carries `rate` bytes a second in all, each answer begins after `delay_s`. `sent`: bytes of chunks."""
 
-    def __init__(self, root: Path, rate: float, delay_s: float = 0.02) -> None:
+    def __init__(
+        self, root: Path, rate: float, delay_s: float = 0.02, address: tuple[str, int] = ("127.0.0.1", 0)
+    ) -> None:
         self.sent = 0
         self._free_at, self._lock = 0.0, threading.Lock()
         store = self
@@ -51,7 +53,7 @@ class SlowStore:
                 if self.command == "GET":
                     self.wfile.write(data or b"")
 
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = http.server.ThreadingHTTPServer(address, Handler)
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -67,9 +69,9 @@ class SlowStore:
 class BadPeer:
     """A peer that accepts connections and `does`: stall (says nothing), lie (wrong bytes), half (stops within a body), wait (102 for ever)."""
 
-    def __init__(self, does: str, address: str = "127.0.0.1") -> None:
+    def __init__(self, does: str, address: str = "127.0.0.1", port: int = 0) -> None:
         self.does, self.asked = does, 0
-        self._socket = socket.create_server((address, 0), backlog=256)
+        self._socket = socket.create_server((address, port), backlog=256)
         self.address = self._socket.getsockname()
         self._open: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()

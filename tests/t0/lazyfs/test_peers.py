@@ -50,6 +50,19 @@ def test_a_host_that_does_not_know_itself_asks_the_first_ranks():
     assert sources(digest, hosts[:1], hosts[0]) == []
 
 
+def test_a_mount_whose_server_is_gone_asks_whoever_fetches_its_hosts_chunks_now():
+    """Else each of its host's chunks leaves the store twice: for it, and for all others."""
+    digest, hosts = DIGESTS[0], peers(8)
+    order = ranked(digest, hosts)
+    assert sources(digest, hosts, order[0], serves=False) == order[1:5]
+    assert sources(digest, hosts, order[2], serves=False) == [order[0], order[1], order[3], order[4]]
+    known = Peers(Members(",".join(map(str, hosts)), str(order[0])), "")
+    assert known._candidates(digest, relay=True) == []
+    assert known._candidates(digest, relay=False) == order[:5]
+    known._failed(order[0], "silent")
+    assert known._candidates(digest, relay=False) == order[1:5]
+
+
 def test_a_host_knows_itself_by_its_address():
     assert own_address([Address("127.0.0.1", 1), *peers(3)]) == Address("127.0.0.1", 1)
     assert own_address([Address("127.0.0.1", 1), Address("127.0.0.1", 2)]) is None, "two are of this host"

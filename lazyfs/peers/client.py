@@ -1,9 +1,9 @@
 """Ask peers for a chunk, before the store.
 
 A peer that has to fetch the chunk itself sends `102 Processing` while it does, over any connection of this client, so silence
-means that it is busy or gone. After 50 ms of silence the next peer is asked whether it has the chunk. A peer that has never failed then gets half a second in all,
-because a chunk that a second peer fetches leaves the store twice; any other is given up at once. One that failed is left out
-for a while, one that sent wrong bytes for ten minutes.
+means that it is busy or gone. After 50 ms of silence the next peer is asked whether it has the chunk. A peer that has never
+failed then gets half a second in all, because a chunk that a second peer fetches leaves the store twice; any other is given up
+at once. One that failed is left out for a while, one that sent wrong bytes for ten minutes.
 """
 
 from __future__ import annotations

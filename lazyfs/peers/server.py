@@ -5,7 +5,8 @@
 
 A chunk comes out of memory, out of the cache's file, from a peer above this host in the chunk's tree (`lazyfs.peers.order`), or
 from the store. It is fetched once, however many hosts ask for it at a time; meanwhile each of them gets `102 Processing` every
-few milliseconds (`lazyfs.peers.heartbeat`). What the cache has is not verified again: a state byte PRESENT says that it was, and every receiver verifies it.
+few milliseconds (`lazyfs.peers.heartbeat`). What the cache has is not verified again: a state byte PRESENT says that it was, and
+every receiver verifies it.
 """
 
 from __future__ import annotations

@@ -51,9 +51,7 @@ def run(hosts: int, megabytes: int, store_mb_s: float, *, bad: bool, patient: bo
     """Load a model on one host, then on all; return seconds, copies that left the store, wrong bytes. Needs root."""
     words = ["--hosts", str(hosts), "--megabytes", str(megabytes), "--store-mb-s", str(store_mb_s)]
     words += ["--bad"] * bad + ["--patient"] * patient
-    done = subprocess.run(
-        command(words), cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=LIMIT_S, check=True
-    )
+    done = subprocess.run(command(words), cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=LIMIT_S, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 

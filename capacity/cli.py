@@ -19,6 +19,7 @@ from capacity.options import Duration, check_folder, console, fail, option, say
 from capacity.simulation.command import generate_command, simulate_command
 
 if TYPE_CHECKING:
+    from capacity.cluster.controller import Settings
     from capacity.model import Problem
     from capacity.optimize.plan import Plan
 
@@ -66,9 +67,14 @@ def plan() -> None:
 @option(
     "--idle-by",
     type=click.Choice(["pause-pods", "capacity-buffer"]),
-    help="With --emit: print only these objects; default both.",
+    help="With --emit: print only these objects; default both. With --apply kubernetes: which of them are scaled; default pause-pods.",
 )
-@option("--namespace", default="default", show_default=True, help="With --emit: namespace of the objects.")
+@option(
+    "--namespace",
+    default="default",
+    show_default=True,
+    help="With --emit: namespace of the objects. With --apply kubernetes: of the idle buffer and the Lease.",
+)
 @option(
     "--pause-image",
     help="With --emit: image of the pods that hold GPUs, such as your cluster's pause image.",
@@ -78,7 +84,21 @@ def plan() -> None:
     "--apply",
     "command",
     metavar="COMMAND",
-    help="With --watch: shell command that starts and stops instances; gets the delta as JSON on standard input.",
+    help="With --watch: shell command that starts and stops instances; gets the delta as JSON on standard input. "
+    "Or kubernetes: scale the services' workloads and the idle buffer in the cluster of the pod or of KUBECONFIG.",
+)
+@option(
+    "--demand",
+    multiple=True,
+    metavar="URL",
+    help="With --apply kubernetes: metrics of the proxies in front, http://HOST:PORT/-/metrics, of which each address of HOST is asked.",
+)
+@option(
+    "--demand-window",
+    type=Duration(0.1),
+    default="60s",
+    show_default=True,
+    help="With --demand: time over which its rates are averaged.",
 )
 @option(
     "--observe",
@@ -105,6 +125,8 @@ def solve_command(
     pause_image: str | None,
     watch: float | None,
     command: str | None,
+    demand: tuple[str, ...],
+    demand_window: float,
     observe: str | None,
     state: Path | None,
     rounds: int,
@@ -117,6 +139,7 @@ def solve_command(
     quickthaw plan plan.yaml
     quickthaw plan plan.yaml --exact --limit 5m
     quickthaw plan plan.yaml --watch 60s --apply ./apply-delta
+    quickthaw plan plan.yaml --watch 60s --apply kubernetes --namespace models --demand http://proxy:9090/-/metrics
     """
     from capacity.inputs.load import load
     from capacity.optimize.plan import solve
@@ -125,13 +148,23 @@ def solve_command(
         raise click.UsageError("--apply, --observe, --state and --rounds require --watch")
     if watch is not None and (emit or thorough or explain or plot):
         raise click.UsageError("--watch cannot be combined with --emit, --thorough, --explain or --plot")
-    if emit is None and idle_by is not None:
-        raise click.UsageError("--idle-by requires --emit")
+    in_cluster = command == "kubernetes"
+    if emit is None and not in_cluster and idle_by is not None:
+        raise click.UsageError("--idle-by requires --emit or --apply kubernetes")
+    if demand and not in_cluster:
+        raise click.UsageError("--demand requires --apply kubernetes")
     if emit is not None and not pause_image:
         raise click.UsageError("--emit needs --pause-image: an image that only waits and that your nodes can pull")
     try:
         if watch is not None:
-            sys.exit(_watch(file, watch, command, observe, state, rounds, as_json, exact, limit))
+            cluster = None
+            if in_cluster:
+                from capacity.cluster.controller import Settings
+
+                way = idle_by or "pause-pods"
+                cluster = Settings(namespace, way, demand, demand_window, watch, nodes=observe is None)
+            command = None if in_cluster else command
+            sys.exit(_watch(file, watch, command, observe, state, rounds, as_json, exact, limit, cluster))
         check_folder(plot)
         problem = load(file)
         chosen = solve(problem, "restored", exact=exact, thorough=thorough, limit=limit)
@@ -184,6 +217,7 @@ def _watch(
     as_json: bool,
     exact: bool,
     limit: float,
+    cluster: Settings | None = None,
 ) -> int:
     """Plan until a signal or for `rounds` rounds; return the exit code of the last round."""
     from capacity.actions.watch import loop
@@ -194,7 +228,12 @@ def _watch(
         state = home() / f"plan-{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}.json"
     stop = threading.Event()
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    controller = None
     try:
+        if cluster is not None:
+            from capacity.cluster.controller import Controller
+
+            controller = Controller.from_environment(file, cluster, stop)
         return loop(
             lambda: load(file),
             state,
@@ -206,8 +245,11 @@ def _watch(
             rounds=rounds,
             exact=exact,
             limit=limit,
+            controller=controller,
         )
     finally:
+        if controller is not None:
+            controller.close()
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -2,6 +2,7 @@
 
 CapacityError
  ├─ InputError        invalid input in the plan file, a trace or a lead-time file
+ ├─ Waiting           nothing to do yet
  ├─ InfeasibleError   no plan satisfies every constraint; has the conflict and the nearest feasible change
  └─ SolverError       HiGHS gave up (time limit, numerical trouble), or a plan failed the independent check
 """
@@ -75,6 +76,12 @@ class Errors:
         """Raise InputError if anything was found."""
         if self.found:
             raise InputError.joined(self.found)
+
+
+class Waiting(CapacityError):
+    """Nothing is wrong, and nothing can be done yet: another controller leads, or the observation has only begun."""
+
+    exit_code = 0
 
 
 @dataclass(frozen=True)

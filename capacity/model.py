@@ -57,6 +57,18 @@ class Pool:
         return bound
 
 
+@dataclass(frozen=True, order=True)
+class Workload:
+    """The Deployment or StatefulSet that runs a service's replicas: `kind` is `deployment` or `statefulset`."""
+
+    namespace: str
+    kind: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
 @dataclass(frozen=True)
 class Service:
     """One model behind one endpoint.
@@ -79,6 +91,7 @@ class Service:
     concurrency: int = 1
     standby: tuple[float, ...] = ()  # wake times from standby; none: the service has no standby; simulation only
     standby_memory: float = 0.0  # GiB of host memory
+    workload: Workload | None = None  # for `--apply kubernetes`
 
     def rate_on(self, gpu: str) -> float | None:
         return self.rates.get(gpu, self.rates.get("*"))
@@ -238,6 +251,11 @@ class Problem:
             self._finite(
                 f"service {service.name}: rate or lead_time", *service.rates.values(), *service.cold, *service.restored
             )
+            if service.workload is not None and service.workload in (
+                s.workload for s in self.services if s is not service
+            ):
+                text = f"{service.name}: another service has the workload {service.workload}, too"
+                raise InputError("repeated-name", text, file=self.source, where="services")
             others = service.memory, service.target_wait, service.probability
             self._finite(f"service {service.name}: memory, target_wait or probability", *others)
         for pool in self.pools:

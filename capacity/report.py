@@ -339,6 +339,7 @@ def print_round(outcome: Decision | CapacityError, *, as_json: bool) -> None:
                     "held_back": outcome.blocked,
                     "cost_per_hour": round(float(outcome.plan.hourly_cost[0]), 6),
                     "buffer_gpus": outcome.plan.buffer_by_type(),
+                    **_scaled(outcome),
                     **({} if outcome.conflict is None else error_json(outcome.conflict) | {"served": outcome.served}),
                 }
             )
@@ -346,11 +347,22 @@ def print_round(outcome: Decision | CapacityError, *, as_json: bool) -> None:
         return
     if outcome.conflict is not None:
         click.echo(f"quickthaw: {outcome.conflict}", err=True)
-    words = [f"start {n} {pool}" for pool, n in outcome.starts.items()]
-    words += [f"stop {n} {pool}" for pool, n in outcome.stops.items()]
-    words += [f"{pool} blocked by {gate}" for pool, gate in outcome.blocked.items()]
+    if outcome.moved is None:
+        words = [f"start {n} {pool}" for pool, n in outcome.starts.items()]
+        words += [f"stop {n} {pool}" for pool, n in outcome.stops.items()]
+        words += [f"{pool} blocked by {gate}" for pool, gate in outcome.blocked.items()]
+    else:  # the cluster's autoscaler starts and stops instances
+        words = [f"{move.target} {move.before} → {move.after}" for move in outcome.moved]
+        words += [f"{target} blocked by {gate}" for target, gate in outcome.kept.items()]
     words += [f"{name} gets {share:.0%} of its demand" for name, share in outcome.served.items() if share < 1]
     click.echo("; ".join(words) or "no change")
+
+
+def _scaled(outcome: Decision) -> dict[str, Any]:
+    if outcome.moved is None:
+        return {}
+    scaled = {str(move.target): [move.before, move.after] for move in outcome.moved}
+    return {"scaled": scaled, "scale_held_back": outcome.kept}
 
 
 def _row(result: Result) -> dict[str, Any]:

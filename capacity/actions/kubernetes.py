@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from capacity.errors import InputError
-from capacity.model import Pool
+from capacity.model import Pool, Problem, slot
 from capacity.optimize.plan import Plan
 
 WAYS = ("pause-pods", "capacity-buffer")
@@ -38,7 +38,7 @@ def name(pool: str, gpus: int) -> str:
     return f"idle-{clean}-{gpus}gpu"
 
 
-def _selector(pool: Pool) -> dict[str, str]:
+def selector(pool: Pool) -> dict[str, str]:
     """Return the node labels of a pool, of those that the file names.
 
     Raises InputError for an invalid label value.
@@ -62,11 +62,11 @@ def _selector(pool: Pool) -> dict[str, str]:
     return found
 
 
-def _apart(pools: tuple[Pool, ...]) -> None:
+def apart(pools: tuple[Pool, ...]) -> None:
     """Raise InputError if the pods of two pools would be scheduled to the same nodes."""
     seen: dict[tuple[tuple[str, str], ...], str] = {}
     for pool in pools:
-        labels = tuple(sorted(_selector(pool).items()))
+        labels = tuple(sorted(selector(pool).items()))
         if labels in seen:
             raise InputError(
                 "same-nodes",
@@ -93,8 +93,8 @@ def objects(
     the nodes of two pools have the same labels.
     """
     found: list[dict[str, Any]] = []
-    sizes = _sizes(plan)
-    _apart(plan.problem.pools)
+    sizes = idle_pods(plan)
+    apart(plan.problem.pools)
     if way in (None, "pause-pods"):
         found.append(
             {
@@ -115,22 +115,29 @@ def objects(
     return found
 
 
-def _sizes(plan: Plan) -> dict[tuple[int, int], int]:
-    """Return (pool, GPUs per pod) -> pods; a block of several instances becomes one pod per instance."""
-    found = dict.fromkeys(sorted(plan.block_sizes), 0)
-    found.update(plan.blocks[0])
-    pods: dict[tuple[int, int], int] = {}
-    for (i, width), count in sorted(found.items()):
+def idle_pods(plan: Plan) -> dict[tuple[int, int], int]:
+    """Return (pool, GPUs per pod) -> pods, 0 where the plan holds none; a block of several instances becomes one pod per instance."""
+    pods = dict.fromkeys(idle_sizes(plan.problem), 0)
+    for (i, width), count in sorted(plan.blocks[0].items()):
         gpus = min(width, plan.problem.pools[i].gpus)
-        pods[i, gpus] = pods.get((i, gpus), 0) + count * (width // gpus)
+        pods[i, gpus] += count * (width // gpus)
     return pods
+
+
+def idle_sizes(problem: Problem) -> list[tuple[int, int]]:
+    """Return (pool, GPUs per pod) of all that can hold idle blocks: whatever the demand, the objects are the same."""
+    found = []
+    for i, pool in enumerate(problem.pools):
+        fitting = [service.gpus for service in problem.services if service.fits(pool)]
+        found += [(i, size) for size in sorted({min(slot(gpus, pool.gpus), pool.gpus) for gpus in fitting})]
+    return found
 
 
 def _pod(pool: Pool, gpus: int, image: str) -> dict[str, Any]:
     return {
         "terminationGracePeriodSeconds": 0,
         "automountServiceAccountToken": False,
-        "nodeSelector": _selector(pool),
+        "nodeSelector": selector(pool),
         "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
         "containers": [
             {

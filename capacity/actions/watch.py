@@ -19,19 +19,25 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from capacity.actions import apply as applying
 from capacity.actions.apply import Applied
-from capacity.errors import CapacityError, InfeasibleError, InputError
+from capacity.errors import CapacityError, InfeasibleError, InputError, Waiting
 from capacity.files import replacing
 from capacity.model import Forecast, Problem
 from capacity.optimize import plan as planning
 from capacity.optimize.best_effort import best_effort
 from capacity.optimize.plan import Plan
 
+if TYPE_CHECKING:
+    from capacity.cluster.controller import Controller
+    from capacity.cluster.moves import Move
+
+STANDBY_S = 2.0
+"""How often one that waits for the Lease looks again, seconds."""
 SHORT_EXIT = 1
 """Exit code if no plan satisfied every constraint in the last round."""
 
@@ -108,6 +114,7 @@ class Decision:
 
     `starts` and `stops` passed the gates, instances per pool; `blocked` maps pools to the gate that stopped them.
     `served`: if no plan satisfies every constraint (`conflict`), the share of its demand that each service gets.
+    `moved` and `kept`: replicas that were changed in a cluster, and the gate that held back others, per object; None without one.
     """
 
     plan: Plan
@@ -116,6 +123,8 @@ class Decision:
     blocked: dict[str, str]
     served: dict[str, float] = field(default_factory=dict)
     conflict: InfeasibleError | None = None
+    moved: tuple[Move, ...] | None = None
+    kept: dict[str, str] = field(default_factory=dict)
 
     @property
     def quiet(self) -> bool:
@@ -243,31 +252,49 @@ def loop(
     rounds: int = 0,
     exact: bool = False,
     limit: float = 60.0,
+    controller: Controller | None = None,
 ) -> int:
     """Run until `stop` is set, or for `rounds` plans; return the exit code of the last round.
 
     An error in a round (a partially written file, a failed command) is reported, and the next round tries again. The state
     file is read once and kept in memory after that. It is also written before applying, so that nothing is applied whose outcome
-    could not be recorded.
+    could not be recorded. `controller`: applies plans to a cluster, in place of `command`.
     """
     done = code = 0
     state: State | None = None
+    waited_for = ""
     while not stop.is_set():
-        began = time.monotonic()
+        began, pause = time.monotonic(), interval
         try:
+            if controller is not None and not controller.wait_for_lease():
+                lease = controller.leadership
+                text = f"{lease.holder or 'another one'} holds the Lease {lease.namespace}/{lease.name}; waiting for it"
+                raise Waiting("standing-by", text)
             problem = load()
             if state is None:
                 state = State.read(state_path)
-            state.observe(problem, None if observe is None else applying.observe(observe, stop=stop))
+            seen = None
+            if controller is not None:
+                seen, problem = controller.observe(problem)
+                state.refused = controller.refused(problem, seen)
+            held = None if seen is None else seen.held
+            state.observe(problem, applying.observe(observe, stop=stop) if observe is not None else held)
             decision = decide(problem, state, time.time(), exact=exact, limit=limit)
             state.write(state_path)
             error = None
+            if controller is not None and seen is not None:
+                wrote = controller.apply(problem, decision, seen)
+                decision = replace(decision, moved=wrote.moved, kept=wrote.blocked)
+                for failure in wrote.errors[1:]:
+                    report(failure)
+                error = wrote.errors[0] if wrote.errors else None
             if command is not None:
                 outcome = Applied({}, {}, {})
                 if not decision.quiet:
                     outcome = applying.apply(decision.starts, decision.stops, command, stop=stop)
                 record(state, problem, decision, outcome)
                 error = outcome.error
+            waited_for = ""
             report(decision)
             if error is not None:
                 report(error)
@@ -275,9 +302,13 @@ def loop(
             state.write(state_path)
         except CapacityError as bad:
             code = bad.exit_code
-            report(bad)
+            if str(bad) != waited_for:
+                report(bad)
+            waited_for = str(bad) if isinstance(bad, Waiting) else ""
+            if bad.code == "standing-by":
+                pause = min(interval, STANDBY_S)
         done += 1
         if rounds and done >= rounds:
             break
-        stop.wait(max(0.0, interval - (time.monotonic() - began)))
+        stop.wait(max(0.0, pause - (time.monotonic() - began)))
     return code

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -17,13 +18,19 @@ from capacity.errors import Errors, InputError
 from capacity.inputs import lead_times
 from capacity.inputs.demand import learn
 from capacity.inputs.document import Field, Reader, integer, quantity, read
-from capacity.model import KINDS, Demand, Forecast, Hysteresis, Policy, Pool, Problem, Quota, Service, Share
+from capacity.model import KINDS, Demand, Forecast, Hysteresis, Policy, Pool, Problem, Quota, Service, Share, Workload
 
 LONGEST_START = 6 * 3600.0
 MOST_MEMORY = 4096.0
 MOST_RATE = 1e9  # units per second
 MAX_STEPS = 10_000
 Named = TypeVar("Named", Pool, Service, Quota)
+
+
+_LABEL = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
+_WORKLOAD = re.compile(
+    rf"k8s://(?P<namespace>{_LABEL})/(?:(?P<kind>deployment|statefulset)/)?(?P<name>{_LABEL}(?:\.{_LABEL})*)(?::\d+)?/?"
+)
 
 
 def _starts(field: Field) -> tuple[float, ...]:
@@ -195,6 +202,7 @@ def _service(field: Field, *, pools: tuple[Pool, ...] | None, path: Path) -> Ser
         "max": integer(),
         "concurrency": integer(1, 4096),
         "standby": lambda value: value,
+        "workload": _workload,
     }
     errors = Errors()
     given = errors.read(field.record, readers, "name", "gpus", "rate")
@@ -217,6 +225,15 @@ def _service(field: Field, *, pools: tuple[Pool, ...] | None, path: Path) -> Ser
     if pools and all(pool.memory for pool in pools) and not any(service.fits(pool) for pool in pools):
         raise field.error("no-pool", service.no_pool())
     return service
+
+
+def _workload(field: Field) -> Workload:
+    """Return the workload of an address as `quickthaw proxy --upstream` takes it; its port is not used."""
+    found = _WORKLOAD.fullmatch(field.text())
+    if found is None:
+        forms = "k8s://NAMESPACE/DEPLOYMENT or k8s://NAMESPACE/statefulset/NAME"
+        raise field.error("not-a-workload", f"{field.text()!r} names no workload of a cluster: give {forms}")
+    return Workload(found["namespace"], found["kind"] or "deployment", found["name"])
 
 
 def _lead_times(

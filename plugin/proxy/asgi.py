@@ -128,6 +128,7 @@ class HoldMiddleware:
             replica = await self._acquire(request, None if websocket else inbox)
         except ProxyError as error:
             self.proxy.stats.outcomes[error.code] += 1
+            self._finished(probe)
             if websocket:
                 await _refuse_websocket(scope, send, error)
             else:
@@ -137,6 +138,7 @@ class HoldMiddleware:
             self.proxy.stats.requests += 1
         if replica is None:
             self.proxy.stats.outcomes["client-gone"] += 1
+            self._finished(probe)
             return
         self.pool.probes += probe is not None
         try:
@@ -147,6 +149,10 @@ class HoldMiddleware:
         finally:
             self.pool.probes -= probe is not None
             self.pool.release(replica, used=probe is None)
+            self._finished(probe)
+
+    def _finished(self, probe: probes.Probe | None) -> None:
+        self.proxy.stats.finished[self.pool.name] += probe is None
 
     def _probe(self, request: Request) -> probes.Probe | None:
         """Return the probe that the request is, or None if it counts as use. Answers of the application are not remembered."""

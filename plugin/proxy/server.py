@@ -277,6 +277,8 @@ class Proxy:
     def _count(self, request: Request, exchange: Exchange) -> None:
         stats = self.stats
         stats.outcomes[exchange.outcome] += 1
+        if exchange.pool_name and exchange.probe is None:
+            stats.finished[exchange.pool_name] += 1
         stats.bytes_out += exchange.written
         if exchange.held_s:
             stats.held.add(exchange.held_s)

@@ -34,6 +34,12 @@ class _Document:
         for outcome, count in doc["outcomes"].items():
             requests.add_metric([outcome], count)
         yield requests
+        ended = CounterMetricFamily(
+            _P + "finished", "Requests that ended, answered or not; no probes.", labels=["pool"]
+        )
+        for pool in doc["pools"]:
+            ended.add_metric([pool["name"]], doc["finished"].get(pool["name"], 0))
+        yield ended
         errors = CounterMetricFamily(_P + "upstream_errors", "Failures of replicas by code.", labels=["code"])
         for code, count in doc["upstream_errors"].items():
             errors.add_metric([code], count)

@@ -37,6 +37,8 @@ class Stats:
     def __init__(self) -> None:
         self.requests = 0
         self.outcomes: Counter[str] = Counter()
+        self.finished: Counter[str] = Counter()
+        """Requests that ended, answered or not, by pool; probes are left out."""
         self.upstream_errors: Counter[str] = Counter()
         self.held_total = 0
         self.bytes_out = 0
@@ -50,6 +52,7 @@ class Stats:
             "held_total": self.held_total,
             "bytes_out": self.bytes_out,
             "outcomes": dict(self.outcomes),
+            "finished": dict(self.finished),
             "upstream_errors": dict(self.upstream_errors),
             "held_seconds": self.held.document(),
             "first_byte_seconds": self.first_byte.document(),

@@ -33,6 +33,8 @@ GROUPS = {
     "leases": "coordination.k8s.io",
     "deployments": "apps",
     "statefulsets": "apps",
+    "nodes": "",
+    "capacitybuffers": "autoscaling.x-k8s.io",
 }
 KINDS = {
     "pods": "Pod",
@@ -40,6 +42,8 @@ KINDS = {
     "leases": "Lease",
     "deployments": "Deployment",
     "statefulsets": "StatefulSet",
+    "nodes": "Node",
+    "capacitybuffers": "CapacityBuffer",
 }
 
 
@@ -74,6 +78,8 @@ class Faults:
     """So many requests get 429."""
     conflicts: int = 0
     """Before so many writes of `scale` somebody else changes the workload."""
+    throttled_after_scale: int = 0
+    """After the next write of `scale` so many requests get 429."""
     failing: int = 0
     """So many requests get 500."""
     gone_as_status: bool = False
@@ -185,6 +191,7 @@ class Api:
         self.port = sock.getsockname()[1]
         base = "/{root:path}/namespaces/{namespace}/{plural}"
         routes = [
+            Route("/api/v1/{plural}", self._many, methods=["GET"]),
             Route(base, self._many, methods=["GET", "POST"]),
             Route(base + "/{name}", self._one, methods=["GET", "PUT", "PATCH", "DELETE"]),
             Route(base + "/{name}/scale", self._scale, methods=["GET", "PUT", "PATCH"]),
@@ -249,7 +256,7 @@ class Api:
         return None
 
     async def _many(self, request):
-        plural, namespace = request.path_params["plural"], request.path_params["namespace"]
+        plural, namespace = request.path_params["plural"], request.path_params.get("namespace", self.namespace)
         if request.method == "POST":
             if (early := await self._begin(request, "create", plural)) is not None:
                 return early
@@ -370,6 +377,10 @@ class Api:
             before, wanted = found["spec"]["replicas"], body["spec"].get("replicas", 0)
             self.put(plural, dict(copy.deepcopy(found), spec=dict(found["spec"], replicas=wanted)))
             self.writes.append((time.monotonic(), verb, f"{plural}/scale", name, (before, wanted)))
+            self.faults.throttled, self.faults.throttled_after_scale = (
+                self.faults.throttled_after_scale or self.faults.throttled,
+                0,
+            )
         found = self.objects[plural, namespace, name]
         labels = found["spec"]["selector"]["matchLabels"]
         meta = {key: found["metadata"][key] for key in ("name", "namespace", "uid", "resourceVersion")}

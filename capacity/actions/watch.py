@@ -283,7 +283,7 @@ def loop(
             state.write(state_path)
             error = None
             if controller is not None and seen is not None:
-                wrote = controller.apply(problem, decision, seen)
+                wrote = controller.apply(decision.plan, seen, short=decision.conflict is not None)
                 decision = replace(decision, moved=wrote.moved, kept=wrote.blocked)
                 for failure in wrote.errors[1:]:
                     report(failure)

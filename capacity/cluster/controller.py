@@ -22,8 +22,8 @@ from capacity.cluster.observe import Observation, Observer, with_demand
 from capacity.errors import CapacityError
 
 if TYPE_CHECKING:
-    from capacity.actions.watch import Decision
     from capacity.model import Problem
+    from capacity.optimize.plan import Plan
 
 _LEAST_STALE_S = 30.0
 _LEASE_LIMIT_S = 20.0
@@ -102,13 +102,11 @@ class Controller:
         """Return the pools that get no more instances: [asked, got]."""
         return self.observer.refused(problem, seen)
 
-    def apply(self, problem: Problem, decision: Decision, seen: Observation) -> Done:
-        """Write what may change now. Raises CapacityError (observation-stale, lease-lost)."""
-        wants = wanted(decision.plan, self.settings.namespace, self.settings.way)
-        hold_down = problem.policy.hysteresis.hold_down
-        changes, blocked = moves(
-            wants, seen, self._fewer_since, time.monotonic(), hold_down=hold_down, short=decision.conflict is not None
-        )
+    def apply(self, plan: Plan, seen: Observation, *, short: bool) -> Done:
+        """Write what may change now. `short`: the plan leaves demand without capacity. Raises CapacityError (observation-stale)."""
+        wants = wanted(plan, self.settings.namespace, self.settings.way)
+        hold_down = plan.problem.policy.hysteresis.hold_down
+        changes, blocked = moves(wants, seen, self._fewer_since, time.monotonic(), hold_down=hold_down, short=short)
         if changes and (age := time.monotonic() - seen.at) > self.stale_s:
             text = f"what was observed is {age:.0f} s old, over {self.stale_s:.0f} s: nothing is written; give a shorter --limit"
             raise CapacityError("observation-stale", text)

@@ -35,12 +35,12 @@ def roles():
     return found
 
 
-def write_plan(folder, demand=0.0, *, spread=1.1, pool=None, hold_down="0s", **service):
+def write_plan(folder, demand=0.0, *, spread=1.1, pool=None, more_pools=(), hold_down="0s", **service):
     """Write the file of a plan with one service on nodes of one GPU; return its path. `demand`: median, requests a second; `spread`: the nine tenths quantile over it."""
     path = folder / "plan.yaml"
     document = {
         "version": 1,
-        "pools": [POOL | (pool or {})],
+        "pools": [POOL | each for each in (pool or {}, *more_pools)],
         "services": [SERVICE | service],
         "demand": {"forecast": {"llama": {0.5: [demand], 0.9: [demand * spread]}}},
         "policy": {"zone_loss": 0, "hysteresis": {"band": 0, "saving": 0, "hold_down": hold_down}},
@@ -60,16 +60,16 @@ def machines(api, count):
         api.put("nodes", {"metadata": {"name": f"node-{number}", "labels": labels}})
 
 
-def idle(api, way="pause-pods"):
-    """Have the object that holds idle blocks."""
+def idle(api, way="pause-pods", name=IDLE):
+    """Have the object that holds idle blocks of a pool."""
     if way == "pause-pods":
-        labels = {"app": IDLE}
+        labels = {"app": name}
         api.put(
-            "deployments", {"metadata": {"name": IDLE}, "spec": {"replicas": 0, "selector": {"matchLabels": labels}}}
+            "deployments", {"metadata": {"name": name}, "spec": {"replicas": 0, "selector": {"matchLabels": labels}}}
         )
     else:
-        meta = {"apiVersion": "autoscaling.x-k8s.io/v1beta1", "metadata": {"name": IDLE}}
-        api.put("capacitybuffers", {**meta, "spec": {"podTemplateRef": {"name": IDLE}, "replicas": 0}})
+        meta = {"apiVersion": "autoscaling.x-k8s.io/v1beta1", "metadata": {"name": name}}
+        api.put("capacitybuffers", {**meta, "spec": {"podTemplateRef": {"name": name}, "replicas": 0}})
 
 
 def replicas(api, name="llama", plural="deployments"):

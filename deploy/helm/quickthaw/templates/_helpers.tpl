@@ -31,6 +31,12 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/component: activator
 {{- end -}}
 
+{{- define "quickthaw.planSelector" -}}
+app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: plan
+{{- end -}}
+
 {{/* Engines and activators, for what applies to both. */}}
 {{- define "quickthaw.servers" -}}
 matchLabels:
@@ -55,7 +61,11 @@ matchExpressions:
 {{- if not (regexMatch "^[a-z]" (include "quickthaw.fullname" .)) -}}{{- fail "names of Services begin with a letter; give fullnameOverride" -}}{{- end -}}
 {{- $ports := list (int .Values.activator.port) (int .Values.admin.port) 9091 -}}
 {{- if and .Values.activator.enabled (ne (len (uniq $ports)) 3) -}}{{- fail "activator.port, admin.port and KEDA's, 9091, must differ" -}}{{- end -}}
+{{- if and .Values.plan.enabled (not .Values.plan.image.repository) -}}{{- fail "plan: give image.repository (make image)" -}}{{- end -}}
+{{- if and .Values.plan.enabled (not .Values.plan.file) -}}{{- fail "plan: give file, the plan as text (docs/capacity.md)" -}}{{- end -}}
 {{- range $name, $own := .Values.models -}}
+{{- if and $.Values.plan.enabled (has $name (list "plan" "activator-metrics")) -}}{{- fail (printf "models.%s: that is the plan's name; choose another" $name) -}}{{- end -}}
+{{- if and $.Values.plan.enabled (mergeOverwrite (deepCopy $.Values.defaults) (deepCopy $own)).autoscaling.enabled -}}{{- fail (printf "models.%s: autoscaling and the plan would both scale it" $name) -}}{{- end -}}
 {{- if and $.Values.activator.enabled (has $name (list "activator" "activator-pods")) -}}{{- fail (printf "models.%s: that is the activator's name; choose another" $name) -}}{{- end -}}
 {{- $m := mergeOverwrite (deepCopy $.Values.defaults) (deepCopy $own) -}}
 {{- range $key := list "resources" "nodeSelector" "affinity" "strategy" -}}
@@ -76,7 +86,7 @@ matchExpressions:
 {{- if and $m.autoscaling.enabled (not $asked) (eq (int $m.autoscaling.minReplicas) 0) (not $m.autoscaling.moreQuery) -}}{{- fail (printf "models.%s: at minReplicas: 0 nothing would wake it; give autoscaling.moreQuery, or use the activator" $name) -}}{{- end -}}
 {{- if gt (int $m.autoscaling.minReplicas) (int $m.autoscaling.maxReplicas) -}}{{- fail (printf "models.%s: autoscaling.minReplicas is above maxReplicas" $name) -}}{{- end -}}
 {{- if eq (int $m.port) (int $.Values.admin.port) -}}{{- fail (printf "models.%s: port and admin.port are the same" $name) -}}{{- end -}}
-{{- $scaled := or $m.autoscaling.enabled $.Values.activator.enabled -}}
+{{- $scaled := or $m.autoscaling.enabled $.Values.activator.enabled $.Values.plan.enabled -}}
 {{- if and $scaled (ne (toString $m.replicas) "<nil>") (ne (int $m.replicas) (int $.Values.defaults.replicas)) -}}{{- fail (printf "models.%s: its replicas are scaled; leave replicas out" $name) -}}{{- end -}}
 {{- if $scaled -}}{{- $_ := set $m "replicas" nil -}}{{- end -}}
 {{- if and (eq $m.state.type "pvc") (or $m.autoscaling.enabled (gt (int $m.replicas) 1)) -}}{{- fail (printf "models.%s: state.type: pvc is of one pod at a time; use hostPath for more" $name) -}}{{- end -}}

@@ -322,8 +322,11 @@ def test_the_workers_counts_are_summed():
     one.held.add(0.2)
     two.held.add(400.0)
     one.requests, two.requests = 2, 4
+    one.finished["llama"] += 2
+    two.finished.update(llama=1, qwen=1)
     both = merged([one.document(), two.document()])
     assert both["outcomes"] == {"forwarded": 5} and both["upstream_errors"] == {"upstream-cut": 1}
+    assert both["finished"] == {"llama": 3, "qwen": 1}
     assert both["requests"] == 6 and sum(both["held_seconds"]["counts"]) == 2 and both["held_seconds"]["sum"] == 400.2
 
 

@@ -24,6 +24,15 @@ KUSTOMIZE = REPO / "deploy" / "kustomize"
 EXAMPLE = CHART / "ci" / "example-values.yaml"
 VERSIONS = ("1.30.0", kubernetes_validate.latest_version())
 """The oldest version of Kubernetes that the chart is for, and the newest whose schemas are here."""
+IMAGE = {"repository": "registry.example/vllm", "tag": "1"}
+PLAN_FILE = """\
+version: 1
+pools: [{name: h100-a, instance: p5.48xlarge, gpu: H100, gpus: 8, price: 98 $/h, boot: 3m}]
+services:
+- {name: llama, workload: "k8s://models/release-quickthaw-llama", gpus: 8, rate: 4/s, lead_time: {cold: [118s], restored: [5s]}}
+demand: {forecast: {llama: {0.5: [4], 0.9: [8]}}}
+"""
+PLAN = {"enabled": True, "image": IMAGE, "idle": ["idle-h100-a-8gpu"], "file": PLAN_FILE}
 
 
 def program(name):

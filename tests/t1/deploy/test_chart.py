@@ -6,15 +6,13 @@ import re
 import pytest
 import yaml
 
-from capacity.actions.kubernetes import idle_sizes
-from capacity.actions.kubernetes import name as idle_name
-from capacity.cli import solve_command
-from capacity.inputs.load import load as load_plan
 from tests.kits.chart_kit import (
     CHART,
     EXAMPLE,
+    IMAGE,
     KUSTOMIZE,
     LAUNCH_OPTIONS,
+    PLAN,
     PROXY_OPTIONS,
     VERSIONS,
     Chart,
@@ -29,7 +27,6 @@ from tests.kits.launch_rig import REPO
 
 pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("chart")]
 
-IMAGE = {"repository": "registry.example/vllm", "tag": "1"}
 MODEL = {"image": IMAGE, "model": "/models/llama"}
 
 
@@ -43,15 +40,8 @@ def model(**settings):
     return {"models": {"llama": {**MODEL, **settings}}}
 
 
-PLAN_FILE = """\
-version: 1
-pools: [{name: h100-a, instance: p5.48xlarge, gpu: H100, gpus: 8, price: 98 $/h, boot: 3m}]
-services:
-- {name: llama, workload: "k8s://models/release-quickthaw-llama", gpus: 8, rate: 4/s, lead_time: {cold: [118s], restored: [5s]}}
-demand: {forecast: {llama: {0.5: [4], 0.9: [8]}}}
-"""
+SCALED = {"enabled": True, "prometheus": "http://p"}
 ACTIVATOR = {"enabled": True, "image": IMAGE}
-PLAN = {"enabled": True, "image": IMAGE, "idle": ["idle-h100-a-8gpu"], "file": PLAN_FILE}
 EVERYTHING = {
     "fullnameOverride": "llm",
     "imagePullSecrets": [{"name": "registry"}],
@@ -130,10 +120,7 @@ MATRIX = {
     "names that YAML takes for something else": {"models": dict.fromkeys(("123", "null", "true", "1e3"), MODEL), "activator": ACTIVATOR},
     "plan": {**model(), "plan": PLAN},
     "plan and activator": {
-        **model(),
-        "activator": ACTIVATOR,
-        "plan": {**PLAN, "replicas": 2, "idleBy": "capacity-buffer"},
-        "admin": {"tokenSecret": {"name": "admin"}},
+        **model(), "activator": ACTIVATOR, "plan": {**PLAN, "replicas": 2, "idleBy": "capacity-buffer"}, "admin": {"tokenSecret": {"name": "admin"}},
     },
     "no policy": {**model(), "networkPolicy": {"enabled": False}, "nameOverride": "q"},
 }  # fmt: skip
@@ -180,7 +167,7 @@ def test_every_object_is_as_the_schemas_say_and_they_fit_together(chart, values)
     activator = values.get("activator", {}).get("enabled", False)
     plan = values.get("plan", {}).get("enabled", False)
     assert len(pods) == len(values.get("models", {})) + activator + plan
-    serving = {name for name in pods if not name.endswith("-plan")}  # nobody asks a plan
+    serving = {name for name in pods if not name.endswith("-plan")}
     for item in objects:
         if item["kind"] not in SELECTS:
             continue
@@ -345,19 +332,9 @@ REFUSED = {
     "two pods, one claim": (model(replicas=2, state={"type": "pvc"}), "one pod at a time"),
     "relative path": (model(state={"path": "var"}), "path"),
     "no Prometheus": (model(autoscaling={"enabled": True}), "Prometheus"),
-    "two that scale": (
-        model(replicas=5, autoscaling={"enabled": True, "prometheus": "http://p"}),
-        "leave replicas out",
-    ),
-    "activator and KEDA": (
-        {**model(autoscaling={"enabled": True, "prometheus": "http://p"}), "activator": ACTIVATOR},
-        "would both scale it",
-    ),
+    "two that scale": (model(replicas=5, autoscaling=SCALED), "leave replicas out"),
+    "activator and KEDA": ({**model(autoscaling=SCALED), "activator": ACTIVATOR}, "would both scale it"),
     "KEDA without its object": ({**model(), "activator": {**ACTIVATOR, "scaler": "keda"}}, "nothing scales it"),
-    "plan without a file": ({**model(), "plan": {"enabled": True, "image": IMAGE}}, "plan: give file"),
-    "plan without an image": ({**model(), "plan": {"enabled": True, "file": "version: 1"}}, "plan: give image.repository"),
-    "plan and KEDA": ({**model(autoscaling={"enabled": True, "prometheus": "http://p"}), "plan": PLAN}, "would both scale it"),
-    "plan and replicas": ({**model(replicas=2), "plan": PLAN}, "leave replicas out"),
     "activator and replicas": ({**model(replicas=2), "activator": ACTIVATOR}, "leave replicas out"),
     "activator without an image": ({"activator": {"enabled": True}}, "activator: give image.repository"),
     "activator's options": ({"activator": {**ACTIVATOR, "options": {"weights": "x"}}}, "weights"),
@@ -406,48 +383,6 @@ def test_the_activator_reads_its_file_and_has_the_role_of_the_example(chart, tmp
     address = parse(read.upstream)
     assert (address.namespace, address.name, address.port) == ("models", engine["metadata"]["name"], 8000)
     assert (read.served_name, list(read.aliases)) == ("llama-3", ["llama-3"]) and "replicas" not in engine["spec"]
-
-
-def test_the_plan_has_the_role_of_the_example_and_asks_each_activator(chart, tmp_path):
-    def described(items, kind):
-        return {
-            (rule["apiGroups"][0], rule["resources"][0], verb)
-            for item in items
-            if item["kind"] == kind
-            for rule in item["rules"]
-            for verb in rule["verbs"]
-        }
-
-    example = list(yaml.safe_load_all((REPO / "examples" / "kubernetes_plan.yaml").read_text()))
-    both = {
-        way: chart.render({**model(), "plan": {**PLAN, "idleBy": way}}) for way in ("pause-pods", "capacity-buffer")
-    }
-    rendered = described(both["pause-pods"], "Role") | described(both["capacity-buffer"], "Role")
-    assert rendered == described(example, "Role")
-    assert described(both["pause-pods"], "ClusterRole") == described(example, "ClusterRole")
-    scale, *_ = one(both["pause-pods"], "Role")["rules"]
-    assert scale["resourceNames"] == ["release-quickthaw-llama", "idle-h100-a-8gpu"]
-    named = {
-        rule["resources"][0]: rule["resourceNames"]
-        for rule in one(both["capacity-buffer"], "Role")["rules"]
-        if "resourceNames" in rule
-    }
-    assert named["deployments/scale"] == ["release-quickthaw-llama"] and named["capacitybuffers"] == PLAN["idle"]
-    engine = one(both["pause-pods"], "Deployment", "engine")
-    file = tmp_path / "plan.yaml"
-    file.write_text(one(both["pause-pods"], "ConfigMap")["data"]["plan.yaml"])
-    (service,) = load_plan(file).services
-    assert (service.workload.namespace, service.workload.name) == ("models", engine["metadata"]["name"])
-    assert "replicas" not in engine["spec"]  # an upgrade does not reset what the plan wrote
-    assert [
-        name for (i, gpus) in idle_sizes(load_plan(file)) for name in [idle_name(load_plan(file).pools[i].name, gpus)]
-    ] == PLAN["idle"]
-    objects = chart.render(MATRIX["plan and activator"])
-    words = one(objects, "Deployment", "plan")["spec"]["template"]["spec"]["containers"][0]["args"]
-    (metrics,) = [item for item in objects if item["kind"] == "Service" and item["spec"].get("clusterIP") == "None"]
-    assert f"http://{metrics['metadata']['name']}:9090/-/metrics" == words[words.index("--demand") + 1]
-    parsed = solve_command.make_context("solve", ["plan.yaml", *words]).params
-    assert (parsed["watch"], parsed["command"], parsed["namespace"]) == (60.0, "kubernetes", "models")
 
 
 def test_keda_asks_each_activator_at_its_own_address(chart):

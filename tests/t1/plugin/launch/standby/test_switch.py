@@ -171,7 +171,8 @@ def test_requests_for_six_models_with_kills_are_each_answered_once_and_never_by_
             while not over.is_set():
                 try:
                     kill()
-                except (OSError, http.client.HTTPException):
+                except (OSError, http.client.HTTPException, AssertionError) as error:
+                    print(f"no kill: {error}"[:300])
                     continue  # it had ended by itself, or the worker that was asked was killed
 
         killer = threading.Thread(target=kill_all)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -14,8 +17,13 @@ import msgspec
 from checkpoint.errors import CheckpointError, Failed, NotFound
 from checkpoint.snapshot.library import Health, Library
 from checkpoint.snapshot.manifest import Snapshot
+from lazyfs.cli.options import Duration
 from lazyfs.errors import one_line
 from lazyfs.paths import state_folder
+
+if TYPE_CHECKING:
+    from checkpoint.store.archive import OpenedArchive
+    from lazyfs.content.chunk_store import ChunkStore
 
 _json = click.option(
     "--json", "as_json", is_flag=True, envvar="QUICKTHAW_JSON", show_envvar=True, help="Print JSON instead of text."
@@ -362,6 +370,8 @@ def push(name: str, store: str | None, sign_key: Path | None, as_json: bool) -> 
 def pull(name: str, store: str | None, trust_keys: tuple[Path, ...], as_json: bool) -> None:
     """Fetch a snapshot from a store. Every byte is verified before the snapshot gets its name.
 
+    Of one that several kinds of hosts have made, the one that this host may restore.
+
     If it has a working set, what a fast first restore needs beside it is made, too. An interrupted pull continues where
     it stopped.
 
@@ -375,7 +385,8 @@ def pull(name: str, store: str | None, trust_keys: tuple[Path, ...], as_json: bo
     library = _library()
     chunks = archive.open_chunks(store or str(library.home / "store"))
     progress = None if as_json else _meter("pulled")
-    done = archive.pull(name, chunks, library.path(name), progress=progress, trust_keys=trust_keys)
+    fitting = functools.partial(_fitting, name, chunks, trust_keys) if "-" in name else None
+    done = archive.pull(name, chunks, library.path(name), progress=progress, trust_keys=trust_keys, find=fitting)
     try:
         with library.in_use(name) as folder:
             rehearsal.prepare(folder, library.load(name))
@@ -387,6 +398,21 @@ def pull(name: str, store: str | None, trust_keys: tuple[Path, ...], as_json: bo
         click.echo(
             f"pulled {name}: {done.size / 1e9:.2f} GB in {done.files} files, of which {done.fetched / 1e9:.2f} GB were fetched"
         )
+
+
+def _fitting(name: str, chunks: ChunkStore, trust_keys: tuple[Path, ...]) -> OpenedArchive:
+    """Open the snapshot that this host may restore, else, with a line that says so, the one pushed last."""
+    from checkpoint.compatibility.host import host_facts
+    from checkpoint.compatibility.host_class import accepts, host_class
+    from checkpoint.errors import HostLacks, Incompatible
+    from checkpoint.store.variants import open_fitting
+
+    try:
+        here = host_facts()
+        return open_fitting(name, chunks, host_class(here), accepts(here, name), trust_keys)
+    except (HostLacks, Incompatible) as error:
+        click.echo(one_line(f"{name} cannot be restored on this host: {error}"), err=True)
+        return open_fitting(name, chunks, "", None, trust_keys)
 
 
 def _meter(word: str) -> Any:
@@ -406,9 +432,74 @@ def _meter(word: str) -> Any:
 
 
 @snapshot.command("gc")
-def gc() -> None:
-    """Remove the leftovers of killed launches and interrupted pulls. To continue a pull, pull again instead."""
-    click.echo(f"removed {_library().sweep(pulls_older_s=0.0)} unfinished snapshots")
+@click.argument("store", required=False)
+@click.option(
+    "--keep",
+    type=click.IntRange(0),
+    envvar="QUICKTHAW_GC_KEEP",
+    show_envvar=True,
+    metavar="N",
+    help="Of a store: keep the newest N snapshots of each model for each kind of host.  [default: 1 with --older-than]",
+)
+@click.option(
+    "--older-than",
+    type=Duration(),
+    envvar="QUICKTHAW_GC_OLDER_THAN",
+    show_envvar=True,
+    metavar="TIME",
+    help="Of a store: keep snapshots and compile caches that were pushed within this time, such as 720h.  [default: 0]",
+)
+@click.option(
+    "--grace",
+    type=Duration(),
+    default="1h",
+    show_default=True,
+    envvar="QUICKTHAW_GC_GRACE",
+    show_envvar=True,
+    metavar="TIME",
+    help="Of a store: how long a pull that has begun may go on reading what was removed.",
+)
+@click.option(
+    "--dry-run", is_flag=True, envvar="QUICKTHAW_DRY_RUN", show_envvar=True, help="Only print what would be removed."
+)
+@_json
+def gc(
+    store: str | None, keep: int | None, older_than: float | None, grace: float, dry_run: bool, as_json: bool
+) -> None:
+    """Remove the leftovers of killed launches and interrupted pulls; with --keep or --older-than, old snapshots of a store.
+
+    In a store go the snapshots that are neither among the newest N of their model and kind of host nor young, and a run after
+    --grace removes their bytes. It may be used by others meanwhile. To continue an interrupted pull, pull again instead.
+
+    \b
+    quickthaw snapshot gc
+    quickthaw snapshot gc s3://bucket/quickthaw --keep 3 --older-than 720h --dry-run
+    """
+    if keep is None and older_than is None:
+        if store or dry_run:
+            raise click.UsageError("give --keep or --older-than: which snapshots of the store may go")
+        click.echo(f"removed {_library().sweep(pulls_older_s=0.0)} unfinished snapshots")
+        return
+    from checkpoint.store import archive
+    from checkpoint.store.retention import retire
+    from lazyfs.cli.options import size_text
+
+    url = store or os.environ.get("QUICKTHAW_STORE") or str(_library().home / "store")
+    done = retire(
+        archive.open_chunks(url),
+        keep=1 if keep is None else keep,
+        older_than_s=older_than or 0.0,
+        grace_s=grace,
+        dry_run=dry_run,
+    )
+    if as_json:
+        click.echo(json.dumps({**dataclasses.asdict(done), "dry_run": dry_run}))
+        return
+    for name in done.names:
+        click.echo(f"{'would remove' if dry_run else 'removed'} {name}")
+    freed = f"{size_text(done.bytes)} of {done.archives} archives"
+    later = f"; {done.waiting} more wait for --grace, and then for another run" if done.waiting else ""
+    click.echo(f"{'would free, once --grace is over,' if dry_run else 'freed'} {freed}{later}")
 
 
 @snapshot.command("keygen")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import msgspec
 from checkpoint.errors import HostLacks
 
 _NVML_CONTROL = Path("/dev/nvidiactl")
+_KERNEL_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 class Gpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,6 +56,16 @@ def gpu_facts(environment: Mapping[str, str] | None = None) -> tuple[tuple[Gpu, 
     except pynvml.NVMLError as error:
         raise HostLacks("nvml-failed", f"NVML: {error}; see whether nvidia-smi works on this host") from error
     return select_visible(found, visible), driver
+
+
+def kernel_driver() -> str:
+    """Return the version of the NVIDIA driver that the kernel has loaded, also where no GPU is visible; "" without one."""
+    try:
+        text = _KERNEL_DRIVER.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""
+    found = re.search(r"NVRM version:[^\n]*?\s(\d+(?:\.\d+)+)\s", text)
+    return found[1] if found else ""
 
 
 def select_visible(gpus: tuple[Gpu, ...], visible: str | None) -> tuple[Gpu, ...]:

@@ -7,15 +7,18 @@ processors, another GPU driver) would replace each other's in a store, without e
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import blake3
 import msgspec
 
-from checkpoint.compatibility.check import IGNORED_CPU_FLAGS, Identity
+from checkpoint.compatibility.check import IGNORED_CPU_FLAGS, Identity, check_host, refuse
+from checkpoint.compatibility.gpu import kernel_driver
 from checkpoint.compatibility.host import HostFacts
 from checkpoint.errors import CheckpointError
+from checkpoint.snapshot import manifest
 
 
 def host_class(host: HostFacts) -> str:
@@ -40,3 +43,23 @@ def class_of(identity: Mapping[str, Any]) -> str:
         return host_class(Identity.decode(identity).host)
     except CheckpointError:
         return ""
+
+
+def accepts(host: HostFacts, name: str) -> Callable[[bytes, bytes | None], None]:
+    """Return what raises Incompatible for the manifest of a snapshot `name` that a host may not restore, whatever launch wants it.
+
+    CRIU is not compared: it does not matter to a pull, and a restore without it says so itself. Nor are GPUs where this process sees
+    none: a container that fetches for others holds none. The kernel's driver is, then.
+    """
+    driver = "" if host.gpus else kernel_driver()
+
+    def check(document: bytes, _: bytes | None) -> None:
+        recorded = manifest.parse(document, Path(name), name).identity
+        if recorded:  # else of no engine
+            then = Identity.decode(recorded)
+            here = msgspec.structs.replace(host, criu=then.host.criu)
+            if not host.gpus:
+                here = msgspec.structs.replace(here, gpus=then.host.gpus, driver=driver or then.host.driver)
+            refuse(check_host(then, here))
+
+    return check

@@ -241,11 +241,12 @@ def pull(
     accept: Callable[[bytes, bytes | None], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
     trust_keys: Sequence[Path] = (),
+    find: Callable[[], OpenedArchive] | None = None,
 ) -> Pulled:
     """Fetch the archive `name` (or a manifest's digest) into the new snapshot folder `folder`.
 
     `accept` receives the snapshot's manifest and its signature file (None if there is none) before anything else is
-    fetched; an exception it raises ends the pull. `trust_keys` requires a signature (see OpenedArchive.of). A failed pull
+    fetched; an exception it raises ends the pull. `find`: how to find the archive, in place of its name (checkpoint.store.variants). `trust_keys` requires a signature (see OpenedArchive.of). A failed pull
     keeps its data in a hidden folder for the next attempt.
 
     Raises NotFound, Busy (another process pulls it), Integrity (a chunk or the snapshot is damaged), Failed (the folder
@@ -256,7 +257,7 @@ def pull(
             "snapshot-exists", f"{folder.name} already exists; remove it first: quickthaw snapshot rm {folder.name}"
         )
     with partial_folder(folder) as (partial, lock):
-        opened = OpenedArchive.of(name, chunks, trust_keys)
+        opened = find() if find else OpenedArchive.of(name, chunks, trust_keys)
         opened.check_name(folder.name)
         if accept:
             accept(opened.document, opened.signature)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,15 +40,21 @@ class Collected:
 
 
 def collect(
-    chunks: ChunkStore, *, grace_s: float = GRACE_S, untagged: bool = False, dry_run: bool = False
+    chunks: ChunkStore,
+    *,
+    grace_s: float = GRACE_S,
+    untagged: bool = False,
+    doomed: Collection[str] = (),
+    dry_run: bool = False,
 ) -> Collected:
     """Delete chunks that no manifest mentions.
 
-    `untagged` first deletes weights without a tag (never snapshots). Raises Integrity for an unreadable manifest or a ref
+    `untagged` first deletes weights without a tag (never snapshots); `doomed`: manifests to delete first, unless they have a name by
+    then (a dry run takes them for nameless). Raises Integrity for an unreadable manifest or a ref
     without one, since needed chunks would count as garbage; Busy (store-busy) during an import into a local store.
     """
     with contextlib.nullcontext() if dry_run else store_lock(chunks, exclusive=True):
-        job = _Collection(chunks, grace_s, untagged)
+        job = _Collection(chunks, grace_s, untagged, frozenset(doomed), dry_run)
         job.mark()
         if dry_run:
             job.result.manifests = len(job.to_delete)
@@ -60,10 +66,13 @@ def collect(
 
 
 class _Collection:
-    def __init__(self, chunks: ChunkStore, grace_s: float, untagged: bool) -> None:
+    def __init__(
+        self, chunks: ChunkStore, grace_s: float, untagged: bool, doomed: frozenset[str], dry_run: bool
+    ) -> None:
         self.chunks = chunks
         self.grace_s = grace_s
         self.untagged = untagged
+        self.doomed, self.dry_run = doomed, dry_run
         self.result = Collected()
         self.known: set[str] = set()
         self.used: set[str] = set()
@@ -74,12 +83,7 @@ class _Collection:
         """First phase: find unreferenced chunks that are old enough to delete."""
         named = self._named()
         for digest, manifest in self._new_manifests():
-            if (
-                self.untagged
-                and digest not in named
-                and manifest.kind == "weights"
-                and self._old(f"manifests/{digest}")
-            ):
+            if self._goes(digest, manifest, named):
                 self.to_delete[digest] = manifest
             else:
                 self.used |= manifest.chunk_digests()
@@ -90,6 +94,16 @@ class _Collection:
                 self.result.young += 1
             else:
                 self.garbage.append(info)
+
+    def _goes(self, digest: str, manifest: Manifest, named: set[str]) -> bool:
+        if digest in self.doomed:
+            return self.dry_run or (digest not in named and self._old(f"manifests/{digest}"))
+        return (
+            self.untagged
+            and digest not in named
+            and manifest.kind == "weights"
+            and self._old(f"manifests/{digest}")
+        )
 
     def sweep(self) -> None:
         """Second phase: batch by batch, check again and delete chunks that are still garbage."""

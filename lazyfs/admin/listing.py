@@ -92,7 +92,7 @@ def unreferenced_chunks(chunks: ChunkStore) -> tuple[int, int]:
 def named_manifests(
     chunks: ChunkStore, manifests: set[str] | None = None
 ) -> tuple[dict[tuple[str, str], str], dict[tuple[str, str], str]]:
-    """Resolve all tags and snapshot names by (kind, name).
+    """Resolve all tags and snapshot names by (kind, name), without those that others remove meanwhile.
 
     Return the digests of intact ones, and the reasons why others are broken. A name is intact if it points at one of
     `manifests` (if given), or at a manifest that exists by now.
@@ -101,20 +101,34 @@ def named_manifests(
     for kind in ("tags", "snapshots"):
         for name in chunks.ref_names(kind):
             try:
-                digest = chunks.get_ref(kind, name)
+                digest = _digest_of(chunks, kind, name, manifests)
+            except NotFound:
+                continue
             except Integrity as error:
                 broken[kind, name] = str(error)
                 continue
             except Usage:
                 broken[kind, name] = f"not a valid name; `quickthaw weights rm {shlex.quote(name)}` removes it"
                 continue
-            # A manifest imported after the listing is not in `manifests`.
-            if manifests is None or digest in manifests or chunks.has_manifest(digest):
-                good[kind, name] = digest
-            else:
-                lost = f"names manifest {digest[:12]}, which does not exist"
-                broken[kind, name] = f"{lost}; import it again, or `quickthaw weights rm {name}`"
+            good[kind, name] = digest
     return good, broken
+
+
+def _digest_of(chunks: ChunkStore, kind: str, name: str, manifests: set[str] | None) -> str:
+    """Return the manifest of a name, which is one of `manifests` (if given) or exists by now.
+
+    Raises NotFound if the name is removed meanwhile, Integrity if it is damaged or has no manifest.
+    """
+    before = ""
+    while True:
+        digest = chunks.get_ref(kind, name)
+        # A manifest imported after the listing is not in `manifests`.
+        if manifests is None or digest in manifests or chunks.has_manifest(digest):
+            return digest
+        if digest == before:
+            lost = f"names manifest {digest[:12]}, which does not exist"
+            raise Integrity(f"{lost}; import it again, or `quickthaw weights rm {name}`")
+        before = digest  # it may have gone together with its name, or been replaced: read the name once more
 
 
 def complete(chunks: ChunkStore, digest: str) -> bool:

@@ -245,11 +245,11 @@ class ChunkStore:
             if info is not None and time.time() - info.modified > GRACE_S / 2:
                 self.store.touch(key)
         if self.store.remote:
-            self._check_not_collected(manifest, key, was_there=there == data)
+            self._check_not_collected(manifest, key, data, was_there=there == data)
         return digest
 
-    def _check_not_collected(self, manifest: Manifest, key: str, *, was_there: bool) -> None:
-        """Check that no chunk was deleted while the manifest was written.
+    def _check_not_collected(self, manifest: Manifest, key: str, data: bytes, *, was_there: bool) -> None:
+        """Check that no chunk was deleted while the manifest was written, and write it again if it was itself.
 
         Costs one HEAD request unless a garbage collection has run since this object was created.
         """
@@ -257,6 +257,8 @@ class ChunkStore:
         if mark is None or mark.modified < self._since - _SKEW_S:
             return
         self._await_collection(mark)
+        if self.store.head(key) is None:  # it was old, had no name, and was deleted just before it was touched
+            self.store.put(key, data)
         lengths = {c.digest: c.length for f in manifest.files for c in f.chunks}
         with ThreadPoolExecutor(HEADS) as pool:
             there = pool.map(lambda item: retrying(lambda: self.has(*item), RetryPolicy()), lengths.items())

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from checkpoint import disk
 from checkpoint.errors import Busy, CheckpointError, Failed, Integrity, NotFound
 from checkpoint.snapshot.library import Library
@@ -188,20 +186,14 @@ def manifest_of(library: Library, store: str | None, name: str, trust_keys: Sequ
 
     Raises NotFound, Incompatible if the store has it for other kinds of hosts only, and every other error that prevents its use.
     """
-    from checkpoint.compatibility import check
     from checkpoint.compatibility.host import host_facts
-    from checkpoint.compatibility.host_class import host_class
+    from checkpoint.compatibility.host_class import accepts, host_class
+    from checkpoint.store.remote_restore import RemoteSnapshot
 
     if store is None or library.has(name):
         return library.load(name)
     here = host_facts()
-
-    def accept(found: Snapshot) -> None:
-        recorded = check.Identity.decode(found.identity)
-        # The replica looks at CRIU: where there is none, that is the reason.
-        check.refuse(check.check_host(recorded, msgspec.structs.replace(here, criu=recorded.host.criu)))
-
-    remote = _open(library, store, name, accept, trust_keys, host_class(here))
+    remote = RemoteSnapshot.open(library, store, name, accepts(here, name), trust_keys, host_class(here))
     with contextlib.suppress(Busy):  # another process downloads it; the replica waits for that process
         remote.begin()  # the user named this snapshot; download while the launcher is set up
     return remote.snapshot

@@ -7,10 +7,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from checkpoint.compatibility import check
+from checkpoint.compatibility import gpu
 from checkpoint.compatibility.gpu import Gpu
 from checkpoint.compatibility.host import HostFacts, host_facts
-from checkpoint.compatibility.host_class import class_of, host_class
+from checkpoint.compatibility.host_class import accepts, class_of, host_class
 from checkpoint.errors import Incompatible
 from checkpoint.snapshot import manifest
 from checkpoint.snapshot.library import Library
@@ -40,13 +40,7 @@ def push(tmp_path: Path, chunks: ChunkStore, host: HostFacts | None, where: str,
 
 def opened(chunks: ChunkStore, host: HostFacts) -> str:
     """Return the digest of the archive that a host opens."""
-
-    def accept(document: bytes, _: bytes | None) -> None:
-        found = manifest.parse(document, Path("/"), NAME)
-        if found.identity:
-            check.refuse(check.check_host(check.Identity.decode(found.identity), host))
-
-    return variants.open_fitting(NAME, chunks, host_class(host), accept).digest
+    return variants.open_fitting(NAME, chunks, host_class(host), accepts(host, NAME)).digest
 
 
 def names(chunks: ChunkStore) -> list[str]:
@@ -180,3 +174,29 @@ def test_errors_of_the_store_are_not_swallowed(chunks: ChunkStore, monkeypatch: 
     monkeypatch.setattr(chunks.store, "get", fail)
     with pytest.raises(LazyfsError, match="no"):
         opened(chunks, OLD)
+
+
+@pytest.mark.parametrize(
+    ("line", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023", "535.104.05"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (u@h)  Tue", "580.95.05"),
+        ("something else", ""),
+    ],
+)
+def test_a_container_without_a_gpu_compares_the_kernels_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, version: str
+) -> None:
+    monkeypatch.setattr(gpu, "_KERNEL_DRIVER", tmp_path / "version")
+    (tmp_path / "version").write_text(f"{line}\nGCC version:  gcc version 12.3.0 (Ubuntu)\n")
+    assert gpu.kernel_driver() == version
+    for driver, fits in (("580.95.05", version in ("580.95.05", "")), ("1.2", not version)):
+        taken = msgspec.structs.replace(OLD, gpus=(Gpu("NVIDIA H100", 80 << 30, "GPU-a"),), driver=driver)
+        document = (write(Library(tmp_path / driver), NAME, taken) / manifest.FILE_NAME).read_bytes()
+        if fits:
+            accepts(OLD, NAME)(document, None)
+            continue
+        with pytest.raises(Incompatible, match="driver-"):
+            accepts(OLD, NAME)(document, None)
+    monkeypatch.setattr(gpu, "_KERNEL_DRIVER", tmp_path / "nothing")
+    assert gpu.kernel_driver() == ""

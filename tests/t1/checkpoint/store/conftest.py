@@ -93,3 +93,26 @@ def far(store: Path) -> Iterator[str]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def shared_store(request, tmp_path, monkeypatch):
+    """The URL of an empty store: a folder, and a bucket of a double of S3."""
+    if request.param == "folder":
+        yield str(tmp_path / "store")
+        return
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    import boto3
+
+    boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(Bucket="claims")
+    yield f"s3://claims/{os.urandom(4).hex()}"  # the double remembers what former tests wrote
+    server.stop()

@@ -246,8 +246,9 @@ def pull(
     """Fetch the archive `name` (or a manifest's digest) into the new snapshot folder `folder`.
 
     `accept` receives the snapshot's manifest and its signature file (None if there is none) before anything else is
-    fetched; an exception it raises ends the pull. `find`: how to find the archive, in place of its name (checkpoint.store.variants). `trust_keys` requires a signature (see OpenedArchive.of). A failed pull
-    keeps its data in a hidden folder for the next attempt.
+    fetched; an exception it raises ends the pull. `find`: how to find the archive, in place of its
+    name (checkpoint.store.variants). `trust_keys` requires a signature (see OpenedArchive.of). A failed pull keeps its data in a
+    hidden folder for the next attempt.
 
     Raises NotFound, Busy (another process pulls it), Integrity (a chunk or the snapshot is damaged), Failed (the folder
     exists, the store fails, or the disk is full).

@@ -135,11 +135,7 @@ def _doomed(names: Iterable[_Name], claimed: set[str], keep: int, before: float,
             groups.setdefault((_KEY.sub("", name), host), []).append(one)
     for group in groups.values():
         doomed += sorted(group, key=lambda one: (-one.modified, one.name))[keep:]
-    return [
-        one
-        for one in doomed
-        if one.modified <= before and not {one.name, variants.split(one.name)[0]} & claimed
-    ]
+    return [one for one in doomed if one.modified <= before and not {one.name, variants.split(one.name)[0]} & claimed]
 
 
 def _remove(chunks: ChunkStore, one: _Name, names: list[_Name]) -> bool:

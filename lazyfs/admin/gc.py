@@ -98,12 +98,7 @@ class _Collection:
     def _goes(self, digest: str, manifest: Manifest, named: set[str]) -> bool:
         if digest in self.doomed:
             return self.dry_run or (digest not in named and self._old(f"manifests/{digest}"))
-        return (
-            self.untagged
-            and digest not in named
-            and manifest.kind == "weights"
-            and self._old(f"manifests/{digest}")
-        )
+        return self.untagged and digest not in named and manifest.kind == "weights" and self._old(f"manifests/{digest}")
 
     def sweep(self) -> None:
         """Second phase: batch by batch, check again and delete chunks that are still garbage."""

@@ -209,7 +209,9 @@ def test_a_snapshot_pushed_again_while_it_goes_stays(
     """Between the listing and the removal: in a bucket, which has no lock."""
     folder = push(tmp_path, chunks, name(1))
     push(tmp_path, chunks, name(2))
-    monkeypatch.setattr("checkpoint.store.retention._claimed", lambda *_: set() if archive.push(folder, chunks) else {""})
+    monkeypatch.setattr(
+        "checkpoint.store.retention._claimed", lambda *_: set() if archive.push(folder, chunks) else {""}
+    )
     monkeypatch.setattr(type(chunks.store), "remote", True)
     monkeypatch.setattr("checkpoint.store.retention.store_lock", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr("lazyfs.admin.listing.store_lock", lambda *_, **__: contextlib.nullcontext())

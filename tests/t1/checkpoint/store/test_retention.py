@@ -131,13 +131,19 @@ def test_pushes_and_pulls_during_collections_without_end(tmp_path, chunks, monke
         assert pulled(tmp_path, chunks, name).names() == [name]
 
 
-def test_one_that_is_killed_at_any_moment_leaves_a_store_that_works_and_the_next_one_goes_on(tmp_path, shared_store, chunks):
-    code = "import sys; from checkpoint.store.archive import open_chunks; from checkpoint.store.retention import retire\n"
+def test_one_that_is_killed_at_any_moment_leaves_a_store_that_works_and_the_next_one_goes_on(
+    tmp_path, shared_store, chunks
+):
+    code = (
+        "import sys; from checkpoint.store.archive import open_chunks; from checkpoint.store.retention import retire\n"
+    )
     code += "print('ready', flush=True); retire(open_chunks(sys.argv[1]), keep=1, grace_s=0, young_s=0); print('done', flush=True)"
     done = 0
     for number in range(4):
         push_all(tmp_path, chunks, NAMES)
-        process = subprocess.Popen([sys.executable, "-c", code, shared_store], cwd=REPO, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, shared_store], cwd=REPO, stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout.readline() == "ready\n"
         time.sleep(0.05 * number)
         process.send_signal(signal.SIGKILL)
@@ -160,6 +166,8 @@ def command(*words):
 def test_the_command_says_what_it_frees(tmp_path, shared_store, chunks):
     push_all(tmp_path, chunks, NAMES)
     said = command("snapshot", "gc", shared_store, "--keep", "2", "--dry-run")
-    assert said.startswith(f"would remove {NAMES[0]}:") and "would free, once --grace is over, 0 B of 1 archives" in said
+    assert (
+        said.startswith(f"would remove {NAMES[0]}:") and "would free, once --grace is over, 0 B of 1 archives" in said
+    )
     said = command("snapshot", "gc", shared_store, "--keep", "2")
     assert "freed 0 B of 0 archives; 1 more wait for --grace" in said, said

@@ -88,10 +88,10 @@ def test_a_pull_that_outlasts_the_grace_fails_by_name_and_installs_nothing(tmp_p
 
 def test_pushes_and_pulls_during_collections_without_end(tmp_path, chunks, monkeypatch):
     """Nothing that has a name ever lacks a byte. Bytes come and go: snapshots share pages, and every collection takes what it can."""
-    young_s = 4.0
+    young_s = 3.0
     monkeypatch.setattr(chunk_store, "GRACE_S", young_s)
     pages = [os.urandom(3 * 4096) for _ in range(3)]
-    until, wrong, counted = time.monotonic() + 10, [], {"push": 0, "pull": 0, "retire": 0, "freed": 0}
+    until, wrong, counted = time.monotonic() + 14, [], {"push": 0, "pull": 0, "retire": 0, "freed": 0}
 
     def again(what, act):
         number = 0
@@ -114,7 +114,7 @@ def test_pushes_and_pulls_during_collections_without_end(tmp_path, chunks, monke
 
     chunks_url = chunks.store.url
     jobs = [
-        ("push", lambda n: push(tmp_path, open_chunks(chunks_url), NAMES[n % 3], pages[n // 2 % 3])),
+        ("push", lambda n: push(tmp_path, open_chunks(chunks_url), NAMES[n % 3], pages[n // 2 % 3] if n % 2 else None)),
         ("push", lambda n: push(tmp_path, open_chunks(chunks_url), NAMES[n % 2], pages[n % 3])),
         ("pull", lambda n: pulled(tmp_path, open_chunks(chunks_url), NAMES[n % 3])),
         ("retire", collect),

@@ -33,7 +33,8 @@ class State:
     are per GPU and pool: `held` already, `started`; `usual[service]` is the cost of a unit per second in the step before.
     """
 
-    def __init__(self, problem: Problem, need: Need, program: Program) -> None:
+    def __init__(self, problem: Problem, need: Need, program: Program, weight: float) -> None:
+        """`weight` is that of the cost of a start."""
         pools, services = problem.pools, problem.services
         self.problem, self.need, self.program = problem, need, program
         self.gpus = [pool.gpus for pool in pools]
@@ -56,6 +57,10 @@ class State:
             self.relief[g, list(group.relief)] = list(group.relief.values())
             for k, (least, each) in group.weights.items():
                 self.weight[g] += (place == k) * (size >= least) * size * each
+        cost = program.cost[: program.at_u]
+        self.held = (cost / self.gpus).tolist()
+        self.started = ((cost + weight * program.cost[program.at_u : program.at_x]) / self.gpus).tolist()
+        self.usual = [0.0] * len(services)
 
     def begin(self, t: int, before: list[int]) -> None:
         """Begin step `t` after `before` instances per pool: the least instances are open, and nothing is placed."""
@@ -70,7 +75,10 @@ class State:
         self.least = [int(v) for v in self.program.lower[bounds]]
         self.n, self.free = [0] * len(pools), [0] * len(pools)
         self.x, self.b = np.zeros(need.rate.shape, dtype=np.int64), np.zeros(len(self.block_at), dtype=np.int64)
-        self.served, self.load = np.zeros(self.x.shape[1]), np.zeros((self.x.shape[1], max(self.zone) + 1))
+        self.served, self.load = (
+            np.zeros(len(self.problem.services)),
+            np.zeros((len(self.problem.services), max(self.zone) + 1)),
+        )
         self.left = [
             quota.gpus - sum(pool.gpus * held for pool, held in zip(pools, before, strict=True) if quota.covers(pool))
             for quota in self.problem.quotas
@@ -151,18 +159,14 @@ def plan(problem: Problem, need: Need, program: Program, near: Floats) -> Floats
 
     A plan of up to `SEVERAL` integers is constructed twice, also as if starts cost nothing, and the cheaper one counts.
     """
-    state = State(problem, need, program)
     weights = (1.0, 0.0) if int(program.integer.sum()) <= SEVERAL else (1.0,)
-    plans = [_plan(state, near, weight) for weight in weights]
+    plans = [_plan(State(problem, need, program, weight), near) for weight in weights]
     return min((p for p in plans if p is not None), key=lambda p: float(program.cost @ p), default=None)
 
 
-def _plan(state: State, near: Floats, weight: float) -> Floats | None:
-    """Construct all steps with the cost of a start times `weight`."""
+def _plan(state: State, near: Floats) -> Floats | None:
+    """Construct all steps; None if something does not fit."""
     program = state.program
-    state.held = (program.cost[: program.at_u] / state.gpus).tolist()
-    state.started = (program.cost[: program.at_u] + weight * program.cost[program.at_u : program.at_x]) / state.gpus
-    state.usual = [0.0] * len(state.problem.services)
     before = [pool.held for pool in state.problem.pools]
     steps: list[Floats] = []
     for t in range(program.steps):

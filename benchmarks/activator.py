@@ -5,10 +5,12 @@
     python benchmarks/activator.py simulation          50 models on 1,000 nodes, two proxies, the real hour (--data), compressed
 
 The cluster is the tests' own (tests/kits/cluster): an API double, a scheduler and a kubelet in a few lines. `zero` runs real
-containers of podman with an image of deploy/container; its engine is the double, so its restore is that of a small process
-tree, and what counts is the rest. Its parts: `scale` until the API has the write; `kubelet` until the double starts podman;
-`container` until an answer, as the same container started alone gives it to a client that connects as soon as it can;
-`ours` is what is left of the whole beside these.
+containers of podman with an image of deploy/container, and says which storage driver podman has: vfs copies the image's root for
+each container, overlay does not. Its engine is the double, whose restore is that of a small process tree, or with `--engine
+sglang` (or vllm) the one that `make setup` installed, mounted into the container, with its snapshot in the node's state folder.
+Its parts: `scale` until the API has the write; `kubelet` until the double starts podman; `container` until an answer, as the
+same container started alone gives it to a client that connects as soon as it can; `podman` is a container of the image that
+ends at once; `ours` is what is left of the whole beside these.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != P
 import httpx2  # noqa: E402
 import uvloop  # noqa: E402
 
+from checkpoint.snapshot.library import Library  # noqa: E402
 from launchers.bare import free_port  # noqa: E402
+from plugin.bench.presets import preset  # noqa: E402
 from plugin.proxy.kubernetes.address import parse  # noqa: E402
 from plugin.proxy.kubernetes.agreement import Agreement  # noqa: E402
 from plugin.proxy.kubernetes.asking import WorkloadSpec  # noqa: E402
@@ -43,11 +47,13 @@ from plugin.proxy.kubernetes.cluster import Cluster  # noqa: E402
 from plugin.proxy.kubernetes.session import Session  # noqa: E402
 from plugin.proxy.kubernetes.workload import Workload  # noqa: E402
 from plugin.proxy.settings import Settings  # noqa: E402
+from plugin.runtime.config import state_home  # noqa: E402
 from tests.kits.cluster import nodes as nodes_kit  # noqa: E402
 from tests.kits.cluster.containers import Containers  # noqa: E402
 from tests.kits.cluster.nodes import PORT  # noqa: E402
 from tests.kits.cluster.rig import PLAIN, Command, activator, cluster, until  # noqa: E402
-from tests.kits.image_kit import Images, wheels  # noqa: E402
+from tests.kits.container_kit import LEAST  # noqa: E402
+from tests.kits.image_kit import IMAGE, Images, wheels  # noqa: E402
 from tests.kits.launch_rig import Rig, environment  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data" / "azure_llm_2023_code.csv"
@@ -72,9 +78,52 @@ class Timed(Containers):
         return await super().start(pod, address)
 
 
-async def alone(containers: Timed, number: int) -> float:
+class Real(Timed):
+    """Containers with an engine that `make setup` installed, which is mounted into them."""
+
+    def __init__(self, images: Images, rig: Any, engine: str) -> None:
+        super().__init__(images, rig)
+        self.preset = preset(engine, state_home())
+
+    async def start(self, pod: Any, address: str) -> Any:
+        """Start podman with the pod's container, and return its process."""
+        self.began, preset = time.monotonic(), self.preset
+        shown = {self.rig.home: "/var/lib/quickthaw", preset.python.parents[1]: "", preset.model: ""}
+        volumes = [f"--volume={path}:{at or f'{path}:ro'}" for path, at in shown.items()]
+        env = {**preset.environment, "QUICKTHAW_ENGINE_PYTHON": str(preset.python), "QUICKTHAW_REHEARSE": "0"}
+        given = ("--network=host", *volumes, *(f"--env={name}={value}" for name, value in env.items()), *LEAST)
+        words = (IMAGE, *preset.arguments, "--host", address, "--port", str(PORT))
+        with self.log.open("ab") as out:
+            process = await asyncio.create_subprocess_exec(
+                *self.images.run_argv(*given, *self.images.volumes, *words),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+            )
+        self.running[pod["metadata"]["name"]] = process
+        return process
+
+    async def prepare(self) -> None:
+        """Start cold, and have the snapshot taken."""
+        process = await self.start({"metadata": {"name": "cold"}}, "127.200.1.1")
+        try:
+            await until(lambda: Library(self.rig.home).names() or process.returncode is not None, 600)
+            assert process.returncode is None, self.text()[-3000:]
+            await asyncio.sleep(5.0)
+        finally:
+            await self.stop(process, 60.0)
+
+
+def bare_container(images: Images) -> float:
+    """Return how long a container of the image takes that ends at once, seconds."""
+    began = time.monotonic()
+    images.finished(images.run_argv("--network=host", *images.volumes, "--entrypoint=/usr/bin/true", IMAGE))
+    return time.monotonic() - began
+
+
+async def alone(containers: Timed, number: int, body: dict[str, Any]) -> float:
     """Start the same container without a cluster; return the seconds to the answer of a client that connects as soon as it can."""
-    address, body = f"127.200.0.{number + 2}", {"prompt": "What is it?", "max_tokens": 4, "temperature": 0}
+    address = f"127.200.0.{number + 2}"
     pod = {"metadata": {"name": f"alone-{number}", "labels": {"app": "llama"}}}
     process = await containers.start(pod, address)
     began = containers.began
@@ -91,15 +140,20 @@ async def alone(containers: Timed, number: int) -> float:
     return took
 
 
-async def zero(runs: int, folder: Path) -> None:
+async def zero(runs: int, folder: Path, engine: str) -> None:
     images = Images(environment(folder / "double"))
     try:
         (folder / "context").mkdir()
-        images.build(wheels(folder / "context"), ENGINE="vllm")
+        images.build(wheels(folder / "context"), ENGINE="vllm" if engine == "double" else engine)
         (folder / "rig").mkdir()
         rig = Rig(folder / "rig", folder / "double" / "bin" / "python")
-        containers, body = Timed(images, rig), {"prompt": "What is it?", "max_tokens": 4, "temperature": 0}
-        whole, scaled, kubelet, direct = [], [], [], []
+        body: dict[str, Any] = {"prompt": "What is it?", "max_tokens": 4, "temperature": 0}
+        containers = Timed(images, rig)
+        if engine != "double":
+            containers = Real(images, rig, engine)
+            body["model"] = str(containers.preset.model)
+            await containers.prepare()
+        whole, scaled, kubelet, direct, podman = [], [], [], [], []
         phases: dict[str, list[float]] = {}
         settings = Settings(hold_timeout_s=120.0)
         async with cluster(rig.folder, runtime=containers, grace_s=30.0) as nodes:
@@ -119,13 +173,16 @@ async def zero(runs: int, folder: Path) -> None:
                             phases.setdefault(f"{kind}: {span.phase}", []).append(span.took_s)
                         scaled.append(written - began)
                         kubelet.append(container - written)
-                        direct.append(await alone(containers, number))
+                        direct.append(await alone(containers, number, body))
+                        podman.append(await asyncio.to_thread(bare_container, images))
         ours = [a + (w - a - k - d) for w, a, k, d in zip(whole, scaled, kubelet, direct, strict=True)]
-        print(f"held request from zero, container on the node, {runs} runs, seconds, median (least – most)")
+        print(f"held request from zero, container on the node, {engine}, podman with {images.driver}, {runs} runs")
+        print("seconds, median (least – most)")
         print(f"  whole                     {spread(whole)}   mark {TARGET_S}")
         print(f"  scale written after       {spread(scaled)}")
         print(f"  kubelet's double          {spread(kubelet)}")
         print(f"  container alone → answer  {spread(direct)}")
+        print(f"    podman, a container that ends at once {spread(podman)}")
         for phase, values in phases.items():  # mounting lasts until a quickthaw in the pod answers: podman, and imports
             print(f"    seen from the proxy, {phase:22} {spread(values)}")
         print(f"  ours, scale included      {spread(ours)}   mark {OURS_S}")
@@ -314,6 +371,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["zero", "latency", "simulation"])
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--engine", choices=["double", "sglang", "vllm"], default="double", help="of `zero`")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--speed", type=float, default=30.0)
@@ -330,7 +388,7 @@ def main() -> None:
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         folder = Path(name)
-        made = {"zero": lambda: zero(args.runs, folder), "latency": lambda: latency(args.rounds, folder)}
+        made = {"zero": lambda: zero(args.runs, folder, args.engine), "latency": lambda: latency(args.rounds, folder)}
         runner.run(made.get(args.what, lambda: simulation(args, folder))())
 
 

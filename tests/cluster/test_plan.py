@@ -8,7 +8,8 @@ import pytest
 from capacity.cluster import api as api_module
 from capacity.cluster import lease as lease_module
 from capacity.errors import CapacityError
-from tests.kits.cluster.api import Api
+from plugin.proxy.settings import Settings
+from tests.kits.cluster.api import Api, failure
 from tests.kits.cluster.planner import (
     IDLE,
     Process,
@@ -402,3 +403,61 @@ def test_sigterm_in_the_middle_leaves_what_was_written_and_gives_the_lease_up(tm
         assert len(api.scalings()) == 2 and replicas(api) >= 3 and replicas(api, IDLE) >= 1
 
     with_api(test)
+
+
+def test_a_statefulset_is_scaled_too_and_a_list_that_expires_begins_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(api_module, "_CHUNK", 2)
+
+    async def test(api):
+        labels = {"app": "llama"}
+        api.put(
+            "statefulsets",
+            {"metadata": {"name": "llama"}, "spec": {"replicas": 0, "selector": {"matchLabels": labels}}},
+        )
+        pods(api, "other", 5)
+        listed, expired = api._list, []
+
+        def once_expired(plural, namespace, selector, query):
+            if query.get("continue") and not expired:
+                expired.append(plural)
+                return failure(410, "Expired", "the list is too old")
+            return listed(plural, namespace, selector, query)
+
+        api._list = once_expired
+        async with planner(api, tmp_path, write_plan(tmp_path, 10.0, workload="k8s://models/statefulset/llama")) as one:
+            assert await one.rounds() == 0, one.said
+        assert expired and replicas(api, plural="statefulsets") >= 3 and replicas(api) == 0
+
+    with_api(test)
+
+
+def test_two_proxies_are_both_asked_and_with_the_admin_token(tmp_path, monkeypatch):
+    """One workload behind two proxies: the requests of both count. Without the token nothing is planned."""
+    monkeypatch.delenv("QUICKTHAW_ADMIN_TOKEN", raising=False)
+    settings = Settings(hold_timeout_s=20.0, admin_token="letmein")
+
+    async def test():
+        async with cluster(tmp_path) as nodes:
+            nodes.workload("llama", replicas=1)
+            idle(nodes.api)
+            machines(nodes.api, 8)
+            async with (
+                activator(nodes, tmp_path, settings=settings, identity="a") as a,
+                activator(nodes, tmp_path, settings=settings, identity="b") as b,
+            ):
+                await until(lambda: a.pool.ready() and b.pool.ready())
+                urls = [f"http://localhost:{proxy.port}/-/metrics" for proxy in (a, b)]
+                async with planner(nodes.api, tmp_path, write_plan(tmp_path), demand=urls, interval=0.5) as one:
+                    await one.rounds()
+                    assert one.codes == ["demand-failed"] and "QUICKTHAW_ADMIN_TOKEN" in str(one.said[0])
+                    monkeypatch.setenv("QUICKTHAW_ADMIN_TOKEN", "letmein")
+                    await one.rounds()
+                    assert one.codes[-1] == "observing"
+                    await asyncio.gather(*(proxy.ask(f"r{n}") for n in range(8) for proxy in (a, b)))
+                    before = time.monotonic()
+                    seen = await asyncio.to_thread(one.controller.observer.proxies.observe)
+                    assert time.monotonic() - before < 5
+                    passed = one.controller.observer.proxies._arrived
+                    assert seen.rates["llama"] == pytest.approx(16 / (passed[-1][0] - passed[0][0]))
+
+    run(test(), 40.0)

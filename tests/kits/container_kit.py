@@ -48,8 +48,15 @@ class Podman:
         assert shutil.which("podman") and shutil.which("runc"), "run: setup/system.sh test-packages.txt"
         self._short = Path(tempfile.mkdtemp(prefix="qt-"))  # podman takes no runroot above 50 characters
         places = ("--root", self._short / "root", "--runroot", self._short / "run", "--tmpdir", self._short / "tmp")
-        driver = f"--storage-driver={_storage_driver(self._short)}"
-        self._argv = ["podman", *places, driver, "--cgroup-manager=cgroupfs", "--runtime=runc"]
+        self.driver = _storage_driver(self._short)
+        """`overlay`, or `vfs`, which copies the image for each container."""
+        self._argv = [
+            "podman",
+            *places,
+            f"--storage-driver={self.driver}",
+            "--cgroup-manager=cgroupfs",
+            "--runtime=runc",
+        ]
         self._argv += ["--events-backend=none"]
 
     def run_argv(self, *options):

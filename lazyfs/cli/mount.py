@@ -66,7 +66,7 @@ def _request_options(command: click.decorators.FC) -> click.decorators.FC:
     default="auto",
     show_default=True,
     envvar="QUICKTHAW_TRANSPORT",
-    help="FUSE implementation: raw needs CAP_SYS_ADMIN, pyfuse3 needs fusermount3.",
+    help="FUSE implementation: auto is raw. Without CAP_SYS_ADMIN, either needs fusermount3.",
 )
 @cache_limit_option
 @option(

@@ -28,11 +28,11 @@ class MountConfig:
     cache_limit: bytes of disk that the cache may occupy plus the memory tiers of streaming mounts, in total. AUTO: this
     host's bound, else what leaves part of the file system free (`lazyfs.cache.bound`). 0: only the disk limits. In a cache
     bounded by bytes a mount's memory tier is an eighth of it, at most `memory_mb` and at least 64 MB.
-    transport: `raw` speaks the kernel's protocol directly and supports passthrough of complete files; `pyfuse3` needs no
-    privilege.
+    transport: `raw` (and `auto`) speaks the kernel's protocol directly, and supports passthrough of complete files where the process may
+    mount; `pyfuse3` goes through libfuse.
     native: whether complete files are passed through.
-    allow_other: users other than the mounting one may use the mount; file modes decide. With the raw transport that
-    suffices; pyfuse3 without root needs `user_allow_other` in /etc/fuse.conf.
+    allow_other: users other than the mounting one may use the mount; file modes decide. Without root it
+    needs `user_allow_other` in /etc/fuse.conf.
     read_limit_s: a read fails with an error after this time.
     idle_exit_s: unmount after this time without an open file (0: never).
     orphan_exit_s: after unmounting, exit after this time without an open file, even if another mount namespace still shows

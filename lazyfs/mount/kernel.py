@@ -1,4 +1,4 @@
-"""Kernel calls of a mount: mount and umount2, the mount table, readahead, and FUSE abort.
+"""Kernel calls of a mount: mount and umount2 (or libfuse's helper), the mount table, readahead, and FUSE abort.
 
 No function here touches a path below the mount: the process that serves it would deadlock.
 """
@@ -17,6 +17,8 @@ MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
 # Requests of 1 MiB instead of 128 KiB give 2.3 times the throughput (docs/lazyfs.md); 16 MiB is slower again.
 READ_AHEAD_KIB = 1024
+# How long `fusermount3` may take.
+_HELPER_S = 10.0
 
 
 class MountEntry(NamedTuple):
@@ -66,6 +68,63 @@ def mount_table(file: str | Path = "/proc/self/mountinfo") -> Iterator[MountEntr
             yield MountEntry(fields[0], fields[2], mountpoint, fstype, _unescape(source), root, options.rstrip("\n"))
 
 
+def connect(mountpoint: str, source: str, *, allow_other: bool = False) -> int:
+    """Mount a new connection, read-only, and return its descriptor: by mount(2), or without that privilege through `fusermount3`.
+
+    Raises HostLacks if the host allows neither, else what `mount_fuse` raises.
+    """
+    if not may_mount():
+        return _mount_through_helper(mountpoint, source, allow_other=allow_other)
+    try:
+        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise HostLacks(
+            f"cannot open /dev/fuse: {error.strerror}; load the fuse module or pass the device in"
+        ) from error
+    try:
+        mount_fuse(fd, mountpoint, source, allow_other=allow_other)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _mount_through_helper(mountpoint: str, source: str, *, allow_other: bool) -> int:
+    """Let libfuse's setuid helper mount; it sends the descriptor over the socket that _FUSE_COMMFD names. Raises HostLacks."""
+    import socket
+    import subprocess
+
+    options = f"ro,nosuid,nodev,default_permissions,subtype={FSTYPE.partition('.')[2]},fsname={source}"
+    options += ",allow_other" if allow_other else ""
+    ours, theirs = socket.socketpair()
+    with ours:
+        ours.settimeout(_HELPER_S)
+        with theirs:
+            environment = {**os.environ, "_FUSE_COMMFD": str(theirs.fileno())}
+            command = ["fusermount3", "-o", options, "--", mountpoint]
+            try:
+                helper = subprocess.Popen(
+                    command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE, text=True, errors="replace",
+                )  # fmt: skip
+            except FileNotFoundError:
+                what = f"cannot mount at {mountpoint}: CAP_SYS_ADMIN and /dev/fuse, or fusermount3, are needed"
+                raise HostLacks(f"{what}; run as root, or install fuse3") from None
+        with helper:
+            try:
+                _, fds, _, _ = socket.recv_fds(ours, 1, 1, socket.MSG_CMSG_CLOEXEC)
+                said = helper.communicate(timeout=_HELPER_S)[1].strip()
+            except (TimeoutError, subprocess.TimeoutExpired):
+                helper.kill()
+                raise HostLacks(f"cannot mount at {mountpoint}: fusermount3 did not end in {_HELPER_S:g} s") from None
+    if helper.returncode != 0 or not fds:
+        for fd in fds:
+            os.close(fd)
+        why = said.splitlines()[-1].removeprefix("fusermount3: ") if said else f"it ended with {helper.returncode}"
+        raise HostLacks(f"cannot mount at {mountpoint}: fusermount3: {why}")
+    return fds[0]
+
+
 def mount_fuse(fd: int, mountpoint: str, source: str, *, allow_other: bool = False) -> None:
     """Mount the connection of an open /dev/fuse, read-only, for this user or (`allow_other`) for all.
 
@@ -80,9 +139,7 @@ def mount_fuse(fd: int, mountpoint: str, source: str, *, allow_other: bool = Fal
     if libc.mount(source.encode(), os.fsencode(mountpoint), FSTYPE.encode(), flags, data.encode()) != 0:
         number = ctypes.get_errno()
         if number in (1, 13):
-            raise HostLacks(
-                f"cannot mount at {mountpoint}: CAP_SYS_ADMIN is needed; run as root or use --transport pyfuse3"
-            )
+            raise HostLacks(f"cannot mount at {mountpoint}: CAP_SYS_ADMIN is needed; run as root")
         raise from_os_error(OSError(number, os.strerror(number)), f"cannot mount at {mountpoint}")
 
 
@@ -125,7 +182,7 @@ def _fusermount(mountpoint: str, *, lazy: bool) -> None:
 
     command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", mountpoint]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_HELPER_S, check=False)
     except FileNotFoundError:
         raise HostLacks(f"cannot unmount {mountpoint}: CAP_SYS_ADMIN or fusermount3 is needed") from None
     if done.returncode != 0:

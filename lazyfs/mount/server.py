@@ -78,25 +78,26 @@ class Transport(Protocol):
 
 
 def choose_transport(service: Service, config: MountConfig) -> Transport:
-    """Return the configured transport; `auto` is raw if this process may mount, else pyfuse3.
+    """Return the configured transport: `pyfuse3` if it is asked for by name, else raw.
 
     Raises HostLacks if passthrough is required but not possible.
     """
     source = f"quickthaw:{config.manifest[:16]}"
-    if config.transport == "raw" or (config.transport == "auto" and kernel.may_mount()):
-        from lazyfs.mount.transports.raw import RawTransport
-
-        native = config.native != "off"
-        return RawTransport(service, config.mountpoint, source, native=native, allow_other=config.allow_other)
-    if config.native == "passthrough":
+    privileged = kernel.may_mount()
+    if config.native == "passthrough" and (config.transport == "pyfuse3" or not privileged):
         raise HostLacks(
             "--native passthrough needs the raw transport and CAP_SYS_ADMIN; run as root, or use --native auto"
         )
+    if config.transport != "pyfuse3":
+        from lazyfs.mount.transports.raw import RawTransport
+
+        native = config.native != "off" and privileged
+        return RawTransport(service, config.mountpoint, source, native=native, allow_other=config.allow_other)
     try:
         from lazyfs.mount.transports.pyfuse3 import Pyfuse3Transport
     except ImportError as error:
         raise HostLacks(
-            f"mounting without CAP_SYS_ADMIN needs pyfuse3 ({error}); pip install 'quickthaw[fuse]', or run as root"
+            f"--transport pyfuse3 needs pyfuse3 ({error}); pip install 'quickthaw[fuse]', or use --transport auto"
         ) from error
 
     return Pyfuse3Transport(service, config.mountpoint, source, allow_other=config.allow_other)

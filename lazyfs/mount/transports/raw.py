@@ -3,7 +3,8 @@
 pyfuse3 (`lazyfs.mount.transports.pyfuse3`) cannot request passthrough, which is worth a factor of two to four. Layouts are
 those of <linux/fuse.h>, protocol 7.40 and later. Each thread reads requests from its own clone of the connection. Reads are
 answered by splicing the cache file's pages through a pipe: a fifth less processor time than a writev of a mapping, whose
-pages must be faulted in and unmapped again, and the pages never count as this process's memory. Needs CAP_SYS_ADMIN.
+pages must be faulted in and unmapped again, and the pages never count as this process's memory. Without CAP_SYS_ADMIN the
+connection comes from `fusermount3`, and nothing is passed through: the kernel wants that privilege for it.
 """
 
 from __future__ import annotations
@@ -179,21 +180,12 @@ class RawTransport:
 
         Raises HostLacks if the host does not allow it.
         """
-        try:
-            self.fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise HostLacks(
-                f"cannot open /dev/fuse: {error.strerror}; load the fuse module or pass the device in"
-            ) from error
         self.service.files.on_closed = self._on_closed
-        kernel.mount_fuse(self.fd, self.mountpoint, self.source, allow_other=self.allow_other)
+        self.fd = kernel.connect(self.mountpoint, self.source, allow_other=self.allow_other)
         self._handshake()
         kernel.set_read_ahead(self.mountpoint, min(kernel.READ_AHEAD_KIB, _MOST_PAGES * _PAGE >> 10))
         for number in range(self.thread_count):
-            fd = self.fd
-            if number:
-                fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-                fcntl.ioctl(fd, _CLONE, struct.pack("<I", self.fd))
+            fd = self._clone() if number else self.fd
             thread = threading.Thread(target=self._serve, args=(fd,), name=f"fuse-{number}", daemon=True)
             thread.start()
             self._threads.append(thread)
@@ -208,6 +200,15 @@ class RawTransport:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(t.is_alive() for t in self._threads)
+
+    def _clone(self) -> int:
+        """Return a descriptor of the same connection with a queue of its own, or the first one where /dev/fuse cannot be opened."""
+        try:
+            fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return self.fd
+        fcntl.ioctl(fd, _CLONE, struct.pack("<I", self.fd))
+        return fd
 
     def _handshake(self) -> None:
         message = os.read(self.fd, _BUFFER)

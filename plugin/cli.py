@@ -32,6 +32,7 @@ COMMANDS = {
     "mount": ("lazyfs.cli.mount", "mount", "Show a model of the store as files."),
     "peer": ("lazyfs.cli.peer", "peer", "Serve this host's chunks of models to other hosts."),
     "cache": ("lazyfs.cli.cache", "cache", "Show and bound what this host keeps of models; fetch models ahead."),
+    "warm": ("plugin.warm", "warm", "Bring a launch's snapshot and model to this host before they are needed."),
     "snapshot": ("plugin.snapshots", "snapshot", "List, inspect, verify, rehearse, move and remove snapshots."),
     "plan": ("capacity.cli", "plan", "How many replicas and idle GPUs to hold, and what a faster restore is worth."),
     "setup": ("plugin.setup.cli", "setup", "Install what quickthaw needs beside its own wheel: setup criu."),
@@ -48,7 +49,7 @@ COMMANDS = {
         "Print the script that completes quickthaw's commands and options in a shell.",
     ),
 }
-_UNWINDING = frozenset({"weights", "cache", "mount", "snapshot", "setup", "doctor", "bench", "demo"})
+_UNWINDING = frozenset({"weights", "cache", "mount", "snapshot", "warm", "setup", "doctor", "bench", "demo"})
 """Commands that remove what they made when a signal ends them. `launch`, `restore` and `proxy` have handlers of their own."""
 EXIT_FAILED, EXIT_USAGE, EXIT_HOST = 1, 2, 3
 ACTIONS = frozenset(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,19 @@ class Limit(Duration):
     def read(self, text: str) -> float:
         """Return the limit in seconds, infinity for none. Raises ValueError."""
         return limit(text)
+
+
+class Rate(click.ParamType[float]):
+    """Bytes a second: a number, or one with k, M or G (powers of 1000); `none` or 0 for no limit, which is 0."""
+
+    name = "rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Convert to bytes a second."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)", "0" if value == "none" else str(value))
+        if not found:
+            self.fail(f"{value!r} is not a rate; write 200M or 1.5G (bytes a second), or none", param, ctx)
+        return float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[found[2]]
 
 
 class Address(click.ParamType[tuple[str, int]]):
@@ -335,7 +349,7 @@ serving = (
 )
 """Options of every command that serves requests: `launch`, `restore`, `proxy`. The file of `proxy --config` takes them too."""
 
-stores = (
+sources = (
     option(
         "--store",
         metavar="URL",
@@ -348,6 +362,19 @@ stores = (
         help="Remote store for snapshots (streamed during a restore) and compile caches.",
     ),
     option("--cache-limit", type=CacheLimit(), default="auto", help=CACHE_LIMIT_HELP),
+)
+"""Options of the commands that fetch snapshots and models: where from."""
+
+trusting = option(
+    "--trust-key",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    old_variables=["QUICKTHAW_TRUST_KEYS"],
+    help="Restore only snapshots that one of these keys has signed. Repeatable.",
+)
+
+stores = (
+    *sources,
     option(
         "--push/--no-push",
         default=True,
@@ -359,13 +386,7 @@ stores = (
         default="auto",
         help="Which digests to verify before a restore: of changed files, all, none.",
     ),
-    option(
-        "--trust-key",
-        type=click.Path(path_type=Path),
-        multiple=True,
-        old_variables=["QUICKTHAW_TRUST_KEYS"],
-        help="Restore only snapshots that one of these keys has signed. Repeatable.",
-    ),
+    trusting,
 )
 """Options of the commands that restore or make snapshots: where from and where to, and what is trusted."""
 

@@ -55,7 +55,7 @@ def rehearse(name: str, **options: Any) -> None:
         click.echo(f"rehearsed {name} in {mark.took_s:.1f} s: {', '.join(mark.requests)}")
 
 
-def _settings(engine: str, engine_arguments: tuple[str, ...], options: dict[str, Any], **more: Any) -> LaunchSettings:
+def settings_of(engine: str, engine_arguments: tuple[str, ...], options: dict[str, Any], **more: Any) -> LaunchSettings:
     """Return the settings of the launch of a command. Raises Usage, and LauncherError for one that quickthaw runs as given."""
     import launchers
     from launchers import command_words
@@ -92,7 +92,7 @@ def create(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> No
     quickthaw snapshot create vllm --model /models/llama
     quickthaw snapshot create --snapshot-store s3://bucket/quickthaw vllm --model /models/llama
     """
-    settings = _settings(
+    settings = settings_of(
         engine,
         engine_arguments,
         options,
@@ -125,7 +125,7 @@ def key(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> None:
     \b
     quickthaw snapshot key vllm --model /models/llama
     """
-    settings = _settings(engine, engine_arguments, options)
+    settings = settings_of(engine, engine_arguments, options)
     from plugin.rehearsal.create import key as name_of
 
     click.echo(name_of(settings))

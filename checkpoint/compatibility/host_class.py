@@ -45,21 +45,27 @@ def class_of(identity: Mapping[str, Any]) -> str:
         return ""
 
 
+def as_seen(host: HostFacts, then: HostFacts) -> HostFacts:
+    """Return a host with what matters to a restore, and not to a pull, taken from the snapshot's: CRIU, and GPUs where none is visible.
+
+    The kernel's GPU driver is compared even then. A restore compares all, and says itself what is missing.
+    """
+    here = msgspec.structs.replace(host, criu=then.criu)
+    if not host.gpus and then.gpus:
+        here = msgspec.structs.replace(here, gpus=then.gpus, driver=kernel_driver() or then.driver)
+    return here
+
+
 def accepts(host: HostFacts, name: str) -> Callable[[bytes, bytes | None], None]:
     """Return what raises Incompatible for the manifest of a snapshot `name` that a host may not restore, whatever launch wants it.
 
-    CRIU is not compared: it does not matter to a pull, and a restore without it says so itself. Nor are GPUs where this process sees
-    none: a container that fetches for others holds none. The kernel's driver is, then.
+    What a container that fetches for others does not see is not compared (`as_seen`).
     """
-    driver = "" if host.gpus else kernel_driver()
 
     def check(document: bytes, _: bytes | None) -> None:
         recorded = manifest.parse(document, Path(name), name).identity
         if recorded:  # else of no engine
             then = Identity.decode(recorded)
-            here = msgspec.structs.replace(host, criu=then.host.criu)
-            if not host.gpus:
-                here = msgspec.structs.replace(here, gpus=then.host.gpus, driver=driver or then.host.driver)
-            refuse(check_host(then, here))
+            refuse(check_host(then, as_seen(host, then.host)))
 
     return check

@@ -178,16 +178,10 @@ def warm(
 
     for name in names:
         digest, url = resolve(name, store)
-        nowhere = str(home() / "run" / "no-mount")
-        config = MountConfig(
+        config = MountConfig.without_mount(
             digest,
-            nowhere,
             url,
-            str(home() / "cache"),
-            nowhere,
-            nowhere,
-            nowhere,
-            str(home()),
+            home(),
             cache_limit=cache_limit,
             peers=peers,
             peer_token=peer_token,

@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from lazyfs.cache.open_sparse_files import OpenSparseFiles
+from lazyfs.cache.sparse_file import ABSENT
 from lazyfs.content.manifest import Manifest
 from lazyfs.fetch.worker import LOCAL_THREADS, REMOTE_THREADS, build
 from lazyfs.mount.config import MountConfig
+from lazyfs.stores.rate import Limiter
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,13 @@ class Warmed:
     in_place: int
 
 
-def warm(config: MountConfig, manifest: Manifest, progress: Callable[[int, int], None] | None = None) -> Warmed:
-    """Fetch every absent chunk. Pins the model until it ends.
+def warm(
+    config: MountConfig,
+    manifest: Manifest,
+    progress: Callable[[int, int], None] | None = None,
+    limiter: Limiter | None = None,
+) -> Warmed:
+    """Fetch every absent chunk, at the rate of `limiter`. Pins the model until it ends.
 
     Raises DiskFull before anything is fetched if the model has no room under the cache's bound, or what a chunk's fetch
     raises: what was fetched until then stays.
@@ -36,6 +43,9 @@ def warm(config: MountConfig, manifest: Manifest, progress: Callable[[int, int],
     def one(job: tuple[int, int]) -> None:
         nonlocal done
         with sparse_files.use(job[0]) as sparse_file:
+            if limiter and sparse_file.state(job[1]) == ABSENT:
+                limiter.wait()
+                limiter.spend(cached[job[0]].chunks[job[1]].length)
             fetcher.fill(sparse_file, job[1], or_memory=False)
         with lock:
             done += cached[job[0]].chunks[job[1]].length

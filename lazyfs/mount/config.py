@@ -90,6 +90,12 @@ class MountConfig:
         if not Path(self.mountpoint).is_absolute():
             raise Usage(f"the mount point must be an absolute path, not {self.mountpoint!r}")
 
+    @classmethod
+    def without_mount(cls, manifest: str, store_url: str, home: Path, **more: Any) -> Self:
+        """Return the settings of what only fetches into the cache."""
+        nowhere = str(home / "run" / "no-mount")
+        return cls(manifest, nowhere, store_url, str(home / "cache"), nowhere, nowhere, nowhere, str(home), **more)
+
     @property
     def access_log(self) -> Path:
         """Return the path of the manifest's access log."""

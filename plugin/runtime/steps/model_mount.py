@@ -174,12 +174,12 @@ class Weights:
                     # A model of the hub, at the place of its mount.
                     self._manifest_digest = shown
                     return shown
-                stored = self._stored()
+                stored = self.stored()
                 self._mounted_from = self.store_url if stored else None
                 self._manifest_digest = stored or read_through(self.path.absolute())
             return self._manifest_digest
 
-    def _stored(self) -> str | None:
+    def stored(self) -> str | None:
         """Return the digest of the manifest in the store that the user named, if it has the model as it is now."""
         from lazyfs.content.stat_index import stored_digest
 
@@ -190,7 +190,7 @@ class Weights:
 
         Called once an engine serves, since a large model takes minutes. Return why that failed, with `wait`, or "".
         """
-        if not self.store_url or not self._mountable or self._stored():
+        if not self.store_url or not self._mountable or self.stored():
             return ""
         from plugin.model.store_import import StoreImport
 

@@ -111,7 +111,7 @@ def linear(problem):
     from capacity import requirements
     from capacity.optimize import program, solver
 
-    return solver.relax(program.build(problem, requirements.compute(problem, "restored")))
+    return solver.relax(program.build(problem, requirements.compute(problem, "restored"), shared=True))
 
 
 def gap_section(count):

@@ -15,7 +15,7 @@ import numpy as np
 from capacity.model import Floats, Problem, slot
 from capacity.optimize import cover
 from capacity.optimize.highs import FEASIBILITY, INTEGRALITY
-from capacity.optimize.program import Program
+from capacity.optimize.program import Program, stand_ins
 from capacity.requirements import Need
 
 EPS = 1e-7
@@ -45,7 +45,7 @@ class State:
         self.quotas_of = [[q for q, quota in enumerate(problem.quotas) if quota.covers(pool)] for pool in pools]
         self.alike = [[p for p in range(len(pools)) if need.place[p] == k] for k in range(max(need.place) + 1)]
         cells: dict[int, list[int]] = {}  # pools of the same type and zone
-        for p, stand_in in enumerate(program.stand_in.tolist()):
+        for p, stand_in in enumerate(stand_ins(pools).tolist()):
             cells.setdefault(stand_in, []).append(p)
         self.cells_of = [[c for c in cells.values() if self.rate[c[0]][j] > 0] for j in range(len(services))]
         self.block_at = {(p, size): k for k, (p, size) in enumerate(program.blocks.tolist())}

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -133,22 +133,24 @@ def solve(
     """
     began = time.perf_counter()
     required = need.compute(problem, kind)
-    built = program.build(problem, required)
+    built, linear = program.build(problem, required), program.build(problem, required, shared=True)
     if stay:
-        built = program.stay(built, [pool.held for pool in problem.pools])
+        built, linear = (program.stay(one, [pool.held for pool in problem.pools]) for one in (built, linear))
         if (built.lower > built.upper).any():  # more is held than a quota allows
             raise InfeasibleError(Conflict((), False))
-    relaxed = solver.relax(built, limit=limit)
+    relaxed = solver.relax(linear, limit=limit)
     if relaxed.values is None:
         raise explain.infeasible(problem, built, integers=False) if explained else InfeasibleError(Conflict((), False))
-    rounded = solver.integers(built, relaxed, problem, required, quick=quick, thorough=thorough, limit=limit)
+    near = replace(relaxed, values=program.as_columns_of(built, linear, relaxed.values))
+    rounded = solver.integers(built, near, problem, required, quick=quick, thorough=thorough, limit=limit)
     if rounded.values is None:
         raise explain.infeasible(problem, built, integers=True) if explained else InfeasibleError(Conflict((), False))
     best = solver.search(built, start=rounded.values, bound=relaxed.objective, limit=limit) if exact else None
     values = rounded.values if best is None else best.values
     assert values is not None
     seconds = time.perf_counter() - began
-    plan = _read(problem, required, built, relaxed, values, kind, seconds, rounded, best)
+    shadows = _shadows(problem, linear, relaxed)
+    plan = _read(problem, required, built, relaxed.objective, shadows, values, kind, seconds, rounded, best)
     broken = violations(problem, required, plan.instances, plan.replicas, plan.blocks)
     if broken:
         raise SolverError("plan-breaks-constraint", f"the solver's plan breaks {broken[0]}; please report the input")
@@ -167,7 +169,8 @@ def _read(
     problem: Problem,
     required: need.Need,
     built: program.Program,
-    relaxed: highs.Outcome,
+    linear: float,
+    shadows: tuple[Shadow, ...],
     values: Floats,
     kind: Kind,
     seconds: float,
@@ -203,15 +206,15 @@ def _read(
         replicas=replicas,
         idle=idle,
         cost=cost,
-        relaxed_cost=relaxed.objective * scale,
+        relaxed_cost=linear * scale,
         exact_cost=None if best is None else best.objective * scale,
         rounded_cost=rounded.objective * scale,
-        shadows=_shadows(problem, built, relaxed),
+        shadows=shadows,
         seconds=seconds,
         blocks=blocks,
         block_sizes=tuple((int(i), int(w)) for i, w in built.blocks),
         proven=best is not None and best.proven,
-        bound=(relaxed.objective if best is None else best.objective if best.proven else best.bound) * scale,
+        bound=(linear if best is None else best.objective if best.proven else best.bound) * scale,
     )
 
 

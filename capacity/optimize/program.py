@@ -62,7 +62,6 @@ class Program:
     at_h: int
     at_y: int
     price_scale: float
-    stand_in: Ints  # [pool] the cheapest pool that differs only in price, quota, supply and boot time
 
 
 class _Rows:
@@ -125,10 +124,12 @@ def round_up(values: Floats) -> Floats:
     return result
 
 
-def build(problem: Problem, need: Need) -> Program:
+def build(problem: Problem, need: Need, *, shared: bool = False) -> Program:
     """Build the program of a problem.
 
-    Prices are divided by the largest, so that solver tolerances do not depend on the currency.
+    Prices are divided by the largest, so that solver tolerances do not depend on the currency. `shared`: pools that differ only in
+    price, quota, supply or boot time share the columns of their replicas and blocks, those of the cheapest of them. As a linear program
+    that is exact, since their common load can be divided like their instances; it is not in integers, for replicas over several instances.
     """
     pools, services, policy, steps = problem.pools, problem.services, problem.policy, problem.demand.steps
     count = len(pools)
@@ -136,12 +137,14 @@ def build(problem: Problem, need: Need) -> Program:
     everywhere = np.arange(count)
     zone = np.unique([f"{p.region}/{p.zone}" for p in pools], return_inverse=True)[1]
     place = np.array(need.place, dtype=np.int64)
-    pairs = np.argwhere(need.rate > 0).astype(np.int64)
+    column_of = stand_ins(pools) if shared else everywhere
+    own = column_of == everywhere
+    pairs = np.argwhere((need.rate > 0) & own[:, None]).astype(np.int64)
     served = need.rate[pairs[:, 0], pairs[:, 1]]
     width = np.array([slot(services[j].gpus, pools[i].gpus) for i, j in pairs.tolist()], dtype=np.float64)
     sums = sorted({(k, size) for group in need.groups for k, (size, _) in group.weights.items()})
     blocks = np.array(
-        [(i, w) for i, where in enumerate(need.place) for k, w in sums if k == where], dtype=np.int64
+        [(i, w) for i, where in enumerate(need.place) if own[i] for k, w in sums if k == where], dtype=np.int64
     ).reshape(-1, 2)
     by_pool, by_service = _positions(pairs[:, 0], count), _positions(pairs[:, 1], len(services))
     zones_of = [np.unique(zone[pairs[mine, 0]]) for mine in by_service]
@@ -159,8 +162,9 @@ def build(problem: Problem, need: Need) -> Program:
     rows = _Rows(steps, held)
 
     for i, (pool, mine, idle) in enumerate(zip(pools, by_pool, _positions(blocks[:, 0], count), strict=True)):
-        name = Name("capacity", pool.name, f"GPUs of pool {pool.name}")
-        rows.add(name, (i, gpus[i]), (at_x + mine, -width[mine]), (at_b + idle, -blocks[idle, 1]), least=0)
+        name, alike = Name("capacity", pool.name, f"GPUs of pool {pool.name}"), np.flatnonzero(column_of == i)
+        if len(alike):
+            rows.add(name, (alike, gpus[alike]), (at_x + mine, -width[mine]), (at_b + idle, -blocks[idle, 1]), least=0)
     for i, pool in enumerate(pools):
         name = Name("flow", pool.name, f"starts of pool {pool.name}")
         rows.add(name, (at_u + i, 1), (i, -1), least=0, before=(i, 1))
@@ -275,7 +279,6 @@ def build(problem: Problem, need: Need) -> Program:
         at_h=at_h,
         at_y=at_y,
         price_scale=scale,
-        stand_in=_stand_in(pools),
     )
 
 
@@ -285,13 +288,23 @@ def _positions(values: Ints, count: int) -> list[Ints]:
     return np.split(order, np.cumsum(np.bincount(values, minlength=count))[:-1])
 
 
-def _stand_in(pools: tuple[Pool, ...]) -> Ints:
+def stand_ins(pools: tuple[Pool, ...]) -> Ints:
     """Return, for each pool, the cheapest one that holds the same replicas at the same rates in the same zone."""
     found: dict[tuple[object, ...], int] = {}
     alike = [(p.gpu, p.memory, p.region, p.zone, p.gpus) for p in pools]
     for i in sorted(range(len(pools)), key=lambda i: pools[i].price):
         found.setdefault(alike[i], i)
     return np.array([found[key] for key in alike], dtype=np.int64)
+
+
+def as_columns_of(program: Program, shared: Program, values: Floats) -> Floats:
+    """Return the instances, starts and replicas that `values` of a program with shared columns has, as columns of `program`."""
+    table = np.zeros((program.steps, program.columns))
+    given = values.reshape(shared.steps, shared.columns)
+    table[:, : program.at_x] = given[:, : shared.at_x]
+    kept = program.at_x + np.flatnonzero(np.isin(program.pairs[:, 0], shared.pairs[:, 0]))
+    table[:, kept] = given[:, shared.at_x : shared.at_b]
+    return table.ravel()
 
 
 def stay(program: Program, held: list[int]) -> Program:

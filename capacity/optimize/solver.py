@@ -17,7 +17,7 @@ from capacity.errors import SolverError
 from capacity.model import Floats, Problem
 from capacity.optimize import construct, highs
 from capacity.optimize.highs import Outcome
-from capacity.optimize.program import Ints, Program
+from capacity.optimize.program import Program
 from capacity.requirements import Need
 
 SMALL = 200  # integer columns up to which the whole plan is one integer program
@@ -32,65 +32,11 @@ WINDOW_GAP = 2e-3
 
 
 def relax(program: Program, *, limit: float = 60.0) -> Outcome:
-    """Solve the linear program.
-
-    Pools that differ only in price, quota, supply or boot time share columns (exact, since their common load can be divided
-    like their instances), so `values` counts their replicas and blocks on the cheapest of them.
-    """
-    if (program.stand_in == np.arange(program.at_u)).all():
-        return _linear(program, limit)
-    merged, columns, row_of = _merged(program)
-    outcome = _linear(merged, limit)
-    if outcome.values is None or outcome.row_dual is None:
-        return outcome
-    values = np.zeros(len(program.cost))
-    values[columns] = outcome.values
-    row_dual = outcome.row_dual.reshape(program.steps, merged.rows)[:, row_of].ravel()
-    priced = np.bincount(program.col, row_dual[program.row] * program.val, minlength=len(program.cost))
-    return replace(outcome, values=values, row_dual=row_dual, column_dual=program.cost - priced)
-
-
-def _linear(program: Program, limit: float) -> Outcome:
-    """Solve a linear program. Without presolve and with Devex prices HiGHS takes a quarter less on these programs."""
+    """Solve the linear program. Without presolve and with Devex prices HiGHS takes a quarter less on these programs."""
     loaded = highs.load(program, integers=False, limit=limit)
     loaded.setOptionValue("presolve", "off")
     loaded.setOptionValue("simplex_dual_edge_weight_strategy", 1)
     return highs.run(loaded, integers=False)
-
-
-def _merged(program: Program) -> tuple[Program, Ints, Ints]:
-    """Drop the replicas and blocks of all pools but the stand-ins.
-
-    Return that program, the indices of its columns, and the new position of each row of a step.
-    """
-    pools, stand_in, steps = program.at_u, program.stand_in, program.steps
-    stands = stand_in == np.arange(pools)
-    one = np.ones(program.columns, dtype=np.bool_)
-    one[program.at_x : program.at_b] = stands[program.pairs[:, 0]]
-    one[program.at_b : program.at_s] = stands[program.blocks[:, 0]]
-    kept = np.tile(one, steps)
-    position = np.cumsum(kept) - 1
-    rows = np.ones(program.rows, dtype=np.bool_)
-    rows[:pools] = stands  # the first rows count the GPUs, one row per pool
-    row_of = np.cumsum(rows) - 1
-    row_of[:pools] = row_of[stand_in]
-    inside = kept[program.col]
-    count = int(rows.sum())
-    merged = replace(
-        program,
-        columns=int(one.sum()),
-        rows=count,
-        row=(row_of[program.row % program.rows] + program.row // program.rows * count)[inside],
-        col=position[program.col[inside]],
-        val=program.val[inside],
-        row_lower=program.row_lower[np.tile(rows, steps)],
-        row_upper=program.row_upper[np.tile(rows, steps)],
-        lower=program.lower[kept],
-        upper=program.upper[kept],
-        cost=program.cost[kept],
-        integer=program.integer[kept],
-    )
-    return merged, np.flatnonzero(kept), row_of
 
 
 def integers(

@@ -83,7 +83,9 @@ class Api:
         import httpx2
         from lightkube import Client, KubeConfig
         from lightkube.core.exceptions import ConfigError
+        from yaml import YAMLError
 
+        config = None
         try:
             config = KubeConfig.from_env().get()
             if config is None or config.user is None:
@@ -91,8 +93,11 @@ class Api:
             client = Client(
                 config, timeout=httpx2.Timeout(CALL_LIMIT_S), field_manager="quickthaw-plan", trust_env=False
             )
-        except (ConfigError, OSError, ValueError) as error:  # a damaged certificate is an ssl.SSLError, an OSError
+        except (ConfigError, OSError, KeyError, ValueError, YAMLError) as error:
             said = " ".join(str(error).split())
+            if config is not None and config.user is not None:  # damaged certificates are OSErrors that name no file
+                where = config.cluster.certificate_auth or config.fname or "the kubeconfig"
+                said = f"the certificates of {where} cannot be read: {said}"
             raise CapacityError("cluster-unknown", f"{said}; run in a pod, or set KUBECONFIG") from error
         return cls(client, stop)
 

@@ -96,6 +96,39 @@ def test_a_pod_without_a_node_gives_the_reason_and_serves_once_it_has_one(tmp_pa
     run(test())
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_where_no_pod_is_made_at_all_the_held_request_gets_the_reason(tmp_path, allowed):
+    """Without the verb that reads it the request waits for its deadline, and serves if a pod comes."""
+
+    async def test():
+        async with at_zero(tmp_path, without=None if allowed else "deployments", schedule_grace_s=0.3) as (
+            nodes,
+            proxy,
+        ):
+            nodes.api.allowed = {name: verbs for name, verbs in role().items() if allowed or name != "deployments"}
+            nodes.quota = 'pods "llama-1" is forbidden: exceeded quota: gpus, requested: 1, used: 8, limited: 8'
+            if allowed:
+                answer = await proxy.ask("r1")
+                assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
+                error = answer.json()["error"]
+                assert (error["code"], "exceeded" in error["message"]) == ("pod-refused", False), error
+                assert "FailedCreate" in error["message"]
+                (pool,) = (await proxy.status())["pools"]
+                assert "exceeded quota: gpus" in pool["last_failure"]["message"]
+            waiting = asyncio.create_task(proxy.ask("r2"))
+            await asyncio.sleep(0.0 if allowed else 1.0)
+            assert not waiting.done()
+            nodes.quota = ""
+            nodes.api.notify()
+            first = await waiting
+            if first.status_code == 503:  # it came before the pod
+                await until(lambda: proxy.pool.ready())
+                first = await proxy.ask("r3")
+            assert first.status_code == 200
+
+    run(test())
+
+
 def test_the_start_is_followed_in_the_status_and_in_comments_of_a_stream(tmp_path):
     async def test():
         settings = Settings(hold_timeout_s=20.0, early_stream=True, early_comment_every_s=0.02)

@@ -21,6 +21,7 @@ from lightkube.config.client_adapter import verify_cluster
 from lightkube.core.exceptions import ConfigError
 from lightkube.models.meta_v1 import ObjectMeta
 from lightkube.resources.apps_v1 import Deployment, StatefulSet
+from yaml import YAMLError
 
 from plugin.proxy.errors import StartFailed
 from plugin.proxy.kubernetes.address import WorkloadAddress
@@ -124,11 +125,17 @@ class Cluster:
         """Connect to the cluster that the environment names. Raises ValueError (cluster-unknown) if it names none."""
         try:
             config = KubeConfig.from_env().get()
-        except (ConfigError, OSError) as error:
-            raise ValueError(f"cluster-unknown: {error}; run in a pod, or set KUBECONFIG") from error
+        except (ConfigError, OSError, KeyError, ValueError, YAMLError) as error:
+            said = " ".join(str(error).split())
+            raise ValueError(f"cluster-unknown: {said}; run in a pod, or set KUBECONFIG") from error
         if config is None or config.user is None:
             raise ValueError("cluster-unknown: the kubeconfig names no cluster or no user; set KUBECONFIG")
-        trust = verify_cluster(config.cluster, config.user, config.abs_file)
+        try:
+            trust = verify_cluster(config.cluster, config.user, config.abs_file)
+        except (ConfigError, OSError, ValueError) as error:  # damaged certificates are OSErrors that name no file
+            where = config.cluster.certificate_auth or config.fname or "the kubeconfig"
+            said = " ".join(str(error).split())
+            raise ValueError(f"cluster-unknown: the certificates of {where} cannot be read: {said}") from error
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=8)
         transport = Paced(httpx2.AsyncHTTPTransport(verify=trust, limits=limits))
         client = AsyncClient(
@@ -150,6 +157,20 @@ class Cluster:
         kind = KINDS[address.kind].Scale
         async with self.errors():
             return await self.client.get(kind, address.name, namespace=address.namespace)
+
+    async def refusal(self, address: WorkloadAddress) -> str | None:
+        """Return why the cluster makes no pods of a Deployment (a quota, an admission webhook), None if it says nothing.
+
+        A StatefulSet says it in events only, which are not read. Raises StartFailed.
+        """
+        if address.kind != "deployment":
+            return None
+        async with self.errors():
+            found = await self.client.get(Deployment, address.name, namespace=address.namespace)
+        for each in (found.status.conditions if found.status else None) or ():
+            if each.type == "ReplicaFailure" and each.status == "True":
+                return " ".join(f"{each.reason}: {each.message}".split())[:1000]
+        return None
 
     async def set_scale(self, address: WorkloadAddress, seen: Any, replicas: int) -> None:
         """Set how many replicas are wanted, if the workload is still as it was `seen`.

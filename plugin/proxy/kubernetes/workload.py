@@ -341,16 +341,18 @@ class Workload:
         """Set `scale` to 1 if it is 0, and return when a pod serves.
 
         Raises StartFailed: the API refuses (cluster-forbidden, workload-not-found), or no pod can start (pod-unschedulable,
-        pod-image, pod-config, pod-crashes).
+        pod-image, pod-config, pod-crashes), or none is made (pod-refused).
         """
         self._waking_since = began = time.monotonic()
         self._begin("woken")
         try:
             await self._scale_up()
-            looked, every = time.monotonic(), 2.0
+            looked, every = time.monotonic(), min(2.0, self.spec.schedule_grace_s)
             while self.pool.ready() is None:
                 if not self._members and time.monotonic() - looked > every:
                     await self._scale_up()  # somebody may have set it to 0 in the meantime
+                    if time.monotonic() - began > self.spec.schedule_grace_s:
+                        await self._check_refusal()
                     looked, every = time.monotonic(), min(30.0, every * 2)
                 if (fault := self._stuck() or (self._pods.refused if self._pods is not None else None)) is not None:
                     raise fault.fresh()
@@ -368,6 +370,17 @@ class Workload:
             raise
         finally:
             self._waking_since = None
+
+    async def _check_refusal(self) -> None:
+        """Raise StartFailed (pod-refused) if the cluster makes no pod of the workload, and says why."""
+        try:
+            refusal = await self._session.cluster.refusal(self.spec.address)
+        except StartFailed as error:  # a role without the verb, or an API that is away: the wake goes on
+            log.debug("%s: why it has no pod is unknown: %s", self.name, error.detail or error.message)
+            return
+        if refusal is not None:
+            said = f"the cluster makes no pod of {self.spec.address.name}"
+            raise StartFailed("pod-refused", f"{said}: {refusal.partition(':')[0]}", detail=f"{said}: {refusal}")
 
     async def _scale_up(self) -> None:
         """Set `scale` from 0 to 1. A proxy that was quicker is as good; an API that is away is tried again."""

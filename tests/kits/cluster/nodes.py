@@ -69,6 +69,8 @@ class Nodes:
         self._names = itertools.count(1)
         self._task = None
         self._ending = False
+        self.quota = ""
+        """Why no pod is made, as the API's admission says it; "" makes them."""
         self.started = []
         """Names of the pods whose process was started, in order."""
 
@@ -77,7 +79,14 @@ class Nodes:
         labels = {"app": name}
         self.api.put(
             plural,
-            {"metadata": {"name": name}, "spec": {"replicas": replicas, "selector": {"matchLabels": labels}}},
+            {
+                "metadata": {"name": name},
+                "spec": {
+                    "replicas": replicas,
+                    "selector": {"matchLabels": labels},
+                    "template": {"metadata": {"labels": labels}},
+                },
+            },
         )
         if service:
             self.api.put(
@@ -123,10 +132,17 @@ class Nodes:
             for workload in self.api.of(plural):
                 labels, wanted = workload["spec"]["selector"]["matchLabels"], workload["spec"]["replicas"]
                 pods = [pod for pod in by_app.get(labels["app"], ()) if "deletionTimestamp" not in pod["metadata"]]
+                if self.quota and plural == "deployments" and wanted > len(pods):
+                    self._refuse(workload["metadata"]["name"])
+                    continue
                 for _ in range(wanted - len(pods)):
                     self._create(workload["metadata"]["name"], labels)
                 for pod in pods[wanted:] if wanted < len(pods) else ():
                     self.delete(pod["metadata"]["name"])
+
+    def _refuse(self, name):
+        failure = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": self.quota}
+        self.api.change("deployments", name, lambda obj: obj.setdefault("status", {}).update(conditions=[failure]))
 
     def _create(self, name, labels):
         self.api.put(

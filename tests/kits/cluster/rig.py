@@ -54,6 +54,11 @@ class Clients:
             url = f"http://127.0.0.1:{self.port}/v1/completions"
             return await client.post(url, json=body or {"model": "m", "prompt": "a"}, headers=headers)
 
+    async def status(self):
+        """Return the status document."""
+        async with httpx2.AsyncClient(trust_env=False, verify=PLAIN, timeout=10) as client:
+            return (await client.get(f"http://127.0.0.1:{self.port}/-/status")).json()
+
     async def stream(self, name, *, body, limit_s=30.0):
         """Send one request for a stream; return all that came, comments included."""
         return (await self.ask(name, body=body, limit_s=limit_s)).text

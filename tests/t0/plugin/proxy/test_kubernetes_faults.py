@@ -3,12 +3,15 @@
 import asyncio
 import contextlib
 import json
+import threading
 from types import SimpleNamespace
 
 import pytest
 from lightkube.resources.coordination_v1 import Lease
 from lightkube.resources.core_v1 import Pod
 
+from capacity.cluster.api import Api
+from capacity.errors import CapacityError
 from plugin.proxy.errors import StartFailed
 from plugin.proxy.kubernetes import agreement, cluster, workload
 from plugin.proxy.kubernetes.address import parse
@@ -372,3 +375,40 @@ def test_a_scale_that_names_no_pods_does_not_mean_all_of_the_namespace(monkeypat
 
     asyncio.run(test())
     assert asked == ["app=llama"]
+
+
+def damaged_kubeconfig(folder, cluster_of):
+    """Write a kubeconfig with a damaged part; return its path."""
+    one = {"name": "x", "context": {"cluster": "x", "user": "x"}}
+    cluster_of = {"server": "https://127.0.0.1:1"} | cluster_of
+    document = {
+        "current-context": "x", "contexts": [one], "clusters": [{"name": "x", "cluster": cluster_of}],
+        "users": [{"name": "x", "user": {"token": "t"}}],
+    }  # fmt: skip
+    (folder / "ca.crt").write_text("-----BEGIN CERTIFICATE-----\nnonsense\n-----END CERTIFICATE-----\n")
+    (folder / "config").write_text(json.dumps(document))
+    return folder / "config"
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [
+        ({"certificate-authority": "ca.crt"}, "ca.crt"),
+        ({"certificate-authority": "none.crt"}, "none.crt"),
+        ({"certificate-authority-data": "bm9uc2Vuc2U="}, "config"),
+        ({"certificate-authority-data": "no base64"}, "config"),
+        (None, "KUBECONFIG"),
+    ],
+)
+def test_certificates_that_cannot_be_read_are_named_with_their_file(tmp_path, monkeypatch, part, named):
+    path = damaged_kubeconfig(tmp_path, part or {})
+    if part is None:
+        path.write_text("clusters: [\n")
+    monkeypatch.setenv("KUBECONFIG", str(path))
+    with pytest.raises(ValueError, match="cluster-unknown") as proxys:
+        cluster.Cluster.from_environment()
+    with pytest.raises(CapacityError) as plans:
+        Api.from_environment(threading.Event())
+    assert plans.value.code == "cluster-unknown"
+    for error in (proxys.value, plans.value):
+        assert named in str(error) and "\n" not in str(error)

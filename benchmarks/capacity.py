@@ -5,7 +5,9 @@
     python benchmarks/capacity.py --only bound    how far a large plan can be from the optimum (--seconds for the integer program)
     python benchmarks/capacity.py --json
 
-`trace` needs the Azure code trace (../shared/data/azure_llm_2023_code.csv, or --trace); without it the section is skipped with a message.
+`trace` needs the Azure code trace (../shared/data/azure_llm_2023_code.csv); without it the section is skipped with a message.
+`--trace` names others, as often as wanted: such as the hour of conversations, data/AzureLLMInferenceTrace_conv.csv of
+github.com/Azure/AzurePublicDataset.
 """
 
 import argparse
@@ -265,11 +267,13 @@ def marks(found):
     for row in found.get("million", ()):
         what = f"{row['requests']} requests, {row['policy']}"
         add(what, f"< {row['target_s']:g} s", f"{row['wall_s']:g} s", row["wall_s"] < row["target_s"])
-    equal = {row["policy"].split(",")[0]: row for row in found.get("trace_at_equal_p99", ())}
-    if equal:
+    for title, rows_of in found.items():
+        if not title.endswith("_at_equal_p99"):
+            continue
+        equal = {row["policy"].split(",")[0]: row for row in rows_of}
         restored, bar = equal.get("lp restored"), equal["hpa"]
         for other in ("hpa", "lp cold"):
-            what = f"GPU hours of lp restored and of {other}, p99 no longer than {bar['wait_p99_s']:.1f} s"
+            what = f"{title.removesuffix('_at_equal_p99')}: GPU hours of lp restored and of {other}, p99 at most {bar['wait_p99_s']:.1f} s"
             if restored is None:
                 add(what, "fewer", "no setting of lp restored waits as little", False)
             elif other not in equal:
@@ -297,7 +301,7 @@ def main():
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--instances", type=int, default=300)
     parser.add_argument("--requests", type=int, default=1_000_000)
-    parser.add_argument("--trace", type=Path, default=REPO.parent / "shared" / "data" / "azure_llm_2023_code.csv")
+    parser.add_argument("--trace", type=Path, action="append", help="CSV of requests, as often as wanted")
     options = parser.parse_args()
     wanted = options.only or ["solve", "gap", "scipy", "million", "trace"]
     found = {}
@@ -312,10 +316,11 @@ def main():
     if "million" in wanted:
         found["million"] = million_section(options.requests)
     if "trace" in wanted:
-        if options.trace.exists():
-            found.update({f"trace_{key}": rows for key, rows in trace_section(options.trace).items()})
-        else:
-            print(f"no trace at {options.trace}: that section is left out", file=sys.stderr)
+        for path in options.trace or [REPO.parent / "shared" / "data" / "azure_llm_2023_code.csv"]:
+            if path.exists():
+                found.update({f"{path.stem}_{key}": rows for key, rows in trace_section(path).items()})
+            else:
+                print(f"no trace at {path}: that section is left out", file=sys.stderr)
     if reached := marks(found):
         found["marks"] = reached
     if options.json:

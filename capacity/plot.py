@@ -131,7 +131,8 @@ def frontier(points: list[Result], names: list[str]) -> Callable[[Any], None]:
             axis.set_xlabel("cost, $")
             axis.set_ylabel(label)
             axis.set_yscale("symlog", linthresh=1.0)
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(bottom=0, top=max(1.0, axis.get_ylim()[1]))  # below 1 s the scale is linear, without ticks
+            axis.yaxis.set_major_formatter("{x:g}")
             axis.grid(alpha=0.3)
             axis.legend()
 
@@ -162,6 +163,7 @@ def over_time(results: list[Result], title: str) -> Callable[[Any], None]:
             axis.grid(alpha=0.3)
             axis.set_ylim(bottom=0, top=max(1.0, axis.get_ylim()[1]))
         axes[4].set_yscale("symlog", linthresh=1.0)
+        axes[4].yaxis.set_major_formatter("{x:g}")
         axes[4].set_xlabel(word)
         lines, names = axes[1].get_legend_handles_labels()
         figure.legend(lines, names, loc="outside upper center", ncols=min(5, len(results)), title=title)

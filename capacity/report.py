@@ -15,7 +15,8 @@ from capacity.actions.watch import Decision
 from capacity.errors import CapacityError, InfeasibleError, InputError
 from capacity.inputs.units import duration_text
 from capacity.optimize.plan import Plan
-from capacity.simulation.simulate import Result
+from capacity.simulation.policies import Hpa
+from capacity.simulation.simulate import FRONTIER, Result, pareto_of_each, settings_of
 
 COLUMNS = 8
 RUNGS = {"standby": "standby", "restored": "asleep", "cold": "cold"}
@@ -384,18 +385,31 @@ def _row(result: Result) -> dict[str, Any]:
     }
 
 
+def frontier_sentence(reached: list[Result]) -> str:
+    """Return in one line what restored starts and the plan cost at the wait of the autoscaler with cold starts at its usual target."""
+    usual = next(r for r in reached if r.policy == f"{FRONTIER[0]}, target {Hpa.target:.0%}")
+    parts = []
+    for name in FRONTIER[1:]:
+        able = [r.cost for r in settings_of(reached, name) if r.p99 <= usual.p99]
+        parts.append(f"{name} " + (f"for ${min(able):,.2f}" if able else "at no setting"))
+    return f"{usual.policy}: p99 wait {duration_text(usual.p99)} for ${usual.cost:,.2f}. No longer waits: {', '.join(parts)}."
+
+
 def simulation_json(results: list[Result], reached: list[Result]) -> dict[str, Any]:
     report: dict[str, Any] = {"policies": [_row(result) for result in results]}
     if reached:
+        report["answer"] = frontier_sentence(reached)
         report["frontier"] = [_row(result) for result in reached]
     return report
 
 
 def print_simulation(console: Console, results: list[Result], reached: list[Result]) -> None:
-    """Print the results; `reached`: those of a frontier that nothing else of their kind beats."""
+    """Print the results, and of a frontier's results `reached` what they answer and those that nothing else of their kind beats."""
     tables = [("Policies side by side", results)]
     if reached:
-        tables.append(("Wait against cost: the settings that no other of the same kind beats", reached))
+        console.print(frontier_sentence(reached), style="bold", highlight=False)
+        best = pareto_of_each(reached)
+        tables.append(("Wait against cost: the settings that no other of the same kind beats", best))
     for title, rows in tables:
         numbers = ("waited", "too long", "p50 s", "p99 s", "max s", "GPU hours", "$", "utilization", "starts from")
         table = _table(title, ("policy",), numbers)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from capacity.errors import InputError
 from capacity.inputs import trace as traces
 from capacity.inputs.document import Field, integer, quantity
 from capacity.inputs.lead_times import expand
@@ -48,26 +49,20 @@ def learn(
     given = field.record(readers, "path")
     entries = field.mapping()
     trace = traces.read(path.parent / Path(expand(given["path"])))
-    names = list(trace.services)
-    if names == [""]:
-        names = [given.get("service", services[0].name if len(services) == 1 else "")]
-        if names[0] not in {service.name for service in services}:
-            text = "the trace has no Service column: give the service of its requests in `service`"
-            raise entries.get("service", field).error("unknown-name", text)
-    for name in names:
-        if name not in {service.name for service in services}:
-            text = f"the trace has requests of {name}, which is not a service of this file"
-            raise entries["path"].error("unknown-name", text)
-    works = [
-        trace.units(names.index(s.name), s.unit) if s.name in names else (np.zeros(0), np.zeros(0)) for s in services
-    ]
+    try:
+        works = trace.arrivals(services, given.get("service", ""))
+    except InputError as bad:
+        if trace.services != ("",):
+            raise entries["path"].error(bad.code, bad.message) from bad
+        text = "the trace has no Service column: give the service of its requests in `service`"
+        raise entries.get("service", field).error(bad.code, text) from bad
     widths, reason = _widths(services, pools, [work for _, work in works])
     width = given.get("bin", min(widths))
     notes = [f"Demand is read in bins of {duration_text(width)}: " + ("as the file says" if "bin" in given else reason)]
     end = max(width, trace.seconds // width * width)  # whole bins
     rates = np.array([traces.rates(at[at < end], work[at < end], width, end) for at, work in works])
     for j, own in enumerate(widths if "bin" not in given else ()):
-        rates[j] = _smooth(rates[j], round(own / width))
+        rates[j] = traces.rolling_mean(rates[j], max(1, round(own / width)))
     start = given.get("start")
     if start is not None and trace.start is None:
         raise entries["start"].error("wrong-type", "the trace has seconds, no times of day; leave start out")
@@ -95,17 +90,6 @@ def _widths(services: tuple[Service, ...], pools: tuple[Pool, ...], works: list[
         widths.append(float(f"{min(width, 3600.0):.2g}"))
         reasons.append(why)
     return widths, reasons[int(np.argmin(widths))]
-
-
-def _smooth(rates: Floats, bins: int) -> Floats:
-    """Return the mean over the last `bins` bins, of those there are."""
-    if bins < 2:
-        return rates
-    total = np.concatenate([[0.0], np.cumsum(rates)])
-    ends = np.arange(1, len(rates) + 1)
-    starts = np.maximum(0, ends - bins)
-    smoothed: Floats = (total[ends] - total[starts]) / (ends - starts)
-    return smoothed
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from capacity.requirements import Need
 
 EPS = 1e-7
 SWEEPS = 3
-GOOD = 1.01  # times the usual cost of a service: replicas of at most this cost are not improved further
+GOOD = 1.005  # times the usual cost of a service: replicas of at most this cost are not improved further
 SEVERAL = 1500  # integers
 RETRIES = 6  # orders of the services that are tried
 

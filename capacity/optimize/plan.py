@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from capacity import requirements as need
 from capacity.errors import Conflict, InfeasibleError, SolverError
@@ -37,18 +40,13 @@ class Plan:
     need: need.Need
     kind: Kind
     instances: Ints
-    starts: Ints
-    stops: Ints
     replicas: Ints
-    idle: Ints  # [step, pool] GPUs reserved as idle blocks
-    cost: float  # dollars over the horizon, held and started
+    blocks: tuple[dict[tuple[int, int], int], ...]  # [step] idle blocks: (pool, GPUs of a block) -> count
     relaxed_cost: float
     exact_cost: float | None
     rounded_cost: float
     shadows: tuple[Shadow, ...]
     seconds: float
-    blocks: tuple[dict[tuple[int, int], int], ...]  # [step] (pool, GPUs per block) -> count
-    block_sizes: tuple[tuple[int, int], ...]  # possible (pool, GPUs per block)
     proven: bool  # the integer program was solved to optimality
     bound: float  # dollars: lower bound of all integer plans
 
@@ -70,17 +68,44 @@ class Plan:
         held: Floats = self.instances.astype(np.float64) @ sizes
         return held
 
+    @cached_property
+    def _changes(self) -> Ints:
+        """Instances more than in the step before, [step, pool]."""
+        changes: Ints = np.diff(self.instances, axis=0, prepend=[[pool.held for pool in self.problem.pools]])
+        return changes
+
     @property
+    def starts(self) -> Ints:
+        return np.maximum(0, self._changes)
+
+    @property
+    def stops(self) -> Ints:
+        return np.maximum(0, -self._changes)
+
+    @property
+    def cost(self) -> float:
+        """Dollars over the horizon: instances held, what interruptions cost, and starts."""
+        prices, policy = np.array([pool.price for pool in self.problem.pools]), self.problem.policy
+        held = float((self.instances @ (prices * (1 + self.need.loss))).sum()) * self.hours
+        return held + float((self.starts @ prices).sum()) * policy.switching_cost
+
+    @cached_property
+    def idle(self) -> Ints:
+        """GPUs reserved as idle blocks, [step, pool]."""
+        idle = np.zeros_like(self.instances)
+        for t, blocks in enumerate(self.blocks):
+            for (i, width), many in blocks.items():
+                idle[t, i] += width * many
+        return idle
+
+    @cached_property
     def busy(self) -> Floats:
-        """GPUs that the demand to expect keeps running application code, [step]."""
-        total = np.zeros(len(self.instances))
-        size = np.array([service.gpus for service in self.problem.services], dtype=np.float64)
-        for t in range(len(total)):
-            capacity = (self.replicas[t] * self.need.rate).sum(axis=0)
-            replicas = self.replicas[t].sum(axis=0)
-            load = np.divide(self.need.typical[:, t], capacity, out=np.zeros(len(size)), where=capacity > 0)
-            total[t] = float((np.minimum(1.0, load) * replicas * size).sum())
-        return total
+        """GPUs that the demand to expect keeps running application code, [step, pool]."""
+        capacity = (self.replicas * self.need.rate).sum(axis=1)  # [step, service]
+        load = np.divide(self.need.typical.T, capacity, out=np.zeros_like(capacity), where=capacity > 0)
+        sizes = [service.gpus for service in self.problem.services]
+        busy: Floats = (self.replicas * (np.minimum(1.0, load) * sizes)[:, None, :]).sum(axis=2)
+        return busy
 
     @property
     def utilization(self) -> float:
@@ -95,22 +120,17 @@ class Plan:
 
     def idle_by_type(self, step: int = 0) -> dict[str, float]:
         """Return the GPUs left idle by the demand to expect, by type: hot spares, idle blocks and the rest."""
-        found: dict[str, float] = {}
-        capacity = (self.replicas[step] * self.need.rate).sum(axis=0)
-        load = np.divide(self.need.typical[:, step], capacity, out=np.zeros(len(capacity)), where=capacity > 0)
-        for i, pool in enumerate(self.problem.pools):
-            busy = sum(
-                min(1.0, float(load[j])) * int(self.replicas[step, i, j]) * service.gpus
-                for j, service in enumerate(self.problem.services)
-            )
-            found[pool.gpu] = found.get(pool.gpu, 0.0) + float(self.instances[step, i] * pool.gpus) - busy
-        return dict(sorted(found.items()))
+        sizes = np.array([pool.gpus for pool in self.problem.pools])
+        return self._by_type(self.instances[step] * sizes - self.busy[step])
 
     def buffer_by_type(self, step: int = 0) -> dict[str, int]:
         """Return the GPUs reserved as idle blocks, by type."""
-        found: dict[str, int] = {}
-        for i, pool in enumerate(self.problem.pools):
-            found[pool.gpu] = found.get(pool.gpu, 0) + int(self.idle[step, i])
+        return self._by_type(self.idle[step])
+
+    def _by_type(self, values: npt.NDArray[Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for pool, value in zip(self.problem.pools, values.tolist(), strict=True):
+            found[pool.gpu] = found.get(pool.gpu, 0) + value
         return dict(sorted(found.items()))
 
 
@@ -157,14 +177,6 @@ def solve(
     return plan
 
 
-def _blocks(built: program.Program, values: Floats) -> tuple[dict[tuple[int, int], int], ...]:
-    """Return the idle blocks of each step: (pool, GPUs per block) -> count."""
-    table = values.reshape(built.steps, built.columns)[:, built.at_b : built.at_s]
-    return tuple(
-        {(int(i), int(w)): round(v) for (i, w), v in zip(built.blocks, row, strict=True) if v > 0.5} for row in table
-    )
-
-
 def _read(
     problem: Problem,
     required: need.Need,
@@ -177,42 +189,27 @@ def _read(
     rounded: highs.Outcome,
     best: highs.Outcome | None,
 ) -> Plan:
-    steps, pools = built.steps, len(problem.pools)
-    table = values.reshape(steps, built.columns)
-    instances = np.round(table[:, :pools]).astype(np.int64)
-    before = np.vstack([np.array([pool.held for pool in problem.pools], dtype=np.int64)[None, :], instances[:-1]])
-    replicas = np.zeros((steps, pools, len(problem.services)), dtype=np.int64)
-    placed = np.round(table[:, built.at_x : built.at_b]).astype(np.int64)
-    replicas[:, built.pairs[:, 0], built.pairs[:, 1]] = placed
-    idle = np.zeros((steps, pools), dtype=np.int64)
-    blocks = _blocks(built, values)
-    for t, sizes in enumerate(blocks):
-        for (i, width), many in sizes.items():
-            idle[t, i] += width * many
-    starts = np.maximum(0, instances - before)
-    prices = np.array([pool.price for pool in problem.pools])
-    cost = float(
-        (instances @ (prices * (1 + required.loss))).sum() * problem.step_seconds / 3600
-        + (starts @ prices).sum() * problem.policy.switching_cost
-    )
+    """Return the plan whose columns have these values. `linear`: the objective of the linear program."""
+    table = np.round(values).astype(np.int64).reshape(built.steps, built.columns)
+    replicas = np.zeros((built.steps, *required.rate.shape), dtype=np.int64)
+    replicas[:, built.pairs[:, 0], built.pairs[:, 1]] = table[:, built.at_x : built.at_b]
+    keys = [(i, w) for i, w in built.blocks.tolist()]
+    blocks = [
+        {key: n for key, n in zip(keys, row, strict=True) if n} for row in table[:, built.at_b : built.at_s].tolist()
+    ]
     scale = built.price_scale
     return Plan(
         problem=problem,
         need=required,
         kind=kind,
-        instances=instances,
-        starts=starts,
-        stops=np.maximum(0, before - instances),
+        instances=table[:, : built.at_u],
         replicas=replicas,
-        idle=idle,
-        cost=cost,
+        blocks=tuple(blocks),
         relaxed_cost=linear * scale,
         exact_cost=None if best is None else best.objective * scale,
         rounded_cost=rounded.objective * scale,
         shadows=shadows,
         seconds=seconds,
-        blocks=blocks,
-        block_sizes=tuple((int(i), int(w)) for i, w in built.blocks),
         proven=best is not None and best.proven,
         bound=(linear if best is None else best.objective if best.proven else best.bound) * scale,
     )

@@ -108,7 +108,6 @@ def simulate_command(
             simulate.run(problem, trace, policy, options) for policy in policies if not chosen or policy.name in chosen
         ]
         reached = simulate.frontier(problem, trace, options) if frontier else []
-        best = simulate.pareto_of_each(reached)
         if plot is not None:
             from capacity import plot as plots
 
@@ -118,7 +117,7 @@ def simulate_command(
                 plots.write(
                     plot,
                     title,
-                    lambda page: report.print_simulation(page, results, best),
+                    lambda page: report.print_simulation(page, results, reached),
                     *pictures,
                     plots.over_time(results, title),
                 )
@@ -128,7 +127,7 @@ def simulate_command(
     if as_json:
         click.echo(json.dumps(report.simulation_json(results, reached), indent=2))
     else:
-        report.print_simulation(console(), results, best)
+        report.print_simulation(console(), results, reached)
 
 
 @click.command("generate", short_help="Write a synthetic day of requests as CSV.")

@@ -14,9 +14,8 @@ import math
 from collections import deque
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from capacity.errors import InfeasibleError
+from capacity.inputs.trace import rolling_mean
 from capacity.model import Demand, Floats, Forecast, History, Kind, Problem
 from capacity.optimize import plan
 from capacity.simulation.fleet import Fleet
@@ -33,15 +32,7 @@ class Past:
     def __init__(self, rates: Floats, bin_seconds: float = BIN) -> None:
         self._rates = rates
         self.bin_seconds = bin_seconds
-        self._levels = self._rolling(rates)
-
-    @staticmethod
-    def _rolling(rates: Floats) -> Floats:
-        total = np.concatenate([np.zeros((len(rates), 1)), np.cumsum(rates, axis=1)], axis=1)
-        ends = np.arange(1, rates.shape[1] + 1)
-        starts = np.maximum(0, ends - MINUTE)
-        mean: Floats = (total[:, ends] - total[:, starts]) / (ends - starts)
-        return mean
+        self._levels = rolling_mean(rates, MINUTE)
 
     def until(self, now: float) -> tuple[Floats, Floats]:
         """Return rates and levels (the mean of the last minute) up to `now`: [service, bin]."""

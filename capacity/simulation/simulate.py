@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from capacity.errors import InputError
 from capacity.inputs import trace as traces
 from capacity.inputs.trace import Trace
 from capacity.model import KINDS, Floats, Problem
@@ -136,35 +135,9 @@ def pareto_of_each(results: list[Result]) -> list[Result]:
     return [best for name in FRONTIER for best in pareto(settings_of(results, name), "p99")]
 
 
-def arrivals_of(problem: Problem, trace: Trace) -> list[tuple[Floats, Floats]]:
-    """Return the arrival times and work of each service.
-
-    A trace without service names belongs to the only service. Raises InputError (unknown-name).
-    """
-    names = list(trace.services)
-    if names == [""] and len(problem.services) == 1:
-        names = [problem.services[0].name]
-    known = {service.name for service in problem.services}
-    strange = sorted(set(names) - known)
-    if strange == [""]:
-        raise InputError(
-            "unknown-name",
-            f"the trace has no Service column, and {problem.source} has {len(problem.services)} services; add the column",
-        )
-    if strange:
-        raise InputError(
-            "unknown-name", f"the trace has requests of {strange[-1]}, which is not a service of {problem.source}"
-        )
-    empty = np.zeros(0)
-    return [
-        trace.units(names.index(service.name), service.unit) if service.name in names else (empty, empty)
-        for service in problem.services
-    ]
-
-
 def run(problem: Problem, trace: Trace, policy: Autoscaler, options: Options) -> Result:
     """Run one policy over the whole trace."""
-    arrivals = arrivals_of(problem, trace)
+    arrivals = trace.arrivals(problem.services)
     end = trace.seconds
     wake = 1.0 if end <= 3 * 3600 else 5.0  # seconds per tick
     rates = np.array([traces.rates(at, work, BIN, end + BIN) for at, work in arrivals])

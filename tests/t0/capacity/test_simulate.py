@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from capacity import report
 from capacity.errors import InputError
 from capacity.inputs import synthetic
 from capacity.inputs.load import load
 from capacity.inputs.trace import Trace, read
+from capacity.inputs.units import duration_text
 from capacity.model import Demand, Forecast, Policy, Pool, Problem, Service
 from capacity.simulation import simulate
 from capacity.simulation.fleet import Fleet, Replica
@@ -59,8 +61,8 @@ def test_a_trace_of_one_request(work):
 
 def test_a_trace_without_names_of_several_services_is_refused():
     several = load(REPO / "examples" / "plan.yaml")
-    with pytest.raises(InputError, match=r"no Service column, and .*plan\.yaml has 3 services"):
-        simulate.arrivals_of(several, Trace(np.zeros(1), np.ones(1), np.ones(1), np.zeros(1, dtype=np.int64), ("",)))
+    with pytest.raises(InputError, match="no Service column, and there are 3 services"):
+        Trace(np.zeros(1), np.ones(1), np.ones(1), np.zeros(1, dtype=np.int64), ("",)).arrivals(several.services)
 
 
 class Still(Autoscaler):
@@ -97,7 +99,7 @@ def test_slots_share_a_replica():
 def fleet(trace, **options):
     made = problem(**{k: options.pop(k) for k in list(options) if k == "interruptions_rate"})
     settings = {"seed": 1, "refusals": 0.0, "interruptions": 0.0, **options}
-    return Fleet(made, simulate.arrivals_of(made, trace), "restored", **settings)
+    return Fleet(made, trace.arrivals(made.services), "restored", **settings)
 
 
 def test_a_replica_on_a_booting_instance_is_ready_after_boot_and_lead():
@@ -274,6 +276,22 @@ def test_the_plot_is_written_twice_and_the_same(tmp_path):
     assert len(list(tmp_path.iterdir())) == 6
 
 
+@pytest.mark.slow  # a second of drawing
+def test_waits_below_a_second_are_drawn_on_an_axis_that_one_reads():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from capacity import plot
+
+    result = simulate.run(problem(), requests([0.0], [1.0]), policies()[0], simulate.Options())
+    points = [replace(result, policy="plan, x", p50=0.02, p99=0.05)]
+    figure = Figure()
+    plot.frontier(points, ["plan"])(figure)
+    FigureCanvasAgg(figure).draw()
+    for axis in figure.axes:
+        assert [label.get_text() for label in axis.get_yticklabels()] == ["0", "1"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not TRACE.exists(), reason="the Azure code trace is not beside the repository")
 def test_the_real_trace():
@@ -299,9 +317,7 @@ def with_standby(memory=10.0, host=25.0, **changes):
 
 
 def resting_fleet(trace, made, ladder=True):
-    one = Fleet(
-        made, simulate.arrivals_of(made, trace), "restored", seed=1, refusals=0.0, interruptions=0.0, ladder=ladder
-    )
+    one = Fleet(made, trace.arrivals(made.services), "restored", seed=1, refusals=0.0, interruptions=0.0, ladder=ladder)
     one.start_instances(0, 1, booted=True)
     one.start_replica(0, warm=True)
     one.advance(1.0)
@@ -380,7 +396,7 @@ def test_the_ladder_waits_no_longer_and_costs_what_its_memory_costs():
 def test_wait_against_cost_for_the_three(monkeypatch):
     monkeypatch.setattr(simulate, "HOLDS", (30.0,))
     monkeypatch.setattr(simulate, "WAITS", (1.0,))
-    monkeypatch.setattr(simulate, "TARGETS", (0.3, 0.9))
+    monkeypatch.setattr(simulate, "TARGETS", (0.3, 0.7))
     trace = synthetic.generate(synthetic.Day(("s",), 60, 0.02, seed=4))
     found = simulate.frontier(problem(), trace, simulate.Options())
     bests = []
@@ -392,3 +408,11 @@ def test_wait_against_cost_for_the_three(monkeypatch):
         assert all(any(b.cost <= r.cost and b.p99 <= r.p99 for b in best) for r in mine)
         bests += best
     assert simulate.pareto_of_each(found) == bests
+    bar = next(r for r in found if r.policy == "autoscaler cold, target 70%")
+    said = report.frontier_sentence(found)
+    assert said.startswith(f"autoscaler cold, target 70%: p99 wait {duration_text(bar.p99)} for ${bar.cost:,.2f}.")
+    for name in simulate.FRONTIER[1:]:
+        cheapest = min(r.cost for r in simulate.settings_of(found, name) if r.p99 <= bar.p99)
+        assert f"{name} for ${cheapest:,.2f}" in said
+    waits = [replace(r, p99=bar.p99 + 1) if r.policy.startswith("plan") else r for r in found]
+    assert report.frontier_sentence(waits).endswith("plan at no setting.")

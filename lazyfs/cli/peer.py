@@ -43,7 +43,7 @@ def _is_loopback(host: str) -> bool:
     default=1024,
     show_default=True,
     envvar="QUICKTHAW_PEER_MEMORY_MB",
-    help="Megabytes of chunks to keep in memory that were fetched from the store for others.",
+    help="Megabytes of chunks in memory at most: under way, being sent, and kept for others. 0: serve only what is on disk.",
 )
 @peer_options
 @store_option

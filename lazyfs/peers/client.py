@@ -2,7 +2,7 @@
 
 A peer that has to fetch the chunk itself sends `102 Processing` while it does, over any connection of this client, so silence
 means that it is busy or gone. After 50 ms of silence the next peer is asked whether it has the chunk. A peer that has never
-failed then gets half a second in all, because a chunk that a second peer fetches leaves the store twice; any other is given up
+failed then gets a second in all, because a chunk that a second peer fetches leaves the store twice; any other is given up
 at once. One that failed is left out for a while, one that sent wrong bytes for ten minutes.
 """
 
@@ -28,7 +28,7 @@ log = logging.getLogger("lazyfs.peers.client")
 # Names the process that asks: a server tells it once that it lives, not for each of its requests.
 CLIENT = "Quickthaw-Client"
 SILENCE_S = 0.05
-GRACE_S = 0.5
+GRACE_S = 1.0
 # How long a peer that answers may take before its first byte, and at least how fast a body must come.
 _PATIENCE_S, _SLOWEST = 10.0, 4 << 20
 # How long a peer is left out after a failure, doubling, and after wrong bytes.
@@ -69,7 +69,10 @@ class Wanted:
 
 @dataclass
 class _State:
+    """`failures`: how often in a row the peer was left out, `since`: when it was last."""
+
     failures: int = 0
+    since: float = 0.0
     out_until: float = 0.0
     lied: bool = False
 
@@ -165,12 +168,14 @@ class Peers:
         return own + sources(digest, peers, me, serves=relay)
 
     def _failed(self, peer: Address, why: str, *, lied: bool = False) -> None:
+        now = time.monotonic()
         with self._lock:
             state = self._states.setdefault(peer, _State())
-            state.failures += 1
-            state.lied |= lied
+            if not lied and state.out_until > now:
+                return  # one pause of a peer fails whatever is under way from it, and is one failure
+            state.failures, state.since, state.lied = state.failures + 1, now, state.lied or lied
             out_s = _BANNED_S if lied else min(_COOL_MOST_S, _COOL_S * 2 ** min(10, state.failures - 1))
-            state.out_until = max(state.out_until, time.monotonic() + out_s)
+            state.out_until = max(state.out_until, now + out_s)
             for key in [key for key in self._idle if key[0] == peer]:
                 self._idle.pop(key).close()
         self.repeats.log(logging.WARNING, f"{peer}", f"peer {peer}: {why}; left out for {out_s:g} s")
@@ -183,8 +188,10 @@ class Peers:
                 del self._states[peer]
 
     def _has_failed(self, peer: Address) -> bool:
+        """Return whether a peer failed and has sent nothing since: one that is only slow gets its time again."""
         with self._lock:
-            return peer in self._states
+            state = self._states.get(peer)
+            return state is not None and (state.lied or self._heard.get(peer, 0.0) <= state.since)
 
     # -- connections
 

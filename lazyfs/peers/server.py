@@ -19,6 +19,7 @@ import os
 import socket
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from http import HTTPStatus
@@ -52,29 +53,39 @@ _MOST = 1 << 62
 _POLICY = RetryPolicy(attempts=None, limit=30.0)
 
 
+class Body:
+    """A chunk in memory: its bytes count until the last one who keeps or sends it is done."""
+
+    __slots__ = ("__weakref__", "data")
+
+    def __init__(self, data: bytes | bytearray) -> None:
+        self.data = data
+
+
 class Chunks:
     """Where this host's server finds chunks: in memory, on disk, at the peers above it, in the store.
 
-    `memory`: bytes of chunks kept after a fetch for others.
+    `memory`: bytes of chunks in memory at most: those under way, those being sent, and those kept after a fetch for others.
     """
 
     def __init__(self, cache: Path, store: ChunkStore | None, memory: int, peers: Peers | None = None) -> None:
         self.cache, self.store, self.memory, self.peers = cache, store, memory, peers
-        self.fetched = self.relayed = self.failed = 0
-        self._kept: OrderedDict[str, bytes] = OrderedDict()
-        self._size = 0
-        self._fetches: dict[tuple[str, int], Future[bytes]] = {}
-        self._lock = threading.Lock()
+        self.fetched = self.relayed = self.failed = self.refused = 0
+        self.used = 0
+        self._kept: OrderedDict[str, Body] = OrderedDict()
+        self._fetches: dict[tuple[str, int], Future[Body]] = {}
+        # Reentrant: dropping the last reference to a body, anywhere, counts it out.
+        self._lock = threading.RLock()
         self._closed = False
         self._pool = ThreadPoolExecutor(_FETCHING, thread_name_prefix="store")
 
-    def in_memory(self, digest: str) -> bytes | None:
+    def in_memory(self, digest: str) -> Body | None:
         """Return a chunk that was fetched for others."""
         with self._lock:
-            data = self._kept.get(digest)
-            if data is not None:
+            body = self._kept.get(digest)
+            if body is not None:
                 self._kept.move_to_end(digest)
-            return data
+            return body
 
     def on_disk(self, wanted: Wanted) -> int | None:
         """Return a descriptor of the cache's file if it has the chunk; the caller closes it."""
@@ -91,8 +102,11 @@ class Chunks:
             return None
         return found
 
-    def fetch(self, wanted: Wanted) -> Future[bytes] | None:
-        """Return the fetch of a chunk from a peer or the store, begun by the first caller; None without a store."""
+    def fetch(self, wanted: Wanted) -> Future[Body] | None:
+        """Return the fetch of a chunk from a peer or the store, begun by the first caller; None without a store, or without memory for it.
+
+        Who finds no memory asks another peer, and at last the store: waiting for it, hosts could wait for each other in a circle.
+        """
         with self._lock:
             if self.store is None or self._closed:
                 return None
@@ -100,45 +114,65 @@ class Chunks:
             key = (wanted.digest, wanted.length)
             future = self._fetches.get(key)
             if future is None:
+                if not self._reserve(wanted.length):
+                    self.refused += 1
+                    return None
                 future = self._fetches[key] = self._pool.submit(self._fetch, wanted)
+                future.add_done_callback(lambda done: self._release(wanted.length) if done.cancelled() else None)
         return future
 
-    def _fetch(self, wanted: Wanted) -> bytes:
+    def _fetch(self, wanted: Wanted) -> Body:
         try:
-            found = None
+            buffer: bytes | bytearray | None = None
             if self.peers is not None:
-                found = self.peers.get(wanted, memoryview(bytearray(wanted.length)), relay=True)
-            data = bytes(found) if found is not None else retrying(lambda: self._get(wanted), _POLICY)
-            with self._lock:
-                if found is not None:
-                    self.relayed += wanted.length
-                else:
-                    self.fetched += wanted.length
-                self._keep(wanted.digest, data)
-            return data
-        except Exception:
+                buffer = bytearray(wanted.length)
+                if self.peers.get(wanted, memoryview(buffer), relay=True) is None:
+                    buffer = None
+            relayed = buffer is not None
+            data = buffer if buffer is not None else retrying(lambda: self._get(wanted), _POLICY)
+            body = Body(data)
+        except BaseException:
             self.failed += 1
+            self._release(wanted.length)
             raise
         finally:
             with self._lock:
                 self._fetches.pop((wanted.digest, wanted.length), None)
+        weakref.finalize(body, self._release, wanted.length).atexit = False
+        with self._lock:
+            if relayed:
+                self.relayed += wanted.length
+            else:
+                self.fetched += wanted.length
+            self._kept[wanted.digest] = body
+            self._kept.move_to_end(wanted.digest)
+        return body
 
     def _get(self, wanted: Wanted) -> bytes:
         if self._closed or self.store is None:
             raise NotFound("this peer is ending")
         return self.store.get(wanted.digest, wanted.length, wanted.encoding)
 
-    def _keep(self, digest: str, data: bytes) -> None:
-        self._size += len(data) - len(self._kept.pop(digest, b""))
-        self._kept[digest] = data
-        while self._size > self.memory and self._kept:
-            self._size -= len(self._kept.popitem(last=False)[1])
+    def _reserve(self, length: int) -> bool:
+        """Count a chunk in, if it finds room once kept ones are dropped."""
+        while self.used + length > self.memory and self._kept:
+            # One that is being sent stays in memory until then.
+            self._kept.popitem(last=False)
+        if self.used + length > self.memory:
+            return False
+        self.used += length
+        return True
+
+    def _release(self, length: int) -> None:
+        with self._lock:
+            self.used -= length
 
     def close(self) -> None:
         """Drop fetches that have not begun, and wait for the others: at most for one request to the store."""
         with self._lock:
             self._closed = True
         self._pool.shutdown(cancel_futures=True)
+        self._kept.clear()
         close = getattr(self.store.store, "close", None) if self.store is not None else None
         if close is not None:
             close()
@@ -186,6 +220,8 @@ class PeerServer:
             "fetched_bytes": self.chunks.fetched,
             "relayed_bytes": self.chunks.relayed,
             "failed_fetches": self.chunks.failed,
+            "refused_fetches": self.chunks.refused,
+            "memory_bytes": self.chunks.used,
         }
 
 
@@ -300,13 +336,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _chunk(self, wanted: Wanted, *, may_fetch: bool) -> None:
         chunks, turns = self.server_of.chunks, self.server_of.sending
-        data, length = chunks.in_memory(wanted.digest), wanted.length
-        fd = chunks.on_disk(wanted) if data is None else None
-        if data is None and fd is None:
-            data = self._fetched(wanted, may_fetch)
-            if data is None:
+        body, length = chunks.in_memory(wanted.digest), wanted.length
+        fd = chunks.on_disk(wanted) if body is None else None
+        if body is None and fd is None:
+            body = self._fetched(wanted, may_fetch)
+            if body is None:
                 return
-        if data is not None and len(data) != length:
+        if body is not None and len(body.data) != length:
             self._refuse(HTTPStatus.NOT_FOUND)
             return
         turn = turns.enter()
@@ -316,9 +352,9 @@ class _Handler(BaseHTTPRequestHandler):
                     turn.wait()
             self.connection.settimeout(_CLIENT_S)
             self._head(HTTPStatus.OK, length)
-            if fd is None:
-                self._send(data or b"")
-            else:
+            if body is not None:
+                self._send(body.data)
+            elif fd is not None:
                 self._send_file(fd, wanted.start, length)
             self.server_of.served += length
             self.server_of.served_chunks += 1
@@ -328,7 +364,7 @@ class _Handler(BaseHTTPRequestHandler):
             if fd is not None:
                 os.close(fd)
 
-    def _fetched(self, wanted: Wanted, may_fetch: bool) -> bytes | None:
+    def _fetched(self, wanted: Wanted, may_fetch: bool) -> Body | None:
         """Wait for a chunk from elsewhere, telling the client that it is on its way; None once it was refused."""
         future = self.server_of.chunks.fetch(wanted) if may_fetch else None
         if future is None:
@@ -352,7 +388,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _head(self, status: HTTPStatus, length: int) -> None:
         self._send(f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Length: {length}\r\n\r\n".encode())
 
-    def _send(self, data: bytes) -> None:
+    def _send(self, data: bytes | bytearray) -> None:
         try:
             self.connection.sendall(data)
         except OSError as error:

@@ -125,7 +125,7 @@ class Host:
         self.server: PeerServer | None = None
         self.me = ""
         if serves:
-            chunks = Chunks(folder / "cache", ChunkStore(open_store(store_url)), 64 << 20)
+            chunks = Chunks(folder / "cache", ChunkStore(open_store(store_url)), 256 << 20)
             self.server = PeerServer((address, 0), token, chunks)
             self.me = listed(self.server.address)
             self.server.start()

@@ -236,3 +236,26 @@ def test_a_peer_that_lied_stays_out_though_it_was_right_in_another_thread():
     known._works(liar)
     known._works(other)
     assert known._has_failed(liar) and not known._has_failed(other)
+
+
+def test_one_pause_of_a_peer_is_one_failure_however_much_was_under_way(monkeypatch):
+    """Counted for each chunk, half a second of silence left a peer out for half a minute, and everybody asked the store."""
+    now = [1000.0]
+    monkeypatch.setattr("lazyfs.peers.client.time.monotonic", lambda: now[0])
+    known, (busy, _) = Peers(Members(""), ""), peers(2)
+    for _ in range(16):
+        known._failed(busy, "silent")
+    assert known._states[busy].out_until == now[0] + 0.5
+    now[0] += 0.6
+    known._failed(busy, "silent")
+    assert known._states[busy].out_until == now[0] + 1.0
+
+
+def test_a_slow_peer_gets_its_time_again_and_one_that_is_gone_does_not():
+    known, (slow, gone) = Peers(Members(""), ""), peers(2)
+    for one in (slow, gone):
+        known._heard[one] = time.monotonic()
+        known._failed(one, "silent")
+    assert known._has_failed(slow) and known._has_failed(gone)
+    known._heard[slow] = time.monotonic()
+    assert not known._has_failed(slow) and known._has_failed(gone)

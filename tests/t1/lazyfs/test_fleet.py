@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import CancelledError
 
 import pytest
 
@@ -21,7 +22,7 @@ from lazyfs.cache.cache import Cache
 from lazyfs.cache.open_sparse_files import raise_descriptor_limit
 from lazyfs.content.chunk_store import ChunkStore
 from lazyfs.content.importer import import_tree
-from lazyfs.errors import LazyfsError
+from lazyfs.errors import LazyfsError, Permanent
 from lazyfs.mount import kernel
 from lazyfs.peers.client import Peers, Wanted
 from lazyfs.peers.order import Members
@@ -285,13 +286,67 @@ def test_connections_that_get_no_thread_do_not_count(model, store, started, tmp_
     assert asked.ask()[0] is not None
 
 
-def test_a_chunk_that_is_fetched_twice_counts_once(tmp_path):
-    chunks = Chunks(tmp_path, None, 100)
-    for _ in range(5):
-        chunks._keep("a", bytes(40))
-    chunks._keep("b", bytes(40))
-    assert chunks.in_memory("a") and chunks.in_memory("b")
+class Slow:
+    """A store that answers when it is told to."""
+
+    def __init__(self, fails=False):
+        self.go, self.store, self.fails = threading.Event(), None, fails
+
+    def get(self, digest, length, encoding):
+        assert self.go.wait(30)
+        if self.fails:
+            raise Permanent("no", code="test")
+        return bytes(length)
+
+
+def test_chunks_under_way_being_sent_and_kept_share_one_budget(tmp_path):
+    store = Slow()
+    chunks = Chunks(tmp_path, store, 100)
+    wanted = [Wanted(name * 64, 40, 0, name * 64, 0, 0) for name in "abcd"]
+    first, second = chunks.fetch(wanted[0]), chunks.fetch(wanted[1])
+    assert chunks.fetch(wanted[0]) is first, "once for all who ask"
+    assert chunks.fetch(wanted[2]) is None and chunks.refused == 1 and chunks.used == 80
+    store.go.set()
+    sent = first.result(30)
+    assert second.result(30).data == bytes(40) and chunks.in_memory("a" * 64) is sent
+    del first, second
+    also_sent = chunks.fetch(wanted[2]).result(30)
+    assert chunks.in_memory("b" * 64) is None, "a kept one goes, the least recently used first"
+    # These are used by us, as by handlers that send them: they count, kept or not.
+    assert chunks.fetch(wanted[3]) is None and chunks.used == 80 and chunks.in_memory("a" * 64) is None
+    del sent, also_sent
+    assert chunks.used == 0 and chunks.fetch(wanted[3]).result(30)
     chunks.close()
+    wait_for(lambda: chunks.used == 0, limit_s=10)
+
+
+@pytest.mark.parametrize("ends", ["failed", "closed"])
+def test_a_fetch_that_fails_or_never_begins_gives_its_memory_back(tmp_path, monkeypatch, ends):
+    monkeypatch.setattr("lazyfs.peers.server._FETCHING", 1)
+    store = Slow(fails=True)
+    chunks = Chunks(tmp_path, store, 100)
+    futures = [chunks.fetch(Wanted(name * 64, 40, 0, name * 64, 0, 0)) for name in "ab"]
+    assert chunks.used == 80
+    if ends == "failed":
+        store.go.set()
+    else:
+        threading.Timer(0.1, store.go.set).start()
+        chunks.close()
+    for future in futures:
+        with pytest.raises((Permanent, CancelledError)):
+            future.result(30)
+    wait_for(lambda: chunks.used == 0, limit_s=10)
+    chunks.close()
+
+
+def test_without_memory_a_peer_serves_what_is_on_disk_and_others_ask_the_store(model, store, started, tmp_path):
+    host = Host(tmp_path / "h", store.url, TOKEN)
+    host.server.chunks.memory = 0
+    asked = Asked(model[2], listed(host.server.address))
+    started += [host, asked.peers]
+    assert asked.ask()[0] is None and host.server.counters()["refused_fetches"] == 1
+    host.load(model[1], model[2], "")
+    assert asked.ask()[0] is not None
 
 
 @pytest.mark.skipif(not kernel.may_mount(), reason="needs /dev/fuse and CAP_SYS_ADMIN")

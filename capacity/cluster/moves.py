@@ -3,7 +3,7 @@
 - `asleep`: a proxy in front holds requests and moves this workload from and to 0; the plan moves it between 1 and more.
 - `shortage`: no plan satisfied every constraint.
 - `hold_down`: fewer must have been wanted for the policy's `hold_down`.
-- `unready`: fewer pods are ready than the plan wants to keep.
+- `unready`: of a StatefulSet, which removes its last pods and not the unready ones as a Deployment does, fewer are ready than would stay.
 - `requests`: the requests that wait or are being answered need more replicas (their number over the service's `concurrency`).
 - `half`: at most half of the replicas leave in a round, and the rest later.
 """
@@ -77,7 +77,7 @@ def moves(
             held[name] = "shortage"
         elif now - since < hold_down:
             held[name] = "hold_down"
-        elif service is not None and seen.pods[target].ready < after:
+        elif target.kind == "statefulset" and seen.pods[target].ready < after:
             held[name] = "unready"
         else:
             least = max(busy, before // 2 if service is not None else 0)

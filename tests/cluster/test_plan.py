@@ -423,7 +423,8 @@ def test_a_statefulset_is_scaled_too_and_a_list_that_expires_begins_again(tmp_pa
         api._list = once_expired
         async with planner(api, tmp_path, write_plan(tmp_path, 10.0, workload="k8s://models/statefulset/llama")) as one:
             assert await one.rounds() == 0, one.said
-            assert expired and (most := replicas(api, plural="statefulsets")) >= 3 and replicas(api) == 0
+            most = replicas(api, plural="statefulsets")
+            assert expired and most >= 3 and replicas(api) == 0
             write_plan(tmp_path, 1.0, workload="k8s://models/statefulset/llama")
             await one.rounds(3)
             assert replicas(api, plural="statefulsets") == most and one.said[-1].kept["models/llama"] == "unready"

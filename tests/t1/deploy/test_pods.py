@@ -3,6 +3,7 @@
 A node is a state folder here. The engine is the double; podman plays the pods, and the test probes them as a kubelet would.
 """
 
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +93,16 @@ def test_cold_then_restored_on_another_node_then_scaled(cluster):
     third.probe("startupProbe")
     assert "is here already" in third.text()
     assert third.ask() == answer and third.phases()[0][:2] == RESTORED, third.text()
+    warmed = one(cluster.render("node-c", warm={"enabled": True, "kind": "Job", "rate": "500M"}), "Job")["spec"][
+        "template"
+    ]
+    for words in (" fetched", "here already"):  # once more, as after a restart of the node
+        said = cluster.images.finish("warm", warmed)
+        assert re.search(f"snapshot vllm-model-[^ ]*: .*{words}", said) and "read in place" in said, said
+    fourth = cluster.start("fourth", "node-c")
+    fourth.probe("startupProbe")
+    assert "is here already" in fourth.text()
+    assert fourth.ask() == answer and fourth.phases()[0][:2] == RESTORED, fourth.text()
     assert {pod.ask() == answer for pod in (first, second, third)} == {True}
     command = [
         "nsenter",

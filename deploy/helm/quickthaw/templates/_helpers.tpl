@@ -79,6 +79,7 @@ matchExpressions:
 {{- if and (eq $m.snapshot.make "job") (eq $m.privileges "none") -}}{{- fail (printf "models.%s: pods with privileges: none restore no snapshot; set snapshot.make: none" $name) -}}{{- end -}}
 {{- if and (eq $m.snapshot.make "job") (not $m.snapshot.store) -}}{{- fail (printf "models.%s: snapshot.make: job needs snapshot.store, by which pods get the snapshot" $name) -}}{{- end -}}
 {{- if and (eq $m.snapshot.make "job") (eq $m.state.type "pvc") -}}{{- fail (printf "models.%s: snapshot.make: job and the pods cannot share state.type: pvc; use hostPath or emptyDir" $name) -}}{{- end -}}
+{{- if and $m.warm.enabled (ne $m.state.type "hostPath") -}}{{- fail (printf "models.%s: warm fills the state folder of nodes; it needs state.type: hostPath" $name) -}}{{- end -}}
 {{- $asked := and $.Values.activator.enabled (eq $.Values.activator.scaler "keda") -}}
 {{- if and $m.autoscaling.enabled (not $m.autoscaling.prometheus) (not $asked) -}}{{- fail (printf "models.%s: autoscaling needs the address of Prometheus, or an activator whose scaler is keda" $name) -}}{{- end -}}
 {{- if and $m.autoscaling.enabled $.Values.activator.enabled (not $asked) -}}{{- fail (printf "models.%s: autoscaling and the activator would both scale it; set activator.scaler: keda" $name) -}}{{- end -}}

@@ -106,8 +106,6 @@ MATRIX = {
         volumes=[{"name": "m", "hostPath": {"path": "/models"}}], volumeMounts=[{"name": "m", "mountPath": "/models"}]
     ),
     "host network": model(hostNetwork=True),
-    "warm": model(warm={"enabled": True}, snapshot={"store": "s3://bucket/a"}, affinity={"nodeAffinity": {}}),
-    "warm once": model(warm={"enabled": True, "kind": "Job", "nodes": 3, "rate": "none", "nodeSelector": {"pool": "new"}}),
     "activator": {**model(servedName="llama-3"), "activator": ACTIVATOR},
     "activator alone": {"activator": ACTIVATOR},
     "activator and KEDA": {
@@ -232,40 +230,6 @@ def test_job_and_pods_and_pull_select_one_snapshot(chart):
     assert all(one["securityContext"]["capabilities"] == {"drop": ["ALL"]} for one in pulls)
 
 
-def test_what_warms_a_node_has_the_words_and_volumes_of_the_pods_and_neither_gpu_nor_privileges(chart):
-    own = {"nodeSelector": {"pool": "new"}, "tolerations": [{"key": "new", "operator": "Exists"}]}
-    for more, kind in (({}, "DaemonSet"), ({"kind": "Job", "nodes": 3}, "Job"), (own, "DaemonSet")):
-        values = json.loads(json.dumps(EVERYTHING))
-        values["models"]["llama"]["warm"] = {"enabled": True, "rate": "50M", **more}
-        objects = chart.render(values)
-        (item,) = [item for item in objects if item["metadata"]["labels"].get("app.kubernetes.io/component") == "warm"]
-        pods = one([i for i in objects if i["metadata"]["name"] == "llm-llama"], "Deployment")["spec"]["template"][
-            "spec"
-        ]
-        (engine,), spec = pods["containers"], item["spec"]["template"]["spec"]
-        (container,) = spec["containers"]
-        assert item["kind"] == kind and "initContainers" not in spec
-        for part in ("args", "image", "envFrom", "volumeMounts"):
-            assert container[part] == engine[part], part
-        variables = [one for one in container["env"] if one["name"] not in ("QUICKTHAW_RATE", "QUICKTHAW_EVERY")]
-        assert variables == engine["env"] and {"name": "QUICKTHAW_RATE", "value": "50M"} in container["env"]
-        assert ({"name": "QUICKTHAW_EVERY", "value": "10m"} in container["env"]) is (kind == "DaemonSet")
-        assert container["command"] == ["/opt/quickthaw/bin/quickthaw", "warm"] and spec["volumes"] == pods["volumes"]
-        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
-        assert "nvidia.com/gpu" not in json.dumps(container["resources"]) and "runtimeClassName" not in spec
-        for name in ("nodeSelector", "tolerations"):
-            assert spec[name] == more.get(name, pods[name])
-        if kind == "DaemonSet":
-            assert item["spec"]["selector"]["matchLabels"] == item["spec"]["template"]["metadata"]["labels"]
-            continue
-        assert item["spec"]["completions"] == item["spec"]["parallelism"] == 3
-        (apart,) = spec["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
-        assert (
-            selects(apart["labelSelector"], item["spec"]["template"])
-            and apart["topologyKey"] == "kubernetes.io/hostname"
-        )
-
-
 def test_other_arguments_are_another_job_and_the_same_are_the_same(chart):
     def job(**more):
         return one(chart.render(model(snapshot={"store": "s3://a/b", "make": "job"}, **more)), "Job")["metadata"][
@@ -374,10 +338,6 @@ REFUSED = {
     "activator and replicas": ({**model(replicas=2), "activator": ACTIVATOR}, "leave replicas out"),
     "activator without an image": ({"activator": {"enabled": True}}, "activator: give image.repository"),
     "activator's options": ({"activator": {**ACTIVATOR, "options": {"weights": "x"}}}, "weights"),
-    "warm of nothing kept": (model(warm={"enabled": True}, state={"type": "emptyDir"}), "needs state.type: hostPath"),
-    "warm at no rate": (model(warm={"enabled": True, "rate": "fast"}), "rate"),
-    "warm without a pause": (model(warm={"enabled": True, "every": "0s"}), "every"),
-    "warm and copies": (model(warm={"enabled": True, "kind": "Deployment"}), "kind"),
     "fuse": (model(fuseResource="/dev/fuse"), "fuseResource"),
 }  # fmt: skip
 

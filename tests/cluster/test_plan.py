@@ -465,3 +465,27 @@ def test_two_proxies_are_both_asked_and_with_the_admin_token(tmp_path, monkeypat
                     assert seen.rates["llama"] == pytest.approx(16 / (passed[-1][0] - passed[0][0]))
 
     run(test(), 40.0)
+
+
+def test_an_api_that_fails_now_and_then_costs_rounds_and_nothing_else(tmp_path, monkeypatch):
+    """A tenth of all calls are slow, refused, failing or cut: each error is one line with a code, and the scale is right in the end."""
+    monkeypatch.setattr(api_module, "_PAUSE_S", 0.02)
+
+    async def test(api):
+        async with planner(api, tmp_path, write_plan(tmp_path, 10.0)) as one:
+            await until_leading(one)
+            api.faults.random_rate = 0.1
+            await one.rounds(12)
+            wanted = replicas(api)
+            write_plan(tmp_path, 2.0)
+            pods(api, "llama", wanted)
+            await one.rounds(12)
+            api.faults.random_rate = 0.0
+            await until_leading(one)
+            assert await one.rounds(3) == 0, one.said
+            assert set(one.codes) <= {"cluster-unreachable", "changed-by-others", "lease-lost"}, one.codes
+            assert wanted >= 3 and 1 <= replicas(api) < wanted
+            ups = [move for move in api.scalings("llama") if move[1] > move[0]]
+            assert len(ups) == 1, api.scalings("llama")
+
+    with_api(test, limit_s=60.0)

@@ -63,8 +63,8 @@ class Pod(Started):
         super().__init__(self.port_named("http"), self, log)
 
     def port_named(self, name):
-        (number,) = [port["containerPort"] for port in self.engine["ports"] if port["name"] == name]
-        return lambda limit_s: _InPod(self.network, number, limit_s)
+        numbers = [port["containerPort"] for port in self.engine.get("ports", ()) if port["name"] == name]
+        return lambda limit_s: _InPod(self.network, numbers[0], limit_s)
 
     @property
     def network(self):

@@ -6,11 +6,12 @@ A node is a state folder here. The engine is the double; podman plays the pods, 
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.kits.chart_kit import CHART, Chart, one
+from tests.kits.chart_kit import CHART, PLAN, Chart, one
 from tests.kits.image_kit import IMAGE
 from tests.kits.launch_rig import call
 
@@ -153,3 +154,23 @@ def test_the_activator_runs_without_root_privileges_or_a_disk(cluster):
     status, answer = call(pod.port, "POST", "/v1/completions", {"model": "double", "prompt": "a"}, prefer="wait=1")
     assert status == 503 and answer["error"]["code"] in ("hold-deadline", "cluster-unreachable"), answer
     assert pod.status()[0]["upstream"] is None, pod.text()
+
+
+def test_the_plan_runs_without_root_privileges_or_a_disk(cluster):
+    """Its cluster's API does not answer: it says so in one line, tries again, and ends at once when it is stopped."""
+    values = {"models": {"llama": {"image": PLAN["image"], "model": "m"}}, "plan": {**PLAN, "interval": "1s"}}
+    values["plan"]["image"] = {"repository": IMAGE, "pullPolicy": "Never"}
+    objects = cluster.chart.render({**values, "activator": {"enabled": True, "image": PLAN["image"]}})
+    template = one(objects, "Deployment", "plan")["spec"]["template"]
+    (config,) = [item for item in objects if item["kind"] == "ConfigMap" and "plan.yaml" in item["data"]]
+    pod = cluster.images.play("plan", template, config)
+    try:
+        limit = time.monotonic() + 60
+        while (said := pod.text()).count("cluster-unreachable") < 2:
+            assert time.monotonic() < limit and pod.poll() is None, said
+            time.sleep(0.2)
+        assert "cannot get leases quickthaw-plan-plan in namespace models" in said and "Traceback" not in said, said
+        began = time.monotonic()
+    finally:
+        code = pod.close()
+    assert code == 1 and time.monotonic() - began < 15  # that of the last round

@@ -1,6 +1,8 @@
 """Compare ways to restore a snapshot's pages, in turn on the same snapshot:
 
 - plain: CRIU copies every page.
+- filled: our page server puts every page in place with several threads while the processes are stopped, as for GPU state.
+- filled-mapped: the same, with weights and libraries' data mapped (`--no-lazy`).
 - criu-lazy: CRIU's own lazy-pages daemon.
 - copied: our page server, everything copied.
 - ours: our page server, with weights (whose areas the engine reported) and libraries' data mapped. Prints how much is mapped.
@@ -49,7 +51,7 @@ from plugin.runtime.signals import unwind  # noqa: E402
 from plugin.runtime.steps.engine_output import Output  # noqa: E402
 from plugin.runtime.steps.paging import map_pages  # noqa: E402
 
-WAYS = ("plain", "criu-lazy", "copied", "ours")
+WAYS = ("plain", "filled", "filled-mapped", "criu-lazy", "copied", "ours")
 
 
 def ask(sandbox: Sandbox, snapshot: Snapshot) -> tuple[float, float]:
@@ -82,7 +84,8 @@ def run(way: str, library: Library, criu: Criu, snapshot: Snapshot, record: bool
     known = library.working_set(snapshot.name)
     lazy = None
     if way != "plain":
-        lazy = LazyRestore(None if record else known, record, print, print, map_pages=way == "ours")
+        mapped, fill = way in ("ours", "filled-mapped"), way.startswith("filled")
+        lazy = LazyRestore(None if record else known, record, print, print, map_pages=mapped, fill=fill)
     replica = restore(library, criu, snapshot, binds, cache, pipes, lazy=lazy)
     try:
         returned = time.monotonic() - began

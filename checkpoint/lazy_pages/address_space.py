@@ -83,6 +83,10 @@ class Space:
                 self.rough_pending.cut_all(spans)
         return self.rough_pending
 
+    def fill(self) -> None:
+        """Record that every page of the image is in place."""
+        self.rough_pending, self._uncut = PendingPages(), []
+
     def place_many(self, plan: Plan, count: int, size: int) -> tuple[int, int]:
         """Place up to `count` extents, or about `size` bytes, of a plan with all sources in memory.
 
@@ -238,6 +242,7 @@ class Stats:
         "faults_before_first_token",
         "faults_missed",
         "faults_zero",
+        "filled_s",
         "first_placed_s",
         "forks",
         "listening_s",
@@ -258,6 +263,7 @@ class Stats:
     faults_before_first_token: float
     faults_missed: float
     faults_zero: float
+    filled_s: float
     first_placed_s: float
     forks: float
     listening_s: float

@@ -29,12 +29,14 @@ import socket
 import struct
 import time
 from collections import deque
+from collections.abc import Iterable
 
 from checkpoint.criu.pagemap import PAGE, argument_pages
 from checkpoint.lazy_pages import uffd
 from checkpoint.lazy_pages.address_space import ProcessGone, ProcessTree, Space, TryAgain, zero_source
 from checkpoint.lazy_pages.copier import Copier, Planner
 from checkpoint.lazy_pages.copy_plan import PendingPages
+from checkpoint.lazy_pages.filler import Filler
 from checkpoint.lazy_pages.read_order import ColdReads, namespace_of
 from checkpoint.lazy_pages.readahead import DownloadingSource, DownloadWaiter, Fetcher, Waker
 from checkpoint.lazy_pages.residency import ResidencyBitmap
@@ -70,6 +72,9 @@ class FaultHandler:
         self.criu: socket.socket | None = None
         self.released: set[int] = set()  # spaces that need nothing more, as reported to the owner
         self.first_token_limit = 0.0
+        self.filled_pids: str | list[int] | None = config.get("fill")  # type: ignore[assignment]  # client.server_config
+        self.filler = Filler(self.waker.wake)
+        self.to_fill: set[int] = set()  # numbers of spaces that must be in place before their processes run
         self.faults: deque[tuple[Space, int, float]] = deque()  # (space, address, since when)
         self.trace_before: list[tuple[int, int]] = []  # (process, address) of faults before the first token
         self.trace_after: list[tuple[int, int]] = []
@@ -153,7 +158,7 @@ class FaultHandler:
                 elif self.criu is not None and fd == self.criu.fileno():
                     self.read_criu(self.criu)
             self.serve_faults()
-            if tree.restored and not tree.first_token and time.monotonic() > self.first_token_limit:
+            if self.waits_for_first_token() and time.monotonic() > self.first_token_limit:
                 tree.send(
                     event="warning",
                     message=f"no first token within {self.first_token_timeout_s:.0f} s; background pages are copied now",
@@ -163,7 +168,9 @@ class FaultHandler:
             while self.copier.advance():
                 pass
             if self.copier.finished:
-                self.release()
+                self.release(self.spaces.values())
+            if tree.restored:
+                self.report_filled()
             if tree.restored and not self.spaces:
                 tree.send_stats("complete")
                 return
@@ -173,12 +180,18 @@ class FaultHandler:
         limits = self.copier.waits(now)
         if self.faults:
             limits.append(_RETRY_S)
-        if self.tree.restored and not self.tree.first_token:
+        if self.waits_for_first_token():
             limits.append(max(0.0, self.first_token_limit - now))
         return min(limits, default=-1)
 
+    def waits_for_first_token(self) -> bool:
+        return self.tree.restored and not self.tree.first_token and not self.to_fill
+
     def collect(self) -> None:
-        """Collect the results of the fetchers."""
+        """Collect the results of the fetchers and the filler."""
+        for space, size in self.filler.collect():
+            space.fill()
+            self.stats.bytes_ahead += size
         self.copier.collect()
         finished, cold = self.fault_fetcher.collect()
         self.stats.bytes_cold += cold
@@ -268,7 +281,11 @@ class FaultHandler:
             if image is None:
                 raise RuntimeError(f"CRIU restores process {number}, which is not in {self.images_dir}")
             source = self.planner.source(image)
-            self.tree.add(Space(0, number, fds[0], PendingPages(image.runs), image, source))
+            space = Space(0, number, fds[0], PendingPages(image.runs), image, source)
+            self.tree.add(space)
+            if self.filled_pids == "all" or (self.filled_pids and number in self.filled_pids):
+                self.to_fill.add(space.number)
+                self.filler.add(space)
 
     # Events of the processes
 
@@ -276,6 +293,8 @@ class FaultHandler:
         try:
             events = uffd.read_events(space.fd)
         except OSError:
+            if self.filler.fills(space):  # its descriptor is in use
+                raise
             self.tree.drop(space)
             return
         space.changed = space.changed or any(event[0] not in (uffd.PAGEFAULT, uffd.FORK) for event in events)
@@ -287,6 +306,8 @@ class FaultHandler:
                 if not self.tree.after_requests:
                     (self.trace_after if self.tree.first_token else self.trace_before).append((space.pid, address))
                 continue
+            if self.filler.fills(space) and (kind in (uffd.FORK, uffd.REMAP) or space.pending.within(a, b)):
+                raise RuntimeError(f"process {space.pid} changed its memory before all of it was in place")
             if kind == uffd.FORK:
                 self.stats.forks += 1
                 child = Space(0, space.pid, a & 0xFFFFFFFF, space.pending.copy(), space.image, space.source)
@@ -314,6 +335,8 @@ class FaultHandler:
             try:
                 served = self.serve(space, address, since)
             except ProcessGone:
+                if self.filler.fills(space):
+                    raise RuntimeError(f"process {space.pid} ended while its pages were filled") from None
                 self.tree.drop(space)
                 continue
             except TryAgain:
@@ -386,12 +409,23 @@ class FaultHandler:
 
     # The end
 
-    def release(self) -> None:
+    def report_filled(self) -> None:
+        """Release the filled spaces; report once that the kernel serves the faults of all of them."""
+        if not self.to_fill:
+            return
+        self.release(space for space in self.spaces.values() if space.number in self.to_fill and not space.pending)
+        self.to_fill &= {space.number for space in self.spaces.values()}
+        if not self.to_fill:
+            self.stats.filled_s = self.tree.now()
+            self.first_token_limit = time.monotonic() + self.first_token_timeout_s
+            self.tree.send(event="filled")
+
+    def release(self, spaces: Iterable[Space]) -> None:
         """Report the spaces that need nothing more.
 
         The owner closes its descriptors first; after our close, the kernel serves all faults.
         """
-        for space in self.spaces.values():
+        for space in spaces:
             if space.number not in self.released:
                 self.released.add(space.number)
                 self.tree.send(event="placed", number=space.number)
@@ -401,6 +435,7 @@ class FaultHandler:
 
         The caller closes the control socket and listener.
         """
+        self.filler.stop()
         self.tree.close()
         self.fault_fetcher.stop()
         self.copier.stop()

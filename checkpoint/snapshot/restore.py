@@ -15,7 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,6 +82,9 @@ class LazyRestore:
     map_pages: bool = True
     """Map weights and library data through the file-backed images if they exist (checkpoint.snapshot.file_backed). If
     False, copy all pages."""
+    fill: bool = False
+    """Put every page in place, by several threads, before any process runs (checkpoint.lazy_pages.filler). No page server is
+    left then."""
 
 
 class Cancellation:
@@ -216,8 +219,8 @@ def restore(
 
     With `lazy`, a page server supplies the pages, those of the recorded working set first. Without it, CRIU copies
     every page before it returns. `driver` and `gpu_pairs` (uuid at the dump, uuid now) are those of
-    checkpoint.cuda.checkpoint. A snapshot with GPU state is never restored lazily, because the driver reads all of
-    it at once. `pipes` maps the snapshot's stream names (`stdout`, `stderr`) to descriptors for the engine's output.
+    checkpoint.cuda.checkpoint. A snapshot with GPU state is filled (LazyRestore.fill) and never restored lazily, because
+    the driver pins all of it at once. `pipes` maps the snapshot's stream names (`stdout`, `stderr`) to descriptors for the engine's output.
     The caller must check the canary. `underway` is called once CRIU runs and this process only waits. `cancellation`
     ends the restore. `egress` is the way out of the sandbox. The owner must cancel when `lazy.on_death` is called,
     because CRIU would wait for a page forever.
@@ -226,12 +229,14 @@ def restore(
     """
     cancellation = cancellation or Cancellation()
     if snapshot.gpu.processes:
-        lazy = None
+        lazy = lazy and replace(lazy, fill=True, map_pages=False)
         if driver is None:
             raise HostLacks(
                 "gpu-missing",
                 f"{snapshot.name} holds GPU state and this host has no NVIDIA device; see quickthaw doctor",
             )
+    if lazy and lazy.fill:
+        lazy = replace(lazy, working_set=None, record=False, downloading=None)
     check_page_size()
     run_folder = run_folder or library.home / "run"
     try:
@@ -320,10 +325,26 @@ def _plan(
         "init": config.message(),
         "unpack": [[str(folder / "shm"), "/dev/shm"], [str(folder / "tmp"), TMP_DIR]],
         "criu": criu.restore_request(snapshot.root_pid, images, named, lazy_pages=lazy is not None),
-        "pages": server_config(images, lazy.working_set, lazy.record, downloading=lazy.downloading, pack=lazy.pack)
+        "pages": server_config(
+            images,
+            lazy.working_set,
+            lazy.record,
+            downloading=lazy.downloading,
+            pack=lazy.pack,
+            fill="all" if lazy.fill else None,
+        )
         if lazy
         else None,
     }
+
+
+def _fill(pages: PageServer, limit_s: float, spans: dict[str, float]) -> None:
+    """Wait until every page is in place and the page server has ended. Raises Failed (pages-lost)."""
+    began = time.monotonic()
+    if not pages.wait_filled(limit_s) or not pages.wait_complete(limit_s):
+        raise Failed("pages-lost", f"not every page was in place within {limit_s:.0f} s")
+    pages.close()
+    spans["fill"] = time.monotonic() - began
 
 
 def _complete(
@@ -354,12 +375,15 @@ def _complete(
         sandbox.wait_unpacked(unpack_s)
         unpacked = time.monotonic()
         criu.check_restored(sandbox, sandbox.wait_criu(restore_s, snapshot.root_pid), work, logs)
+        spans = {"sandbox": up - began, "unpack": unpacked - up, "criu": time.monotonic() - unpacked}
+        if lazy and lazy.fill and pages:
+            _fill(pages, restore_s, spans)
+            pages = None
         sandbox.raise_pids(snapshot.top_pid)
         # plugin/engine/process_start_times.py reads this file, so write it before the first process looks.
         (sandbox.control_dir / START_TIMES).write_text(json.dumps(snapshot.start_ticks))
         sandbox.resume(snapshot.stopped)
         begun.release()
-        spans = {"sandbox": up - began, "unpack": unpacked - up, "criu": time.monotonic() - unpacked}
         plan = begun.plan if lazy and not lazy.record and not lazy.downloading else None
         cancellation.settle()
         return Restored(sandbox, snapshot.root_pid, work, begun.lock_fd, spans, pages, plan=plan)

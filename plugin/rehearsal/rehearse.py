@@ -319,7 +319,7 @@ class Rehearsal:
                 then = Identity.decode(found.identity).host.gpus
                 cuda.check_memory(driver, found.gpu, cuda.gpu_pairs(then, replica.identity.host.gpus))
             with replica.fetching.held(self.library, self.name):
-                restore_snapshot.run(replica, self.name, lazy)
+                restore_snapshot.run(replica, self.name, served=not host.capabilities.pages)
             self._check()
             running = replica.running
             assert running is not None

@@ -87,8 +87,8 @@ class Replica:
         self._expected_end = False
         self._stopped = False
         self._starts = 0  # number of engine processes started; at most one is alive
-        self._lazy_works = True
-        self.eager = False  # True if the snapshot holds GPU state: it cannot be restored lazily
+        self._page_server_works = True
+        self.on_gpu = False  # True if the snapshot holds GPU state
         self._no_snapshot = False  # set after taking a snapshot cost the engine's life
         self.cancellation = restore.Cancellation()
         self.page_server_error = ""
@@ -117,7 +117,7 @@ class Replica:
         """Start the engine and return once it serves, or wait for the start in another thread.
 
         An engine in standby continues. Else there are three ways, each tried after the one before failed: restore with
-        the working set first, restore all pages first, start cold. `before_cold`, if given, is called before a cold
+        the page server (the working set first, or for a GPU all pages in parallel), restore by CRIU alone, start cold. `before_cold`, if given, is called before a cold
         start (it may wait for another replica's snapshot); then restoring is tried once more. A start that `stop`
         interrupts tries no other way.
         Raises LauncherError or CheckpointError when the start fails.
@@ -192,19 +192,14 @@ class Replica:
         """
         self.refused = None
         name = self.restorable()
-        # After a failed page server, restore all pages first: what ended the page server may end the next one.
-        lazy_first = (
-            self.settings.lazy_restore
-            and self._lazy_works
-            and not self.page_server_error
-            and not self.capabilities.pages
-        )
-        ways = ((True, False) if lazy_first else (False,)) if name else ()
-        for lazy in ways:
+        # After a failed page server, CRIU restores all pages itself: what ended the page server may end the next one.
+        served_first = self._page_server_works and not self.page_server_error and not self.capabilities.pages
+        ways = ((True, False) if served_first else (False,)) if name else ()
+        for served in ways:
             assert name is not None
             try:
                 with self.fetching.held(self.library, name):
-                    restore_snapshot.run(self, name, lazy)
+                    restore_snapshot.run(self, name, served)
                 return True
             except (CheckpointError, LauncherError) as failure:
                 # Lost pages cause any error that follows them, so do not blame the snapshot.
@@ -212,10 +207,12 @@ class Replica:
                 if self._stopped:
                     self.clear()
                     raise
-                again = lazy and not self.eager and not isinstance(error, Incompatible | Integrity | HostLacks | Busy)
+                # On a GPU once, unless its pages were lost: then the driver has not begun.
+                again = served and (not self.on_gpu or bool(self.page_server_error))
+                again = again and not isinstance(error, Incompatible | Integrity | HostLacks | Busy)
                 self._restore_failed(name, error, again)
                 if again:
-                    self._lazy_works = bool(self.page_server_error)
+                    self._page_server_works = bool(self.page_server_error)
                     continue
                 if self.settings.strict or self.settings.named:
                     raise
@@ -287,7 +284,7 @@ class Replica:
         self.clear()
         self.tracker.to(Phase.FAILED, str(error))
         if again:
-            log.warning("restoring %s with its working set first failed (%s); restoring all pages first", name, error)
+            log.warning("restoring %s through the page server failed (%s); CRIU restores all its pages", name, error)
             return
         if isinstance(error, Incompatible):
             self.refused = error

@@ -18,6 +18,8 @@ import threading
 import time
 from multiprocessing import shared_memory
 
+MAP_NORESERVE = 0x4000  # mmap names it from Python 3.12 on
+
 
 def worker(address, lock, name):
     """The child: answers over a kept TCP connection, and writes to the shared memory under the semaphore."""
@@ -37,8 +39,10 @@ def main():
     mp.set_start_method("spawn")
     megabytes = int(sys.argv[1]) if len(sys.argv) > 1 else 16
     ballast = mmap.mmap(-1, megabytes << 20)
+    # Without reserve: the kernel merges it with no other mapping.
+    private = mmap.mmap(-1, megabytes << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
     for offset in range(0, len(ballast), 4096):
-        ballast[offset : offset + 8] = offset.to_bytes(8, "little")
+        ballast[offset : offset + 8] = private[offset : offset + 8] = offset.to_bytes(8, "little")
     deleted = tempfile.TemporaryFile()
     deleted.write(b"still here")
     deleted.flush()
@@ -71,7 +75,11 @@ def main():
                 seen = int.from_bytes(bytes(shared.buf[:8]), "little")
             return {"count": count, "shared": seen, "pid": os.getpid()}
         if op == "ballast":
-            wrong = sum(int.from_bytes(ballast[o : o + 8], "little") != o for o in range(0, len(ballast), 4096))
+            wrong = sum(
+                int.from_bytes(memory[o : o + 8], "little") != o
+                for memory in (ballast, private)
+                for o in range(0, len(memory), 4096)
+            )
             return {"wrong": wrong, "bytes": len(ballast)}
         if op == "deleted":
             deleted.seek(0)

@@ -93,7 +93,7 @@ class RestoreContext(StartContext, Protocol):
     """Cancels the restore that is running."""
     page_server_error: str
     """Why pages of the restored engine will never arrive, or ""."""
-    eager: bool
+    on_gpu: bool
     """True if the snapshot holds GPU state: it cannot be restored lazily."""
     restored: bool
     recording: bool

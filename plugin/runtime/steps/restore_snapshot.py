@@ -34,8 +34,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("quickthaw")
 
 
-def run(replica: RestoreContext, name: str, lazy: bool) -> None:
-    """Restore the snapshot `name` and return once the replica serves. `lazy`: with the working set first.
+def run(replica: RestoreContext, name: str, served: bool) -> None:
+    """Restore the snapshot `name` and return once the replica serves.
+
+    `served`: a page server puts the pages in place, those of the working set first or, for GPU state and `--no-lazy`, all
+    of them before the engine runs. Otherwise CRIU does, before it returns.
 
     The caller holds the snapshot's lock (`Fetching.held`) and ends what is left after an error. Raises CheckpointError
     or LauncherError.
@@ -45,7 +48,8 @@ def run(replica: RestoreContext, name: str, lazy: bool) -> None:
     replica.page_server_error = ""
     replica.mounting()
     snapshot = replica.library.load(name)
-    replica.eager = snapshot.gpu.processes > 0
+    replica.on_gpu = snapshot.gpu.processes > 0
+    lazy = served and replica.settings.lazy_restore and not replica.on_gpu
     if replica.settings.trust_keys and not replica.fetching.unfinished:
         from checkpoint.snapshot.signatures import check_folder
 
@@ -60,7 +64,7 @@ def run(replica: RestoreContext, name: str, lazy: bool) -> None:
     replica.spans = {"identity": time.monotonic() - began}
     replica.cancellation = restore.Cancellation()
     replica.fetching.watch(replica.on_page_server_failed)
-    later = _lazy(replica, name) if lazy else None
+    later = _lazy(replica, name, fill=not lazy) if served else None
     replica.recording = bool(later and later.record)
     replica.tracker.to(Phase.RESTORING)
     outputs = {
@@ -112,9 +116,8 @@ def run(replica: RestoreContext, name: str, lazy: bool) -> None:
             log.info("this first restore records the snapshot's working set; later restores load it first")
         replica.page_follower.begin(replica.library, snapshot, restored.pages, recording=replica.recording)
     elif replica.page_follower.pace.measured:
-        restore_rates.remember(
-            replica.settings.home, snapshot.image_bytes, restored.spans["criu"], bool(snapshot.gpu.processes)
-        )
+        took_s = restored.spans["criu"] + restored.spans.get("fill", 0.0)
+        restore_rates.remember(replica.settings.home, snapshot.image_bytes, took_s, replica.on_gpu)
 
 
 def save_next_plan(replica: RestoreContext, snapshot: Snapshot) -> None:
@@ -138,16 +141,17 @@ def save_next_plan(replica: RestoreContext, snapshot: Snapshot) -> None:
     )
 
 
-def _lazy(replica: RestoreContext, name: str) -> restore.LazyRestore:
+def _lazy(replica: RestoreContext, name: str, fill: bool = False) -> restore.LazyRestore:
     known = replica.library.working_set(name)
-    recorded = known.exists()
+    recorded = known.exists() or fill
     return restore.LazyRestore(
-        known if recorded else None,
+        known if recorded and not fill else None,
         not recorded,
         replica.on_page_server_failed,
         lambda text: log.warning("%s", text),
         replica.fetching.downloading,
         pack=replica.settings.verify != "always",
+        fill=fill,
     )
 
 

@@ -1,7 +1,9 @@
 """A double of the CUDA driver for real child processes.
 
 It keeps the documented state machine (RUNNING, LOCKED, CHECKPOINTED, FAILED), refuses illegal transitions as the
-driver does, counts GPU memory, loses a process whose restore runs out of memory, and fails on request. All state lies
+driver does, counts GPU memory, loses a process whose restore runs out of memory, and fails on request. As the real one
+pins the host memory that it copies from, a restore is refused (EFAULT) while a page of it is absent; its place is taken by
+the process's private mapping with the most pages at the checkpoint. All state lies
 in one folder, as the real driver's state lies in the processes: the death of a helper loses nothing. The children run
 cuda_child.py.
 """
@@ -14,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from checkpoint.cuda.driver import DeviceMemory, DriverError, State
 
 GPU0, GPU1 = (f"GPU-0000000{n}-0000-0000-0000-000000000000" for n in (0, 1))
 TOTAL = 1 << 30
+PAGE = 4096
 CHILD = Path(__file__).parents[2] / "programs" / "cuda_child.py"
 
 
@@ -35,6 +39,41 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     except OSError:
         return False
+
+
+PRESENT = 1 << 63
+
+
+def present_pages(pid: int, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the parts (start, end) of these ranges whose pages are present, from the kernel's page tables."""
+    found: list[tuple[int, int]] = []
+    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as file:
+        for start, end in ranges:
+            entries = array("Q", os.pread(file.fileno(), (end - start) // PAGE * 8, start // PAGE * 8))
+            for index, entry in enumerate(entries):
+                page = start + index * PAGE
+                if not entry & PRESENT:
+                    continue
+                if found and found[-1][1] == page:
+                    found[-1] = found[-1][0], page + PAGE
+                else:
+                    found.append((page, page + PAGE))
+    return found
+
+
+def size_of(ranges: list[tuple[int, int]]) -> int:
+    return sum(end - start for start, end in ranges)
+
+
+def host_copy(pid: int) -> list[tuple[int, int]]:
+    """Return the present pages of a process's largest private anonymous mapping."""
+    mappings = []
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        place, access, _, _, inode, *name = line.split()
+        if access == "rw-p" and inode == "0" and not name:
+            low, _, high = place.partition("-")
+            mappings.append((int(low, 16), int(high, 16)))
+    return max((present_pages(pid, [mapping]) for mapping in mappings), key=size_of, default=[])
 
 
 class Double:
@@ -126,11 +165,14 @@ class Double:
         self._call("checkpoint", pid)
         record = self._move(pid, State.LOCKED, State.CHECKPOINTED)
         (self.folder / f"{pid}.vram").rename(self.folder / f"{pid}.host")
-        write(self.folder / f"{pid}.json", record)
+        write(self.folder / f"{pid}.json", {**record, "pages": host_copy(pid)})
 
     def restore(self, pid: int, pairs: list[tuple[str, str]]) -> None:
         self._call("restore", pid)
         record = self._move(pid, State.CHECKPOINTED, State.LOCKED)
+        pages = [(start, end) for start, end in record.pop("pages", ())]
+        if missing := size_of(pages) - size_of(present_pages(pid, pages)):
+            raise DriverError(f"CUDA_ERROR_OPERATING_SYSTEM (EFAULT: {missing} bytes are absent)")
         where = dict(pairs)
         if pairs and not record["memory"].keys() <= where.keys():
             raise DriverError("CUDA_ERROR_INVALID_VALUE")

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from checkpoint.criu.binary import Criu
 from checkpoint.lazy_pages.client import PageServer, server_config
@@ -54,17 +54,24 @@ class Frozen:
         images: Path | None = None,
         deaths: list[str] | None = None,
         pack: bool = True,
+        fill: Literal["all"] | None = None,
     ) -> tuple[PageServer, Path]:
         work = self.folder / f"work-{next(self.count)}"
         work.mkdir()
         known_set = self.working_set if known and not record else None
-        config = server_config(images or self.images, known_set, record, rate, pack=pack)
+        config = server_config(images or self.images, known_set, record, rate, pack=pack, fill=fill)
         started = speculative.begin_pages(config, work)
         dead = (self.deaths if deaths is None else deaths).append
         return PageServer(*started, work / speculative.LAZY_PAGES_SOCKET, dead, self.warnings.append), work
 
     def restore(self, sandbox: Sandbox, work: Path, images: Path | None = None) -> None:
         self.criu.restore(sandbox, self.root, images or self.images, LIMIT_S, work, {}, lazy_pages=True)
+
+    def restore_stopped(self, sandbox: Sandbox, work: Path) -> None:
+        request = self.criu.restore_request(self.root, self.images, {}, lazy_pages=True)
+        argv = [word.replace(speculative.WORK, str(work)) for word in request["argv"]]
+        code = sandbox.execute(argv, request["env"], LIMIT_S, adopt=self.root)
+        self.criu.check_restored(sandbox, code, work)
 
     @staticmethod
     def order(sandbox: Sandbox, **what: int) -> None:

@@ -5,6 +5,7 @@ The tree and CRIU are real. The driver is the double of cuda_double.py, whose st
 one's does.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -14,6 +15,7 @@ import pytest
 
 from checkpoint.criu.binary import Criu
 from checkpoint.errors import Failed, HostLacks
+from checkpoint.lazy_pages.client import PageServer, server_config
 from checkpoint.sandbox.process_tree import processes
 from checkpoint.sandbox.sandbox import CACHE_DIR, Bind, Sandbox, SandboxConfig
 from checkpoint.snapshot import dump, free_space
@@ -21,7 +23,7 @@ from checkpoint.snapshot import restore as restore_module
 from checkpoint.snapshot.digests import digest_folder
 from checkpoint.snapshot.dump import take
 from checkpoint.snapshot.library import Library
-from checkpoint.snapshot.restore import restore
+from checkpoint.snapshot.restore import Cancellation, LazyRestore, restore
 from plugin.runtime.config import state_home
 from plugin.runtime.steps.engine_output import Output
 from tests.kits.checkpoint.cuda_double import GPU0, Double, write
@@ -30,6 +32,8 @@ from tests.kits.leftovers import Watch
 from tests.t1.checkpoint.test_process_tree import ask, start_tree
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("criu")]
+MEGABYTES = 32
+"""More than anything else in the tree's private memory, so that the double takes it for the driver's copy (cuda_double)."""
 
 
 def inner_pid_of(pid):
@@ -68,7 +72,7 @@ def rig(tmp_path, monkeypatch):
     write(gpu / "gpus.json", {GPU0: 1 << 30})
     library, output = Library(tmp_path), Output(None)
     with Sandbox(SandboxConfig(binds=[Bind(tmp_path / "compile", Path(CACHE_DIR), read_only=False)])) as sandbox:
-        pid = start_tree(sandbox, output, 1)
+        pid = start_tree(sandbox, output, MEGABYTES)
         # Not the smallest one: PIDs start again after pid_max.
         root = next(p for p in processes(sandbox.init_pid) if inner_pid_of(p) == str(pid))
         write(gpu / f"{root}.json", {"state": "RUNNING", "memory": {GPU0: 1 << 20}})
@@ -93,22 +97,106 @@ def test_all_processes_leave_the_gpu_for_the_dump_and_resume(rig):
     assert snapshot.gpu.memory[GPU0] >= 1 << 20
     assert library.load("tree").gpu == snapshot.gpu
     assert ask(sandbox, op="count")["count"] == 2
-    output = Output(None)
-    replica = restore(
-        library,
-        Criu.find(state_home()),
-        snapshot,
-        [Bind(library.home / "compile", Path(CACHE_DIR), read_only=False)],
-        library.home / "compile",
-        {"stdout": output.write_fd},
-        driver=driver,
-    )
-    output.close_write_end()
-    try:
+    with restored(library, snapshot, driver) as replica:
+        assert replica.pages is None
+        assert replica.spans["fill"] > 0
         assert calls(driver) == ["lock", "checkpoint", "restore", "unlock", "restore", "unlock"]
         assert ask(replica.sandbox, op="count")["count"] == 2
+        assert ask(replica.sandbox, op="ballast") == {"wrong": 0, "bytes": MEGABYTES << 20}
+
+
+@contextlib.contextmanager
+def restored(library, snapshot, driver):
+    """Restore as a launch does: every page in place before the tree runs, and the restore cancelled if the page server fails."""
+    output, cancellation = Output(None), Cancellation()
+
+    def on_death(reason):
+        cancellation.cancel(Failed("pages-lost", reason))
+
+    lazy = LazyRestore(library.working_set(snapshot.name), True, on_death, pytest.fail)
+    try:
+        replica = restore(
+            library,
+            Criu.find(state_home()),
+            snapshot,
+            [Bind(library.home / "compile", Path(CACHE_DIR), read_only=False)],
+            library.home / "compile",
+            {"stdout": output.write_fd},
+            driver=driver,
+            lazy=lazy,
+            cancellation=cancellation,
+        )
+    finally:
+        output.close_write_end()
+    try:
+        yield replica
     finally:
         replica.close()
+
+
+@pytest.fixture
+def killed_with_memory(monkeypatch):
+    """Return a function that has the page server killed as soon as it has a process's memory."""
+
+    def arrange():
+        class Signalled(PageServer):
+            def _handle(self, event, message, fds):
+                super()._handle(event, message, fds)
+                if event == "space":
+                    self._process.kill()
+                    killed.append(self.pid)
+
+        killed = []
+        monkeypatch.setattr(restore_module, "PageServer", Signalled)
+        return killed
+
+    return arrange
+
+
+@pytest.mark.slow
+def test_the_driver_finds_absent_pages_if_the_tree_goes_on_early(rig, monkeypatch):
+    """The double refuses what the real driver would: this is what the tests of restores rely on."""
+    library, sandbox, wanted, driver, _ = rig
+    snapshot = take(
+        library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", digest_folder, driver=driver
+    )
+    servers = []
+    monkeypatch.setattr(restore_module, "server_config", lambda *given, fill, **more: server_config(*given, **more))
+    monkeypatch.setattr(restore_module, "_fill", lambda pages, *_: servers.append(pages))
+    with pytest.raises(Failed, match="EFAULT"), restored(library, snapshot, driver):
+        pass
+    servers[0].close()
+
+
+@pytest.mark.slow
+def test_a_filler_that_dies_fails_the_restore_by_name(rig, killed_with_memory):
+    library, sandbox, wanted, driver, _ = rig
+    snapshot = take(
+        library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", digest_folder, driver=driver
+    )
+    before = calls(driver)
+    killed = killed_with_memory()
+    with pytest.raises(Failed, match="pages-lost.*page server"), restored(library, snapshot, driver):
+        pass
+    assert killed and calls(driver) == before
+    assert not list((library.home / "run").glob("restore-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [0.0, 0.5])
+def test_an_image_cut_short_fails_the_restore_by_name(rig, part):
+    """Also if nobody has checked its digest."""
+    library, sandbox, wanted, driver, _ = rig
+    snapshot = take(
+        library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", digest_folder, driver=driver
+    )
+    before = calls(driver)
+    for file in (library.path("tree") / "images").glob("pages-*.img"):
+        os.truncate(file, int(file.stat().st_size * part) // 4096 * 4096)
+    with pytest.raises(Failed, match="pages-lost|criu-restore-failed"), restored(library, snapshot, driver):
+        pass
+    assert calls(driver) == before
+    assert not list((library.home / "run").glob("restore-*"))
 
 
 def test_a_failed_dump_resumes_the_gpu(rig):

@@ -14,6 +14,7 @@ import errno
 import os
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable
 
@@ -21,30 +22,88 @@ from checkpoint.criu.pagemap import PAGE
 from checkpoint.lazy_pages import uffd
 from checkpoint.lazy_pages.address_space import Space
 
-# Bytes placed between two looks at the queue: 0.5 ms.
-_RANGE = 2 << 20
-# Bytes requested from a disk ahead of a range that is not in the page cache.
+# Bytes, and pieces of them, placed between two looks at the queue: 0.5 ms.
+_BATCH_BYTES = 2 << 20
+_BATCH_PIECES = 256
+# Pieces further apart than this in the pages file are in different batches, because what lies between is read, too.
+_GAP = 64 << 10
+# Bytes requested from a disk ahead of a batch that is not in the page cache.
 _AHEAD = 64 << 20
 # More threads than this wait for the memory and for the kernel's locks, not for a processor.
 _MOST_THREADS = 8
 _RETRY_S = 0.0005
 # The server's own priority is the highest. CRIU, which is still at work, must not wait for these threads.
 _NICE = 0
+# Numbers in a request of UFFDIO_COPY.
+_FIELDS = uffd.REQUEST_BYTES // 8
+# The last one is the bytes placed, or a negative errno.
+_NEGATIVE = 1 << 63
 
 
 class _Job:
-    """One address space: the ranges (start, end, offset in its pages file) not begun yet, and the number not done."""
+    """One address space: its pieces as ready-made kernel requests, and the batches of them that are not begun yet."""
 
     def __init__(self, space: Space) -> None:
         self.space = space
         self.size = space.pending.size
-        self.parts = deque(
-            (low, min(low + _RANGE, end), offset + low - start)
-            for start, end, offset in space.pending
-            for low in range(start, end, _RANGE)
-        )
-        self.left = len(self.parts)
+        self.requests = array("Q")
+        self.batches: deque[tuple[int, int]] = deque()  # first piece, and the one after the last
+        first = size = reached = 0
+        for run, end, offset in space.pending:
+            for start in range(run, end, _BATCH_BYTES):
+                length = min(_BATCH_BYTES, end - start)
+                index, at = len(self.requests) // _FIELDS, offset + start - run
+                if index > first and (
+                    size + length > _BATCH_BYTES or index - first == _BATCH_PIECES or at - reached > _GAP
+                ):
+                    self.batches.append((first, index))
+                    first, size = index, 0
+                self.requests.extend((start, space.source.address + at, length, 0, 0))
+                size, reached = size + length, at + length
+        if self.requests:
+            self.batches.append((first, len(self.requests) // _FIELDS))
+        self.left = len(self.batches)
         self.not_before = 0.0
+
+    def place(self, first: int, last: int) -> int:
+        """Place these pieces in order. Return how many are done: fewer where the next one cannot be placed yet.
+
+        Raises OSError, RuntimeError.
+        """
+        requests, source = self.requests, self.space.source
+        offset = requests[_FIELDS * first + 1] - source.address
+        length = requests[_FIELDS * (last - 1) + 1] + requests[_FIELDS * (last - 1) + 2] - source.address - offset
+        if not source.resident(offset, length):
+            source.advise(offset, min(_AHEAD, source.size - offset))
+        if code := source.populate(offset, length):
+            raise OSError(code, f"{os.strerror(code)}, while {source.path} was read")
+        fd, address = self.space.fd, requests.buffer_info()[0]
+        for index in range(first, last):
+            if uffd.request(fd, address + uffd.REQUEST_BYTES * index) and not self._place_rest(index):
+                return index - first
+        return last - first
+
+    def _place_rest(self, index: int) -> bool:
+        """Place what the kernel has not placed of a piece. Return False if that is not possible yet."""
+        at, source, left, _, placed = self.requests[_FIELDS * index : _FIELDS * (index + 1)]
+        if placed < _NEGATIVE:
+            at, source, left = at + placed, source + placed, left - placed
+        while left:
+            settled = self.space.settled  # before the call: it may be set during it
+            done, code = uffd.copy(self.space.fd, at, source, left)
+            if not done and code == errno.EEXIST:
+                done = PAGE  # a fault of CRIU's restorer brought it
+            if not done:
+                break
+            at, source, left = at + done, source + done, left - done
+        self.requests[_FIELDS * index : _FIELDS * (index + 1)] = array("Q", (at, source, left, 0, 0))
+        if not left:
+            return True
+        if code == errno.EAGAIN or (code == errno.ENOENT and not settled):
+            return False
+        if code == errno.ESRCH:
+            raise RuntimeError(f"process {self.space.pid} ended while its pages were filled")
+        raise OSError(code, f"UFFDIO_COPY in process {self.space.pid}: {os.strerror(code)}")
 
 
 class Filler:
@@ -101,31 +160,30 @@ class Filler:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         try:
             while (taken := self._take()) is not None:
-                job, (start, end, offset) = taken
-                done = _place(job.space, start, end, offset)
-                self._count(job, start + done, end, offset + done)
+                job, (first, last) = taken
+                self._count(job, first + job.place(first, last), last)
         except Exception as error:  # noqa: BLE001 - whatever it is, the server's loop raises it
             self._failure = self._failure or error
             self.stop()
             self._wake()
 
-    def _take(self) -> tuple[_Job, tuple[int, int, int]] | None:
-        """Wait for the next range, of the first space that can be filled now. Return None when stopped."""
+    def _take(self) -> tuple[_Job, tuple[int, int]] | None:
+        """Wait for the next batch, of the first space that can be filled now. Return None when stopped."""
         with self._changed:
             while not self._stopping:
                 now = time.monotonic()
-                waiting = [job for job in self._jobs if job.parts]
+                waiting = [job for job in self._jobs if job.batches]
                 for job in waiting:
                     if job.not_before <= now:
-                        return job, job.parts.popleft()
+                        return job, job.batches.popleft()
                 self._changed.wait(min((job.not_before - now for job in waiting), default=None))
         return None
 
-    def _count(self, job: _Job, start: int, end: int, offset: int) -> None:
-        """Count a range as done, or put back the rest of it."""
+    def _count(self, job: _Job, first: int, last: int) -> None:
+        """Count a batch as done, or put back the rest of it."""
         with self._changed:
-            if start < end:
-                job.parts.appendleft((start, end, offset))
+            if first < last:
+                job.batches.appendleft((first, last))
                 job.not_before = time.monotonic() + _RETRY_S
                 return
             job.left -= 1
@@ -134,28 +192,3 @@ class Filler:
             self._jobs.remove(job)
         self._filled.append((job.space, job.size))
         self._wake()
-
-
-def _place(space: Space, start: int, end: int, offset: int) -> int:
-    """Copy a range into place. Return its bytes, or fewer where the rest cannot be placed yet. Raises OSError, RuntimeError."""
-    source = space.source
-    if not source.resident(offset, end - start):
-        source.advise(offset, min(_AHEAD, source.size - offset))
-    if code := source.populate(offset, end - start):
-        raise OSError(code, f"{os.strerror(code)}, while {source.path} was read")
-    at = start
-    while at < end:
-        settled = space.settled  # before the call: it may be set during it
-        done, code = uffd.copy(space.fd, at, source.address + offset + at - start, end - at)
-        at += done
-        if done:
-            continue
-        if code == errno.EEXIST:  # a fault of CRIU's restorer was served
-            at += PAGE
-        elif code == errno.EAGAIN or (code == errno.ENOENT and not settled):
-            break
-        elif code == errno.ESRCH:
-            raise RuntimeError(f"process {space.pid} ended while its pages were filled")
-        else:
-            raise OSError(code, f"UFFDIO_COPY in process {space.pid}: {os.strerror(code)}")
-    return at - start

@@ -220,10 +220,11 @@ def restore(
     With `lazy`, a page server supplies the pages, those of the recorded working set first. Without it, CRIU copies
     every page before it returns. `driver` and `gpu_pairs` (uuid at the dump, uuid now) are those of
     checkpoint.cuda.checkpoint. A snapshot with GPU state is filled (LazyRestore.fill) and never restored lazily, because
-    the driver pins all of it at once. `pipes` maps the snapshot's stream names (`stdout`, `stderr`) to descriptors for the engine's output.
+    the driver pins all of it at once. `pipes` maps the snapshot's stream names (`stdout`, `stderr`) to descriptors for
+    the engine's output.
     The caller must check the canary. `underway` is called once CRIU runs and this process only waits. `cancellation`
-    ends the restore. `egress` is the way out of the sandbox. The owner must cancel when `lazy.on_death` is called,
-    because CRIU would wait for a page forever.
+    ends the restore. `egress` is the way out of the sandbox. Unless all is filled first, the owner must cancel when
+    `lazy.on_death` is called, because CRIU would wait for a page forever.
 
     Raises a CheckpointError. On failure no process, mount, namespace or file is left.
     """
@@ -236,7 +237,7 @@ def restore(
                 f"{snapshot.name} holds GPU state and this host has no NVIDIA device; see quickthaw doctor",
             )
     if lazy and lazy.fill:
-        lazy = replace(lazy, working_set=None, record=False, downloading=None)
+        lazy = replace(lazy, working_set=None, record=False, downloading=None, on_death=_cancelling(lazy, cancellation))
     check_page_size()
     run_folder = run_folder or library.home / "run"
     try:
@@ -338,12 +339,22 @@ def _plan(
     }
 
 
+def _cancelling(lazy: LazyRestore, cancellation: Cancellation) -> Callable[[str], None]:
+    """Return an `on_death` that ends the restore, too: CRIU itself may wait for a page."""
+
+    def on_death(reason: str) -> None:
+        cancellation.cancel(Failed("pages-lost", reason))
+        lazy.on_death(reason)
+
+    return on_death
+
+
 def _fill(pages: PageServer, limit_s: float, spans: dict[str, float]) -> None:
-    """Wait until every page is in place and the page server has ended. Raises Failed (pages-lost)."""
+    """Wait until every page is in place, and no fault comes to the page server, which then ends. Raises Failed (pages-lost)."""
     began = time.monotonic()
-    if not pages.wait_filled(limit_s) or not pages.wait_complete(limit_s):
+    if not pages.wait_filled(limit_s):
         raise Failed("pages-lost", f"not every page was in place within {limit_s:.0f} s")
-    pages.close()
+    threading.Thread(target=pages.close, name="page-server-close").start()
     spans["fill"] = time.monotonic() - began
 
 

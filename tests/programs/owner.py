@@ -36,7 +36,8 @@ def main():
             )
             print("taken", flush=True)
             ask(sandbox, op="count")
-        for lazy in (None, LazyRestore(None, True, print, print)):
+        filled = LazyRestore(None, False, print, print, fill=True)
+        for lazy in (None, filled, LazyRestore(None, True, print, print)):
             print("restore", flush=True)
             snapshot = library.load("tree")
             verify(library.path("tree"), snapshot.files, always=True)

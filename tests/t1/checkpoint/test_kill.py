@@ -1,7 +1,9 @@
 """kill -9 at each phase of a take and of a restore: nothing is left behind, the library is intact, and the next run works."""
 
+import contextlib
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -76,6 +78,44 @@ def test_kill_at_a_phase(rig, moment, victim):
     finish(1)
     Library(home).sweep()
     assert watch.gone() == set()
+
+
+def running(watch, name, limit_s=20.0):
+    """Wait for a process of the owner with `name` in its command line, which is not the owner's."""
+    limit = time.monotonic() + limit_s
+    while time.monotonic() < limit:
+        for pid in processes(watch._marker):
+            with contextlib.suppress(OSError):
+                if name in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return pid
+    raise AssertionError(f"no process {name} within {limit_s:.0f} s")
+
+
+def test_a_page_server_killed_while_it_fills_fails_the_restore_by_name(rig):
+    """In the second restore, the one with every page in place first: an error by name, or it was over."""
+    home, watch, start, finish = rig
+    finish(1)
+    failures = []
+    for after in (0.0, 0.0, 0.02, 0.05):
+        with start(1) as process:
+            for line in process.stdout:
+                if line.strip() == "restored":  # the first
+                    break
+            for line in process.stdout:
+                if line.strip() == "restore":
+                    break
+            pid = running(watch, b"lazy_pages.main")
+            time.sleep(after)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            _, errors = process.communicate(timeout=120)
+        if process.returncode:
+            assert re.search(r"pages-lost|criu-restore-failed", errors), errors[-2000:]
+            failures.append(errors)
+    assert failures
+    assert {left for left in watch.gone() if not left.startswith(str(home))} == set()
+    intact(home)
+    finish(1)
 
 
 def test_killed_at_any_moment(rig):

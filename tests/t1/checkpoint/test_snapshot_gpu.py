@@ -8,6 +8,7 @@ one's does.
 import contextlib
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -136,21 +137,34 @@ def restored(library, snapshot, driver):
 
 @pytest.fixture
 def killed_with_memory(monkeypatch):
-    """Return a function that has the page server killed as soon as it has a process's memory."""
+    """Return a function that has the page server, or the restored process, killed as soon as the server has its memory."""
 
-    def arrange():
-        class Signalled(PageServer):
+    def arrange(victim):
+        class Killed(PageServer):
             def _handle(self, event, message, fds):
                 super()._handle(event, message, fds)
                 if event == "space":
-                    self._process.kill()
-                    killed.append(self.pid)
+                    found = [pid for pid in descendants() - before if inner_pid_of(pid) == str(message["pid"])]
+                    for pid in [self.pid] if victim == "server" else found:
+                        os.kill(pid, signal.SIGKILL)
+                        killed.append(pid)
 
-        killed = []
-        monkeypatch.setattr(restore_module, "PageServer", Signalled)
+        killed, before = [], descendants()
+        monkeypatch.setattr(restore_module, "PageServer", Killed)
         return killed
 
     return arrange
+
+
+def descendants():
+    """Return the PIDs of all processes below this one."""
+    found, waiting = set(), [os.getpid()]
+    while waiting:
+        for file in Path(f"/proc/{waiting.pop()}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                waiting += map(int, file.read_text().split())
+        found.update(waiting)
+    return found
 
 
 @pytest.mark.slow
@@ -169,14 +183,16 @@ def test_the_driver_finds_absent_pages_if_the_tree_goes_on_early(rig, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_filler_that_dies_fails_the_restore_by_name(rig, killed_with_memory):
+@pytest.mark.parametrize("victim", ["server", "process"])
+def test_a_death_while_pages_are_filled_fails_the_restore_by_name(rig, killed_with_memory, victim):
+    """The kernel kills a process when memory runs out."""
     library, sandbox, wanted, driver, _ = rig
     snapshot = take(
         library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", digest_folder, driver=driver
     )
     before = calls(driver)
-    killed = killed_with_memory()
-    with pytest.raises(Failed, match="pages-lost.*page server"), restored(library, snapshot, driver):
+    killed = killed_with_memory(victim)
+    with pytest.raises(Failed, match="pages-lost|criu-restore-failed"), restored(library, snapshot, driver):
         pass
     assert killed and calls(driver) == before
     assert not list((library.home / "run").glob("restore-*"))

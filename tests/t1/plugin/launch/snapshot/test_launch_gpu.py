@@ -23,7 +23,8 @@ from checkpoint.criu.binary import Criu
 from checkpoint.cuda import checkpoint as cuda
 from checkpoint.cuda.checkpoint import MARGIN, Needs
 from checkpoint.errors import Failed, Incompatible
-from checkpoint.snapshot import rehearsal
+from checkpoint.lazy_pages.client import PageServer
+from checkpoint.snapshot import rehearsal, restore
 from launchers.errors import EngineFailed
 from plugin.proxy.admin.costs import memory_bytes
 from plugin.proxy.endpoints.admission import Admission, Member
@@ -422,3 +423,45 @@ def test_two_models_take_turns_on_a_gpu_that_holds_one(gpu_rig):
             pools[name].release(taken)
 
     asyncio.run(take_turns())
+
+
+def test_a_page_server_that_dies_leaves_the_restore_to_criu(gpu_rig, monkeypatch, caplog):
+    """The driver has not begun then, so there is a second try; it needs no page server, and the snapshot is not to blame."""
+    cold = gpu_rig("vllm")
+    cold.start()
+    expected, name = answer(cold), cold.snapshot.name
+    cold.stop(5.0)
+    killed = []
+
+    class Killed(PageServer):
+        def _handle(self, event, message, fds):
+            super()._handle(event, message, fds)
+            if event == "space":
+                self._process.kill()
+                killed.append(self.pid)
+
+    monkeypatch.setattr(restore, "PageServer", Killed)
+    replica = gpu_rig("vllm", take_snapshot=False)
+    before = len(replica._cuda.changes())
+    with caplog.at_level(logging.INFO, "quickthaw"):
+        replica.start()
+    assert replica.restored and answer(replica) == expected
+    assert len(set(killed)) == 1 and "pages-lost" in caplog.text, caplog.text
+    assert replica._cuda.changes()[before:] == ["restore", "unlock"]
+    assert not replica.library.health(name).failures
+
+
+def test_damaged_pages_are_refused_before_the_driver_begins(gpu_rig, caplog):
+    cold = gpu_rig("vllm")
+    cold.start()
+    expected = answer(cold)
+    images = cold.library.path(cold.snapshot.name) / "images"
+    cold.stop(5.0)
+    os.truncate(max(images.glob("pages-*.img"), key=lambda file: file.stat().st_size), 1 << 20)
+    replica = gpu_rig("vllm", take_snapshot=False)
+    before = len(replica._cuda.changes())
+    with caplog.at_level(logging.INFO, "quickthaw"):
+        replica.start()
+    assert not replica.restored and replica.tracker.phase is Phase.SERVING and answer(replica) == expected
+    assert "starting cold" in caplog.text
+    assert replica._cuda.changes()[before:] == []

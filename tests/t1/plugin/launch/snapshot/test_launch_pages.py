@@ -20,16 +20,20 @@ def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def name_of(pid):
+    try:
+        return Path(f"/proc/{pid}/comm").read_text()
+    except OSError:
+        return ""
+
+
 def page_server(started, limit_s=10.0):
     """Return the page server of a launch as soon as it exists (it may be prestarted, without a configuration yet)."""
     limit = time.monotonic() + limit_s
     while time.monotonic() < limit:
         for pid in children(started.process.pid):
-            try:
-                if Path(f"/proc/{pid}/comm").read_text() == "quickthaw-pages\n":
-                    return pid
-            except OSError:
-                pass
+            if name_of(pid) == "quickthaw-pages\n":
+                return pid
         time.sleep(0.001)
     raise AssertionError(started.text()[-3000:])
 
@@ -143,3 +147,35 @@ def test_a_damaged_working_set_is_recorded_again(taken):
     assert list((rig.home / "run").glob("next-*.json"))
     assert rig.cli("snapshot", "rm", rig.name).returncode == 0
     assert not list((rig.home / "run").glob("next-*.json"))
+
+
+def test_no_lazy_leaves_no_page_server_and_no_fault(launch_rig):
+    """Every page is in place before the engine runs; a page server that dies meanwhile costs time only."""
+    rig = launch_rig
+    answer = rig.take()
+    for killed in (False, True):
+        with rig.running("--no-lazy") as started:
+            if killed:
+                os.kill(page_server(started), signal.SIGKILL)
+            assert started.ask() == answer
+            started.wait_serving()
+            assert COLD not in started.ours(), started.ours()
+            assert not [pid for pid in children(started.process.pid) if name_of(pid) == "quickthaw-pages\n"]
+            (replica,) = started.status()
+            assert [span["phase"] for span in replica["timeline"]][-4:] == RESTORED
+            assert replica["pages"]["faults"] == 0
+
+
+def test_a_launch_killed_while_pages_are_filled_leaves_nothing(launch_rig):
+    rig = launch_rig
+    answer = rig.take()
+    for after in (0.0, 0.1, 0.2, 0.3, 0.4, 0.6):
+        started = rig.start("--no-lazy")
+        page_server(started)
+        time.sleep(after)
+        started.stop(signal.SIGKILL)
+        assert {left for left in rig.watch.gone() if not left.startswith(str(rig.home))} == set()
+    with rig.running("--no-lazy") as started:
+        assert started.ask() == answer
+        assert COLD not in started.ours(), started.ours()
+    assert not list((rig.home / "run").glob("restore-*"))

@@ -7,7 +7,7 @@
 - copied: our page server, everything copied.
 - ours: our page server, with weights (whose areas the engine reported) and libraries' data mapped. Prints how much is mapped.
 
-    python benchmarks/pages.py NAME [--runs 5] [--json]
+    python benchmarks/pages.py NAME [--runs 5] [--ways plain,filled] [--json]
     python benchmarks/pages.py NAME --criu-log          when CRIU does what, from its own log (which makes it slower)
 
 For each way: seconds until CRIU returns, until the first token of a greedy generation, and of the second generation. The images
@@ -188,6 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--ways", default=",".join(WAYS), help="those to compare, separated by commas")
     parser.add_argument("--json", action="store_true")
     parser.add_argument(
         "--criu-log", action="store_true", help="print the times of one restore from CRIU's most verbose log"
@@ -202,9 +203,12 @@ def main() -> None:
         return
     map_pages(library, snapshot)
     sizes = mapped_bytes(library.path(snapshot.name))
-    series: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    ways = options.ways.split(",")
+    if unknown := set(ways) - set(WAYS):
+        parser.error(f"no such way: {', '.join(sorted(unknown))}")
+    series: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for index in range(options.runs + 1):
-        for way in WAYS:
+        for way in ways:
             found = run(way, library, criu, snapshot)
             if index:  # the first round warms the page cache
                 series[way].append(found)
@@ -231,10 +235,10 @@ def main() -> None:
         f"mapped {sizes['mapped_bytes'] / 1e6:.1f} MB; CRIU itself reads {sizes['eager_bytes_mapped'] / 1e6:.1f} MB of "
         f"{sizes['eager_bytes'] / 1e6:.1f} MB"
     )
-    print(f"{'':<12}{'CRIU returns':>14}{'first token':>14}{'second':>10}{'faults':>9}")
+    print(f"{'':<14}{'all restored':>14}{'first token':>14}{'second':>10}{'faults':>9}")
     for way, one in medians.items():
         print(
-            f"{way:<12}{one['criu_s']:>12.3f} s{one['first_token_s']:>12.3f} s{one['second_s']:>8.3f} s{one.get('faults', '-'):>9}"
+            f"{way:<14}{one['criu_s']:>12.3f} s{one['first_token_s']:>12.3f} s{one['second_s']:>8.3f} s{one.get('faults', '-'):>9}"
         )
 
 

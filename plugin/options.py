@@ -409,7 +409,7 @@ replica = (
     option(
         "--lazy/--no-lazy",
         default=True,
-        help="Restore the recorded working set first and the rest after the first token.",
+        help="Restore the recorded working set first and the rest after the first token, or every page before the engine runs.",
     ),
     option(
         "--silence-timeout",

@@ -242,7 +242,6 @@ class Stats:
         "faults_before_first_token",
         "faults_missed",
         "faults_zero",
-        "filled_s",
         "first_placed_s",
         "forks",
         "listening_s",
@@ -263,7 +262,6 @@ class Stats:
     faults_before_first_token: float
     faults_missed: float
     faults_zero: float
-    filled_s: float
     first_placed_s: float
     forks: float
     listening_s: float

@@ -23,9 +23,9 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from checkpoint.sandbox import prestart
 
@@ -59,7 +59,7 @@ def server_config(
     first_token_timeout_s: float = FIRST_TOKEN_TIMEOUT_S,
     downloading: DownloadingImages | None = None,
     pack: bool = True,
-    fill: Sequence[int] | Literal["all"] | None = None,
+    fill: bool = False,
 ) -> dict[str, Any]:
     """Build the server's configuration (checkpoint.lazy_pages.main).
 
@@ -67,8 +67,8 @@ def server_config(
     token. `record`: serve single pages and record their order. `rest_bytes_per_s`: rate limit for background pages after
     the first token. They start after `first_token_timeout_s` even if no first token is reported. `downloading`: the images
     are being filled from a store. `pack`: allow copying from the pack (checkpoint.lazy_pages.cache), whose bytes were not
-    hashed since they were written. `fill`: processes whose pages are all put in place, by several threads, before the owner
-    lets the tree run (checkpoint.lazy_pages.filler).
+    hashed since they were written. `fill`: put all pages in place, by several threads, before the owner lets the tree run
+    (checkpoint.lazy_pages.filler).
     """
     return {
         "images": str(images.resolve()),
@@ -110,7 +110,6 @@ class PageServer:
         self._answered = threading.Condition()
         self._answers = 0
         self._saved = 0
-        self._filled = False
         self._closing = False
         self._failure = ""
         self.complete = threading.Event()
@@ -213,21 +212,17 @@ class PageServer:
         elif event == "warning":
             if self._on_warning:
                 self._on_warning(message["message"])
-        elif event == "filled":
-            with self._answered:
-                self._filled = True
-                self._answered.notify_all()
         elif event == "failed":
             self._failure = message["message"]
         else:
             if event in ("stats", "complete"):
                 self._stats = message
+            if event == "complete":
+                self.complete.set()
             with self._answered:
                 self._answers += event == "stats"
                 self._saved += event == "saved"
                 self._answered.notify_all()
-            if event == "complete":
-                self.complete.set()
 
     def _end(self) -> None:
         code = None
@@ -307,16 +302,11 @@ class PageServer:
                 self._answered.wait_for(lambda: self._saved > 0 or self.ended.is_set(), timeout_s) and self._saved > 0
             )
 
-    def wait_filled(self, timeout_s: float) -> bool:
-        """Wait until every page of the processes to be filled is in place, and none of their faults comes to the server.
-
-        Return False on timeout or when the server has failed.
-        """
+    def wait_placed(self, timeout_s: float) -> bool:
+        """Wait until every page is in place, but not for the server's end. Return False on timeout or when the server has failed."""
         with self._answered:
-            self._answered.wait_for(
-                lambda: self._filled or self.complete.is_set() or self.ended.is_set(), timeout_s
-            )
-            return self._filled or self.complete.is_set()
+            self._answered.wait_for(lambda: self.complete.is_set() or self.ended.is_set(), timeout_s)
+        return self.complete.is_set()
 
     def wait_complete(self, timeout_s: float) -> bool:
         """Wait until every page is in place. Return False on timeout or when the server has died."""

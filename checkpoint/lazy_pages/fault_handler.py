@@ -29,7 +29,6 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Iterable
 
 from checkpoint.criu.pagemap import PAGE, argument_pages
 from checkpoint.lazy_pages import uffd
@@ -72,9 +71,8 @@ class FaultHandler:
         self.criu: socket.socket | None = None
         self.released: set[int] = set()  # spaces that need nothing more, as reported to the owner
         self.first_token_limit = 0.0
-        self.filled_pids: str | list[int] | None = config.get("fill")  # type: ignore[assignment]  # client.server_config
+        self.fill = bool(config.get("fill"))  # everything is in place before any process runs
         self.filler = Filler(self.waker.wake)
-        self.to_fill: set[int] = set()  # numbers of spaces that must be in place before their processes run
         self.faults: deque[tuple[Space, int, float]] = deque()  # (space, address, since when)
         self.trace_before: list[tuple[int, int]] = []  # (process, address) of faults before the first token
         self.trace_after: list[tuple[int, int]] = []
@@ -167,10 +165,8 @@ class FaultHandler:
             self.copier.step(time.monotonic())
             while self.copier.advance():
                 pass
-            if self.copier.finished:
-                self.release(self.spaces.values())
-            if tree.restored:
-                self.report_filled()
+            if self.copier.finished or (self.fill and tree.restored):
+                self.release()
             if tree.restored and not self.spaces:
                 tree.send_stats("complete")
                 return
@@ -185,7 +181,7 @@ class FaultHandler:
         return min(limits, default=-1)
 
     def waits_for_first_token(self) -> bool:
-        return self.tree.restored and not self.tree.first_token and not self.to_fill
+        return self.tree.restored and not self.tree.first_token and not self.fill
 
     def collect(self) -> None:
         """Collect the results of the fetchers and the filler."""
@@ -283,8 +279,7 @@ class FaultHandler:
             source = self.planner.source(image)
             space = Space(0, number, fds[0], PendingPages(image.runs), image, source)
             self.tree.add(space)
-            if self.filled_pids == "all" or (self.filled_pids and number in self.filled_pids):
-                self.to_fill.add(space.number)
+            if self.fill:
                 self.filler.add(space)
 
     # Events of the processes
@@ -409,24 +404,13 @@ class FaultHandler:
 
     # The end
 
-    def report_filled(self) -> None:
-        """Release the filled spaces; report once that the kernel serves the faults of all of them."""
-        if not self.to_fill:
-            return
-        self.release(space for space in self.spaces.values() if space.number in self.to_fill and not space.pending)
-        self.to_fill &= {space.number for space in self.spaces.values()}
-        if not self.to_fill:
-            self.stats.filled_s = self.tree.now()
-            self.first_token_limit = time.monotonic() + self.first_token_timeout_s
-            self.tree.send(event="filled")
-
-    def release(self, spaces: Iterable[Space]) -> None:
+    def release(self) -> None:
         """Report the spaces that need nothing more.
 
         The owner closes its descriptors first; after our close, the kernel serves all faults.
         """
-        for space in spaces:
-            if space.number not in self.released:
+        for space in self.spaces.values():
+            if space.number not in self.released and not space.pending:
                 self.released.add(space.number)
                 self.tree.send(event="placed", number=space.number)
 

@@ -332,7 +332,7 @@ def _plan(
             lazy.record,
             downloading=lazy.downloading,
             pack=lazy.pack,
-            fill="all" if lazy.fill else None,
+            fill=lazy.fill,
         )
         if lazy
         else None,
@@ -350,9 +350,9 @@ def _cancelling(lazy: LazyRestore, cancellation: Cancellation) -> Callable[[str]
 
 
 def _fill(pages: PageServer, limit_s: float, spans: dict[str, float]) -> None:
-    """Wait until every page is in place, and no fault comes to the page server, which then ends. Raises Failed (pages-lost)."""
+    """Wait until every page is in place, and the page server serves no fault any more. Raises Failed (pages-lost)."""
     began = time.monotonic()
-    if not pages.wait_filled(limit_s):
+    if not pages.wait_placed(limit_s):
         raise Failed("pages-lost", f"not every page was in place within {limit_s:.0f} s")
     threading.Thread(target=pages.close, name="page-server-close").start()
     spans["fill"] = time.monotonic() - began

@@ -117,9 +117,9 @@ class Replica:
         """Start the engine and return once it serves, or wait for the start in another thread.
 
         An engine in standby continues. Else there are three ways, each tried after the one before failed: restore with
-        the page server (the working set first, or for a GPU all pages in parallel), restore by CRIU alone, start cold. `before_cold`, if given, is called before a cold
-        start (it may wait for another replica's snapshot); then restoring is tried once more. A start that `stop`
-        interrupts tries no other way.
+        the page server (the working set first, or with GPU state every page in parallel), restore by CRIU alone, start
+        cold. `before_cold`, if given, is called before a cold start (it may wait for another replica's snapshot); then
+        restoring is tried once more. A start that `stop` interrupts tries no other way.
         Raises LauncherError or CheckpointError when the start fails.
         """
         with self._starting:

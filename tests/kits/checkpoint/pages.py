@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from checkpoint.criu.binary import Criu
 from checkpoint.lazy_pages.client import PageServer, server_config
@@ -54,7 +54,7 @@ class Frozen:
         images: Path | None = None,
         deaths: list[str] | None = None,
         pack: bool = True,
-        fill: Literal["all"] | None = None,
+        fill: bool = False,
     ) -> tuple[PageServer, Path]:
         work = self.folder / f"work-{next(self.count)}"
         work.mkdir()

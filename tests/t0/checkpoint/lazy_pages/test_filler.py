@@ -109,9 +109,7 @@ def test_every_page_of_every_space_is_placed_once(fill, monkeypatch):
     kernel = Kernel(monkeypatch)
     one, other = space(1), space(2)
     assert sorted((each.number, size) for each, size in fill(one, other)) == [(1, SIZE), (2, SIZE)]
-    assert kernel.placed == {
-        (fd, START + offset): offset for fd in (1, 2) for offset in range(0, SIZE, PAGE)
-    }
+    assert kernel.placed == {(fd, START + offset): offset for fd in (1, 2) for offset in range(0, SIZE, PAGE)}
     assert one.source.advised, "what is not in the page cache is requested ahead"
     assert all(offset + length <= SIZE for offset, length in one.source.advised)
 

@@ -34,10 +34,10 @@ def absent(frozen: Frozen, tree: list[int]) -> int:
 
 
 def test_all_pages_are_in_place_before_the_tree_runs(frozen: Frozen) -> None:
-    server, work = frozen.serve(known=False, fill="all")
+    server, work = frozen.serve(known=False, fill=True)
     with server, frozen.sandbox() as sandbox:
         frozen.restore_stopped(sandbox, work)
-        assert server.wait_filled(LIMIT_S)
+        assert server.wait_placed(LIMIT_S)
         tree = processes(sandbox.init_pid)
         assert absent(frozen, tree) == 0
         assert server.wait_complete(LIMIT_S), "no server is left"
@@ -45,7 +45,11 @@ def test_all_pages_are_in_place_before_the_tree_runs(frozen: Frozen) -> None:
         for pid in tree:
             flags = [line.split() for line in Path(f"/proc/{pid}/smaps").read_text().splitlines() if "VmFlags" in line]
             assert flags and not any("um" in line for line in flags), "a fault would still come to a userfaultfd"
-        sizes = sum(end - start for pid in process_ids(str(frozen.images)) for start, end, _ in read_process(str(frozen.images), pid).runs)
+        sizes = sum(
+            end - start
+            for pid in process_ids(str(frozen.images))
+            for start, end, _ in read_process(str(frozen.images), pid).runs
+        )
         assert server.known_stats["bytes_ahead"] == sizes
         sandbox.resume()
         frozen.order(sandbox, seed=5, steps=300)
@@ -54,11 +58,11 @@ def test_all_pages_are_in_place_before_the_tree_runs(frozen: Frozen) -> None:
 
 
 def test_a_server_that_dies_meanwhile_is_reported(frozen: Frozen) -> None:
-    server, work = frozen.serve(known=False, fill="all")
+    server, work = frozen.serve(known=False, fill=True)
     with server, frozen.sandbox() as sandbox:
         os.kill(server.pid, signal.SIGSTOP)
         os.kill(server.pid, signal.SIGKILL)
-        assert not server.wait_filled(LIMIT_S)
+        assert not server.wait_placed(LIMIT_S)
         assert len(frozen.deaths) == 1 and "page server" in frozen.deaths[0]
         sandbox.close()
     frozen.deaths.clear()

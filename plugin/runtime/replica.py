@@ -10,6 +10,7 @@ engine.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import threading
@@ -129,6 +130,8 @@ class Replica:
                 return
             # Change the phase first: reading a model for the first time takes a while, and the start must be visible.
             self.mounting()
+            if self.settings.use_snapshot and not self.capabilities.snapshots:
+                self.driver()  # initialises while the model is looked at and CRIU restores
             try:
                 self._start(before_cold)
             except BaseException as error:
@@ -207,9 +210,8 @@ class Replica:
                 if self._stopped:
                     self.clear()
                     raise
-                # On a GPU once, unless its pages were lost: then the driver has not begun.
-                again = served and (not self.on_gpu or bool(self.page_server_error))
-                again = again and not isinstance(error, Incompatible | Integrity | HostLacks | Busy)
+                again = served and not isinstance(error, Incompatible | Integrity | HostLacks | Busy)
+                again = again and (not self.on_gpu or bool(self.page_server_error))  # else the driver has begun
                 self._restore_failed(name, error, again)
                 if again:
                     self._page_server_works = bool(self.page_server_error)
@@ -349,11 +351,13 @@ class Replica:
         return {**self.page_follower.counts(), "lost": self._losses}
 
     def driver(self) -> Driver | None:
-        """Return the CUDA driver's checkpoint API, or None without an NVIDIA device. One helper process lives as long as this replica."""
+        """Return the CUDA driver's checkpoint API, or None without an NVIDIA device. Its process starts at the first call, until `close`."""
         if self._cuda is None and NVIDIA.exists():
             from checkpoint.cuda.helper import Helper
 
             self._cuda = Helper()
+            with contextlib.suppress(OSError):  # its first call tries again, and reports the error
+                self._cuda.start()
         return self._cuda
 
     # Cold start

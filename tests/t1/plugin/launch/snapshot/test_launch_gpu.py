@@ -21,6 +21,7 @@ from checkpoint.compatibility import host
 from checkpoint.compatibility.gpu import Gpu
 from checkpoint.criu.binary import Criu
 from checkpoint.cuda import checkpoint as cuda
+from checkpoint.cuda import helper
 from checkpoint.cuda.checkpoint import MARGIN, Needs
 from checkpoint.errors import Failed, Incompatible
 from checkpoint.lazy_pages.client import PageServer
@@ -32,6 +33,7 @@ from plugin.proxy.http.address import from_url
 from plugin.proxy.pool.pool import ReplicaPool
 from plugin.rehearsal.rehearse import GivenUp, Rehearsal, _Rehearsed, named_settings
 from plugin.runtime.capabilities import Capabilities
+from plugin.runtime import replica as replica_module
 from plugin.runtime.config import LaunchSettings, state_home
 from plugin.runtime.phases import Phase, PhaseTracker
 from plugin.runtime.replica import Replica
@@ -465,3 +467,22 @@ def test_damaged_pages_are_refused_before_the_driver_begins(gpu_rig, caplog):
     assert not replica.restored and replica.tracker.phase is Phase.SERVING and answer(replica) == expected
     assert "starting cold" in caplog.text
     assert replica._cuda.changes()[before:] == []
+
+
+def test_the_drivers_helper_starts_first_of_all(gpu_rig, monkeypatch):
+    """cuInit takes up to a second, and CRIU, which is at work meanwhile, less."""
+    cold = gpu_rig("vllm")
+    cold.start()
+    cold.stop(5.0)
+    replica = gpu_rig("vllm")
+    replica._cuda, started = None, []
+
+    class Helper(Driver):
+        def start(self):
+            started.append([span.phase for span in replica.tracker.timeline])
+
+    monkeypatch.setattr(replica_module, "NVIDIA", gpu_rig.gpu)
+    monkeypatch.setattr(helper, "Helper", lambda: Helper(str(gpu_rig.gpu)))
+    replica.start()
+    assert replica.restored
+    assert len(started) == 1 and "restoring" not in started[0], started

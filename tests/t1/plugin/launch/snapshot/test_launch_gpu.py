@@ -32,8 +32,8 @@ from plugin.proxy.endpoints.admission import Admission, Member
 from plugin.proxy.http.address import from_url
 from plugin.proxy.pool.pool import ReplicaPool
 from plugin.rehearsal.rehearse import GivenUp, Rehearsal, _Rehearsed, named_settings
-from plugin.runtime.capabilities import Capabilities
 from plugin.runtime import replica as replica_module
+from plugin.runtime.capabilities import Capabilities
 from plugin.runtime.config import LaunchSettings, state_home
 from plugin.runtime.phases import Phase, PhaseTracker
 from plugin.runtime.replica import Replica

@@ -351,7 +351,7 @@ class Replica:
         return {**self.page_follower.counts(), "lost": self._losses}
 
     def driver(self) -> Driver | None:
-        """Return the CUDA driver's checkpoint API, or None without an NVIDIA device. Its process starts at the first call and ends with `stop`."""
+        """Return the CUDA driver's checkpoint API, or None without an NVIDIA device. The first call starts its process."""
         if self._cuda is None and NVIDIA.exists():
             from checkpoint.cuda.helper import Helper
 

@@ -307,6 +307,25 @@ def as_columns_of(program: Program, shared: Program, values: Floats) -> Floats:
     return table.ravel()
 
 
+def first_step(program: Program) -> Program:
+    """Return the program of the first step alone."""
+    rows, columns = program.rows, program.columns
+    inside = (program.row < rows) & (program.col < columns)
+    return replace(
+        program,
+        steps=1,
+        row=program.row[inside],
+        col=program.col[inside],
+        val=program.val[inside],
+        row_lower=program.row_lower[:rows],
+        row_upper=program.row_upper[:rows],
+        lower=program.lower[:columns],
+        upper=program.upper[:columns],
+        cost=program.cost[:columns],
+        integer=program.integer[:columns],
+    )
+
+
 def stay(program: Program, held: list[int]) -> Program:
     """Fix the first step to the instances held now."""
     lower, upper = program.lower.copy(), program.upper.copy()

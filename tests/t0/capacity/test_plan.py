@@ -204,11 +204,20 @@ def test_pools_that_share_columns_give_the_optimum_of_the_plain_solve(pools, ser
     )
     problem = replace(problem, pools=tuple(replace(p, quota=None, supply=None, refused=None) for p in problem.pools))
     required = requirements.compute(problem, "restored")
-    plain = solver.relax(program.build(problem, required))
+    full = program.build(problem, required)
+    plain = solver.relax(full)
     built = program.build(problem, required, shared=True)
     merged = solver.relax(built, limit=60)
     assert merged.objective == pytest.approx(plain.objective, rel=1e-7)
     assert (program.stand_ins(problem.pools) != np.arange(pools)).any(), "no two pools share their columns"
+    near = program.as_columns_of(full, built, merged.values)
+    for part in (slice(0, full.at_u), slice(full.at_u, full.at_x)):
+        assert (near.reshape(steps, -1)[:, part] == merged.values.reshape(steps, -1)[:, part]).all()
+    for one, values in ((full, near), (built, merged.values)):
+        served = np.zeros((steps, services))
+        for k, (i, j) in enumerate(one.pairs):
+            served[:, j] += values.reshape(steps, -1)[:, one.at_x + k] * required.rate[i, j]
+        assert (served >= required.target.T * (1 - 1e-6)).all()
     # The duals prove the optimum: reduced costs have the sign of their bound, and the dual objective is the primal one.
     dual, reduced = merged.row_dual, merged.column_dual
     assert (reduced[~np.isfinite(built.upper)] >= -1e-6).all()

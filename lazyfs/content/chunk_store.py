@@ -11,8 +11,11 @@ weights) and `snapshots`. A chunk that no manifest in the store mentions is garb
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import random
 import re
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -49,6 +52,8 @@ _GC_SILENT_S, _GC_WAIT_S, _SKEW_S = 120.0, 120.0, 300.0
 HEADS = 32
 # Largest file of signatures, in bytes.
 SIGNATURES = 1 << 16
+# A signer that holds the lock of a manifest for longer was killed.
+_SIGNING_S = 15.0
 _local = threading.local()
 
 
@@ -296,9 +301,30 @@ class ChunkStore:
         Raises NotFound, Integrity (the stored manifest is damaged), or what the store raises.
         """
         manifest = encode(self.get_manifest(digest))[1]
-        line, before = sign(manifest), self.signatures(digest) or b""
-        kept = [one for one in before.splitlines(keepends=True) if one.split()[1:2] != line.split()[1:2]]
-        self.store.put(f"signatures/{digest}", b"".join([*kept, line]))
+        line = sign(manifest)
+        with self._signing(digest):
+            before = self.signatures(digest) or b""
+            kept = [one for one in before.splitlines(keepends=True) if one.split()[1:2] != line.split()[1:2]]
+            self.store.put(f"signatures/{digest}", b"".join([*kept, line]))
+
+    @contextlib.contextmanager
+    def _signing(self, digest: str) -> Iterator[None]:
+        """Keep other signers of the manifest out: the file of signatures is read and written."""
+        key, owner = f"locks/signing-{digest}", secrets.token_bytes(16)
+        seen, since = b"", time.monotonic()
+        while not self.store.create(key, owner):
+            with contextlib.suppress(NotFound):
+                held_by = bytes(self.store.get(key, limit=1024))
+                if held_by != seen:
+                    seen, since = held_by, time.monotonic()
+            if time.monotonic() - since > _SIGNING_S:
+                self.store.delete(key)  # of a signer that was killed
+                since = time.monotonic()
+            time.sleep(random.uniform(0.02, 0.1))
+        try:
+            yield
+        finally:
+            self.store.delete(key)
 
     def signatures(self, digest: str) -> bytes | None:
         """Return the signatures of a manifest, or None."""

@@ -18,6 +18,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from lazyfs.errors import Usage
+from lazyfs.logs import RepeatLimiter
 from lazyfs.peers.endpoint_slices import SCHEME, EndpointSlices, Service, parse_service
 
 log = logging.getLogger("lazyfs.peers.order")
@@ -153,6 +154,7 @@ class Members:
         self._of_names: list[Address] = []
         self._of_services: dict[Service, list[Address]] = {}
         self._lock, self._ended = threading.Lock(), threading.Event()
+        self._repeats = RepeatLimiter(log, every_s=600.0)
         deadline = time.monotonic() + _FIRST_S
         first: list[threading.Event] = []
         self._slices = [self._follow(service, first) for service in services]
@@ -213,14 +215,14 @@ class Members:
             self._of_names = [Address(place, name.port) for name in self._names for place in _of_one_family(name)]
         except OSError as error:
             # As they were: a name server that fails must not make every host ask the store.
-            log.warning("the peers are as before: %s", error)
+            self._repeats.log(logging.WARNING, "names", f"the peers are as before: {error}")
         self._update()
         for peer in self._fixed:
             if not _is_numeric(peer.host) and not self._ended.is_set():
                 try:
                     self._places[peer.host] = _of_one_family(peer)[0]
                 except OSError as error:
-                    log.warning("peer %s is where it was: %s", peer, error)
+                    self._repeats.log(logging.WARNING, str(peer), f"peer {peer} is where it was: {error}")
         self._update()
 
 

@@ -105,6 +105,7 @@ class HubStore(WebStore):
         if token := _token():
             self._headers["Authorization"] = f"Bearer {token}"
         self._commit = self.revision if is_commit(self.revision) else ""
+        self._files: dict[str, ObjectInfo] | None = None
         self._addresses: dict[str, tuple[str, float]] = {}
         self._downloaded: dict[str, Path] = {}
         self._locks: dict[str, threading.Lock] = {}
@@ -151,6 +152,15 @@ class HubStore(WebStore):
         return super()._status_error(status, url, answer)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        yield from (info for info in self.files().values() if info.key.startswith(prefix))
+
+    def files(self) -> dict[str, ObjectInfo]:
+        """Return the commit's files by path, asked for once: they never change. Raises what `commit` raises."""
+        if self._files is None:
+            self._files = {info.key: info for info in self._list()}
+        return self._files
+
+    def _list(self) -> Iterator[ObjectInfo]:
         url = f"{self.base}/api/models/{self.repository}/tree/{self.commit}?recursive=true"
         for _ in range(_PAGES):
             page, url = self._api(url)
@@ -160,13 +170,13 @@ class HubStore(WebStore):
                 raise Permanent(
                     f"{self.url}: the hub's list of files cannot be read; check $HF_ENDPOINT", code="hub-answer"
                 ) from error
-            yield from (info for info in found if info.key.startswith(prefix))
+            yield from found
             if not url:
                 return
         raise Permanent(f"{self.url}: the hub's list of files does not end", code="hub-answer")
 
     def head(self, key: str) -> ObjectInfo | None:
-        return next((info for info in self.list(key) if info.key == key), None)
+        return self.files().get(key)
 
     def _read(
         self, key: str, start: int, length: int | None, version: str, into: memoryview | None, limit: int

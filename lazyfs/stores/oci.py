@@ -38,6 +38,8 @@ CONFIG = "application/vnd.cncf.model.config.v1+json"
 WEIGHT, OTHER = "application/vnd.cncf.model.weight.v1.raw", "application/vnd.cncf.model.doc.v1.raw"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 TITLE = "org.opencontainers.image.title"
+# The pace below which an upload is given up, bytes per second.
+_SLOWEST = 256 << 10
 _LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?")
 _CHALLENGE = re.compile(r'(\w+)="([^"]*)"')
 
@@ -144,7 +146,8 @@ class OciStore(WebStore):
                 yield ObjectInfo(one.path, one.size, 0.0, one.digest)
 
     def head(self, key: str) -> ObjectInfo | None:
-        return next((info for info in self.list(key) if info.key == key), None)
+        one = self.layers().get(key)
+        return ObjectInfo(one.path, one.size, 0.0, one.digest) if one is not None else None
 
     def _read(
         self, key: str, start: int, length: int | None, version: str, into: memoryview | None, limit: int
@@ -207,7 +210,16 @@ class OciStore(WebStore):
             target = self._redirected(f"{self.base}/blobs/uploads/", place)
             target += ("&" if urlsplit(target).query else "?") + urlencode({"digest": digest})
             headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
-            self._write("PUT", target, read(), headers)
+            # Whoever takes a little now and then would else hold an upload for ever.
+            deadline = time.monotonic() + self.whole_s + size / _SLOWEST
+
+            def parts() -> Iterator[bytes]:
+                for part in read():
+                    if time.monotonic() > deadline:
+                        raise TimeoutError(f"the registry takes less than {_SLOWEST >> 10} KiB/s")
+                    yield part
+
+            self._write("PUT", target, parts(), headers)
 
         retrying(upload, RetryPolicy())
         return True

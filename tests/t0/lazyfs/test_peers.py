@@ -259,3 +259,13 @@ def test_a_slow_peer_gets_its_time_again_and_one_that_is_gone_does_not():
     assert known._has_failed(slow) and known._has_failed(gone)
     known._heard[slow] = time.monotonic()
     assert not known._has_failed(slow) and known._has_failed(gone)
+
+
+def test_a_name_server_that_is_down_is_logged_once_not_every_ten_seconds(caplog):
+    members = Members("dns://" + "a" * 64 + ":7,b" + "b" * 64 + ":7")
+    try:
+        for _ in range(5):
+            members._resolve()
+        assert caplog.text.count("the peers are as before") == 1 and caplog.text.count("is where it was") == 1
+    finally:
+        members.close()

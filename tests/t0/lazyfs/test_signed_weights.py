@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from click.testing import CliRunner
 
@@ -48,6 +51,35 @@ def load(home, digest, *trusted):
         manifest=digest, store_url=f"file://{home / 'store'}", cache_dir=str(home / "cache"), trust_keys=tuple(map(str, trusted)), **names
     )  # fmt: skip
     return load_manifest(config)
+
+
+class SlowStore(LocalStore):
+    """Reading signatures takes a while."""
+
+    def get(self, key, *arguments, **named):
+        found = super().get(key, *arguments, **named)
+        if key.startswith("signatures/"):
+            time.sleep(0.02)
+        return found
+
+
+def test_of_many_signers_at_once_none_is_lost(home, imported, tmp_path):
+    chunks, made = ChunkStore(SlowStore(home / "store")), []
+    for number in range(6):
+        keygen(tmp_path / f"k{number}")
+        made.append(signer(tmp_path / f"k{number}"))
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda sign: chunks.sign_manifest(imported, sign), made))
+    assert len(chunks.signatures(imported).splitlines()) == 7
+    assert not list(chunks.store.list("locks/"))
+
+
+def test_a_signer_that_was_killed_stops_no_other(home, keys, imported, monkeypatch):
+    monkeypatch.setattr("lazyfs.content.chunk_store._SIGNING_S", 0.2)
+    chunks = ChunkStore(LocalStore(home / "store"))
+    assert chunks.store.create(f"locks/signing-{imported}", b"killed")
+    chunks.sign_manifest(imported, signer(keys[1][0]))
+    assert load(home, imported, keys[1][1]) and not list(chunks.store.list("locks/"))
 
 
 def test_a_signed_manifest_is_shown_and_no_other(home, keys, imported):

@@ -219,6 +219,16 @@ def test_a_token_opens_a_private_model_and_stays_with_the_hub(hub, model, monkey
     assert read_through("hf://org/private")
 
 
+def test_a_commits_files_are_listed_once_however_many_are_asked_for(hub, model, started):
+    (model / "empty.txt").touch()
+    hub.repositories["org/toy"].commit()
+    store = started("hf://org/toy")
+    for _ in range(3):
+        assert store.head("empty.txt").size == 0 and store.head("none") is None
+        assert {info.key for info in store.list("sub/")} == {"sub/tokenizer.json"}
+    assert len(asked(hub, "/tree/")) == 1
+
+
 def test_an_address_is_kept_and_asked_for_again_when_it_expires(hub, model, started):
     store = started("hf://org/toy")
     right = (model / "model-1.safetensors").read_bytes()

@@ -21,9 +21,10 @@ from lazyfs.content.chunk_store import ChunkStore
 from lazyfs.content.manifest import decode
 from lazyfs.errors import NotFound, Permanent, Temporary, Usage
 from lazyfs.paths import open_fd
-from lazyfs.stores import opened
+from lazyfs.stores import oci, opened
 from lazyfs.stores.local import LocalStore
 from lazyfs.stores.oci import TITLE, OciStore, parse
+from lazyfs.stores.retry import RetryPolicy
 from tests.kits.lazyfs.models import make_model
 from tests.kits.lazyfs.registry import Registry
 
@@ -259,3 +260,19 @@ def test_an_upload_is_never_sent_without_encryption_where_the_registry_has_it(pl
 )
 def test_only_this_host_is_spoken_to_without_encryption(host, scheme):
     assert OciStore(f"oci://{host}/a").base.startswith(f"{scheme}://{host}/")
+
+
+def test_a_registry_that_takes_an_upload_too_slowly_is_given_up(registry, monkeypatch):
+    monkeypatch.setattr(oci, "RetryPolicy", lambda: RetryPolicy(attempts=1))
+    store = oci.OciStore(f"oci://{registry.host}/team/slow:v1")
+    store.whole_s = 0.2
+
+    def parts():
+        for _ in range(20):
+            yield bytes(1 << 10)
+            time.sleep(0.05)
+
+    layer = oci.layer_of("a", 20 << 10, [bytes(20 << 10)])
+    with contextlib.closing(store), pytest.raises(Temporary, match="takes less than 256 KiB/s"):
+        store.push([(layer, parts)])
+    assert not registry.blobs and not registry.manifests

@@ -370,13 +370,14 @@ def pull(name: str, store: str | None, trust_keys: tuple[Path, ...], as_json: bo
 
     Of one that several kinds of hosts have made, the one that this host may restore.
 
-    If it has a working set, what a fast first restore needs beside it is made, too. An interrupted pull continues where
-    it stopped.
+    If it has a working set, what a fast first restore needs beside it is made, too, and its model is read once for its digest if it is
+    here. An interrupted pull continues where it stopped.
 
     \b
     quickthaw snapshot pull NAME s3://bucket/quickthaw
     quickthaw snapshot pull NAME s3://bucket/quickthaw --trust-key release.pub
     """
+    from checkpoint.compatibility.model_files import ModelFiles
     from checkpoint.snapshot import rehearsal
     from checkpoint.store import archive
 
@@ -387,7 +388,11 @@ def pull(name: str, store: str | None, trust_keys: tuple[Path, ...], as_json: bo
     done = archive.pull(name, chunks, library.path(name), progress=progress, trust_keys=trust_keys, find=fitting)
     try:
         with library.in_use(name) as folder:
-            rehearsal.prepare(folder, library.load(name))
+            found = library.load(name)
+            rehearsal.prepare(folder, found)
+        if found.model_path:
+            with contextlib.suppress(OSError):  # the model need not be here
+                ModelFiles(Path(found.model_path), library.home).digest()
     except CheckpointError as error:  # the snapshot is here and complete
         click.echo(f"its first restore will be a slower one: {error}", err=True)
     if as_json:

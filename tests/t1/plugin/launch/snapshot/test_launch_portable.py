@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from checkpoint.compatibility.model_files import ModelFiles
 from tests.kits.launch_rig import model
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]
@@ -34,6 +35,7 @@ def test_a_snapshot_needs_nothing_else_of_its_host(launch_rig, tmp_path):
         log.unlink()
     pulled = rig.cli("snapshot", "pull", name, store)
     assert pulled.returncode == 0, pulled.stderr
+    assert ModelFiles(rig.model, rig.home).known_digest(), "the first restore need not read the model"
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             # The engine's own port exists only inside the sandbox.

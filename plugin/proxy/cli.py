@@ -249,7 +249,7 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
             scales = options["keda_listen"] is None
             limits = [name for name in ("max_awake", "gpu_memory") if getattr(config, name)]
             if limits and not scales and any(k8s.is_workload(model.upstream) for model in config.models.values()):
-                warn(f"limit-ignored: KEDA scales k8s://…, so {' and '.join(limits)} do not hold there")
+                warn(f"limit-ignored: {' and '.join(limits)}: not applied to k8s://…, which KEDA scales")
             owner = Models(config, options["sleep_after"], options["standby_after"], scales=scales)
             pools = owner.pools
             target = ModelRouter(config, pools)

@@ -120,3 +120,25 @@ def test_keda_scales_by_what_is_held_and_the_proxy_only_follows(keda, tmp_path):
             assert "Traceback" not in command.text(), command.text()
 
     run(test(), 40)
+
+
+def test_limits_that_keda_does_not_heed_are_warned_of(tmp_path):
+    async def test():
+        async with cluster(tmp_path) as nodes:
+            nodes.api.kubeconfig(tmp_path)
+            nodes.workload("llama")
+            file = tmp_path / "models.yaml"
+            for limit, scaler in (("max_awake: 1", True), ("gpu_memory: 0", True), ("max_awake: 1", False)):
+                file.write_text(f"{limit}\nmodels: {{llama: {{upstream: 'k8s://models/llama'}}}}\n")
+                words = ("--keda-listen", f"127.0.0.1:{free_port()}") if scaler else ()
+                command = Command(tmp_path, free_port(), "--config", file, *words)
+                try:
+                    await command.start()
+                finally:
+                    await command.stop()
+                warned = (
+                    "warning: limit-ignored: max_awake: not applied to k8s://…, which KEDA scales" in command.text()
+                )
+                assert warned is (scaler and limit == "max_awake: 1"), command.text()
+
+    run(test(), 60)

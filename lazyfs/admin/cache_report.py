@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lazyfs.admin.records import unneeded
 from lazyfs.cache.bound import AUTO, UNBOUNDED, blocks_below, kept_free
 from lazyfs.cache.cache import COUNTED, Cache
 from lazyfs.cache.reservations import reserved_by_others
@@ -130,15 +131,17 @@ def local_manifests(cache: Cache) -> Iterator[tuple[str, Manifest]]:
 
 @dataclass(frozen=True)
 class Pruned:
-    """Result of `prune`, in bytes of disk; `left`: what chunks still occupy."""
+    """Result of `prune`, in bytes of disk; `left`: what chunks still occupy; `records`: how many records of manifests went."""
 
     chunks: int
     quarantine: int
     left: int
+    records: int
 
 
 def prune(cache: Cache, to: int, *, older_than: float = 0.0, dry_run: bool = False) -> Pruned:
-    """Remove quarantined bodies, then cached files that no living mount uses, least recently used first, down to `to` bytes.
+    """Remove quarantined bodies, then cached files that no living mount uses, least recently used first, down to `to` bytes, then
+    records that nothing needs (`lazyfs.admin.records`).
 
     `older_than`: only files last used before that time (seconds since the epoch; 0: any). `dry_run` only counts.
     """
@@ -147,7 +150,11 @@ def prune(cache: Cache, to: int, *, older_than: float = 0.0, dry_run: bool = Fal
     chunks = cache.evict(max(0, usage - to), older_than=older_than, dry_run=dry_run)
     if not dry_run:
         cache.clear_quarantine()
-    return Pruned(chunks, quarantine, usage - chunks)
+    records = unneeded(cache)
+    if not dry_run:
+        for record in records:
+            record.unlink(missing_ok=True)
+    return Pruned(chunks, quarantine, usage - chunks, len(records))
 
 
 def prune_target(cache: Cache) -> int:

@@ -102,6 +102,10 @@ class Cache:
             log.warning("%s is served without the cache: %s", file.path, error)
             return NoSparseFile(file)
 
+    def holds(self, digest: str) -> bool:
+        """Return whether there is a cache file of this digest, with any of its chunks."""
+        return (self.root / "images" / digest[:2] / digest).exists()
+
     def present_bytes(self, file: File) -> int:
         """Return how many bytes of the file are present and verified, without opening or pinning the cache file."""
         try:

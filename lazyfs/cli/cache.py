@@ -129,7 +129,8 @@ def limit(value: int | None, as_json: bool) -> None:
 @json_option
 @reports_errors
 def prune_(to: int | None, unused: float, dry_run: bool, as_json: bool) -> None:
-    """Empty the quarantine, and remove cached chunks, least recently used first. What a living mount uses stays.
+    """Empty the quarantine, and remove cached chunks, least recently used first, and records of models of which nothing is here and that
+    were not mounted for a month. What a living mount uses stays.
 
     Snapshots and compile caches are not touched: `quickthaw snapshot rm NAME`.
     """
@@ -143,7 +144,8 @@ def prune_(to: int | None, unused: float, dry_run: bool, as_json: bool) -> None:
         return
     verb = "would free" if dry_run else "freed"
     click.echo(
-        f"{verb} {size_text(done.chunks)} of chunks and {size_text(done.quarantine)} of quarantine; "
+        f"{verb} {size_text(done.chunks)} of chunks and {size_text(done.quarantine)} of quarantine, "
+        f"{done.records} records of models that are not here; "
         f"{size_text(done.left)} of chunks left"
     )
 

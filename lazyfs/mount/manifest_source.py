@@ -27,6 +27,7 @@ def load_manifest(config: MountConfig) -> Manifest:
     with contextlib.suppress(FileNotFoundError):
         own = source_folder(Path(config.cache_dir)) / config.manifest
         manifest = decode(own.read_bytes(), config.manifest, local=True)
+        _used(own)
         if config.trust_keys:
             raise Integrity(
                 f"{shown_url(manifest.source)} is read in place, which nobody signs; import it with --sign-key, or leave out --trust-key",
@@ -59,7 +60,9 @@ def _check_signature(config: MountConfig, manifest: Manifest) -> None:
 def _from_cache_or_store(config: MountConfig) -> Manifest:
     copy = Path(config.cache_dir) / "manifests" / config.manifest
     try:
-        return decode(copy.read_bytes(), config.manifest)
+        found = decode(copy.read_bytes(), config.manifest)
+        _used(copy)
+        return found
     except FileNotFoundError:
         pass
     except Integrity:
@@ -74,6 +77,12 @@ def _from_cache_or_store(config: MountConfig) -> Manifest:
         # A full or read-only disk only costs the next mount a round trip.
         copy.unlink(missing_ok=True)
     return manifest
+
+
+def _used(record: Path) -> None:
+    """Note that a manifest's copy was used: `lazyfs.admin.records` removes what was not for a month."""
+    with contextlib.suppress(OSError):
+        os.utime(record)
 
 
 def source_origins(manifest: Manifest) -> dict[str, tuple[str, list[int]]]:

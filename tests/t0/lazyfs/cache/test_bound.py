@@ -17,11 +17,14 @@ from lazyfs.cache.bound import AUTO, UNBOUNDED, VARIABLE, host_bound, kept_free,
 from lazyfs.cache.cache import Cache
 from lazyfs.cache.sparse_file import ABSENT
 from lazyfs.cli.cache import cache as command
-from lazyfs.content.stat_index import import_directory
+from lazyfs.content.manifest import decode
+from lazyfs.content.stat_index import import_directory, read_through
 from lazyfs.errors import DiskFull
 from lazyfs.fetch.warm import warm
 from lazyfs.mount.config import MountConfig
+from lazyfs.mount.kernel import FSTYPE, MountEntry
 from lazyfs.mount.manifest_source import load_manifest
+from lazyfs.paths import private_dir
 from tests.kits.lazyfs.models import make_model
 
 pytestmark = [pytest.mark.t0, pytest.mark.usefixtures("home")]
@@ -200,6 +203,48 @@ def test_prune_without_a_size_goes_down_to_the_limit(home):
     cache.quarantine("d" * 64, b"x" * MB, "test")
     done = prune(cache, prune_target(cache))
     assert done.chunks == 6 * MB and done.quarantine >= MB and not old.exists() and not cache.quarantined()
+
+
+def test_prune_removes_records_of_models_that_are_not_here_and_were_not_used_for_a_month(home, tmp_path, monkeypatch):
+    cache, names = Cache(home / "cache", UNBOUNDED), ("gone", "cached", "shown", "recorded", "young")
+    digests = {}
+    for name in names:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "a.bin").write_text(name)
+        digests[name] = read_through(str(folder))
+    sources = home / "cache" / "sources"
+    files = {name: decode((sources / d).read_bytes(), d, local=True).files[0].digest for name, d in digests.items()}
+    logs = private_dir(home / "cache" / "digests")
+    copies = private_dir(home / "cache" / "manifests")
+    for name in names:
+        (logs / files[name]).write_bytes(bytes(32))
+    (copies / ("e" * 64)).write_bytes(b"damaged")
+    (copies / f"{'e' * 64}.sig").write_bytes(b"ed25519")
+    for record in (*sources.glob("*"), *logs.glob("*"), *copies.glob("*")):
+        if record.name not in (digests["young"], files["young"]):
+            os.utime(record, (100, 100))
+    cache.folder(SimpleNamespace(digest=files["cached"])).mkdir(parents=True)
+    mounts = private_dir(home / "mounts")
+    (mounts / "x.json").write_text(json.dumps({"manifest": digests["recorded"]}))
+    entry = MountEntry("1", "0:1", "/m", FSTYPE, f"quickthaw:{digests['shown'][:16]}")
+    monkeypatch.setattr("lazyfs.mount.kernel.mount_table", lambda: iter([entry]))
+    assert prune(cache, 0, dry_run=True).records == 4 and len(list(sources.glob("*"))) == 5
+    assert prune(cache, 0, older_than=1.0).records == 4
+    assert {one.name for one in sources.glob("*")} == {digests[name] for name in names[1:]}
+    assert {one.name for one in logs.glob("*")} == {files[name] for name in names[1:]} and not list(copies.glob("*"))
+    again = read_through(str(tmp_path / "gone"))
+    assert again == digests["gone"] and (sources / again).exists()
+
+
+def test_a_manifest_that_is_used_is_not_old(home, tmp_path):
+    make_model(tmp_path / "model", megabytes=1)
+    digest = read_through(str(tmp_path / "model"))
+    record = home / "cache" / "sources" / digest
+    os.utime(record, (100, 100))
+    nowhere = {n: str(home / n) for n in ("mountpoint", "log_file", "socket", "state_file", "home")}
+    load_manifest(MountConfig(manifest=digest, store_url="", cache_dir=str(home / "cache"), **nowhere))
+    assert record.stat().st_mtime > 1e9 and not prune(Cache(home / "cache"), 0).records
 
 
 def test_warm_fetches_a_model_and_refuses_one_without_room(home, tmp_path):

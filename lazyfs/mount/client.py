@@ -123,7 +123,8 @@ def mount(
 ) -> MountHandle:
     """Mount a manifest at `mountpoint` (created if needed); return when it is served, at once if it already is.
 
-    `settings` are fields of MountConfig (native, transport, idle_exit_s, cache_limit, …). They apply to a new daemon, not to one
+    `settings` are fields of MountConfig (native, transport, idle_exit_s, cache_limit, …); peers are those of `QUICKTHAW_PEERS` unless
+    they are among them. They apply to a new daemon, not to one
     that already runs; only `trust_keys` is asked of that, too. Raises Busy if another manifest or file system is mounted there,
     HostLacks without /dev/fuse or privilege, NotFound for a manifest that the store lacks, Integrity for one that no trusted key
     signed, Temporary if the daemon is not ready in time.
@@ -134,7 +135,7 @@ def mount(
     socket = state_dir("run") / f"{name}.sock"
 
     def config() -> MountConfig:
-        from lazyfs.mount.config import MountConfig
+        from lazyfs.mount.config import MountConfig, peers_of_environment
 
         return MountConfig(
             manifest=manifest_digest,
@@ -145,7 +146,7 @@ def mount(
             socket=str(socket),
             state_file=str(state_dir("mounts") / f"{name}.json"),
             home=str(home()),
-            **settings,
+            **{**peers_of_environment(), **settings},
         )
 
     def served(found: MountHandle) -> MountHandle:

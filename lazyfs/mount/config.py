@@ -21,6 +21,12 @@ TRANSPORTS = ("auto", "raw", "pyfuse3")
 NATIVE = ("auto", "passthrough", "off")
 
 
+def peers_of_environment() -> dict[str, str]:
+    """Return the settings of peers that this process's variables name: a launch's mounts ask the same peers as the commands."""
+    given = {name: os.environ.get(f"QUICKTHAW_{name.upper()}", "") for name in ("peers", "peer_token", "peer_self")}
+    return given if given["peers"] else {}
+
+
 @dataclass(frozen=True)
 class MountConfig:
     """Settings of one mount. Times are in seconds.

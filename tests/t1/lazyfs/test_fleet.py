@@ -350,7 +350,8 @@ def test_without_memory_a_peer_serves_what_is_on_disk_and_others_ask_the_store(m
 
 
 @pytest.mark.skipif(not kernel.may_mount(), reason="needs /dev/fuse and CAP_SYS_ADMIN")
-def test_a_mount_reads_through_the_peer_of_its_host(model, store, home, rig):
+@pytest.mark.parametrize("named_by", ["settings", "variables"])
+def test_a_mount_reads_through_the_peer_of_its_host(model, store, home, rig, monkeypatch, named_by):
     """The commands as users run them: a server, and a mount that asks it; at the end it says what it has served."""
     folder, digest, _ = model
     words = ["-m", "plugin", "peer", "--listen", "127.0.0.1:0", "--store", store.url, "--json"]
@@ -360,7 +361,12 @@ def test_a_mount_reads_through_the_peer_of_its_host(model, store, home, rig):
     ) as server:
         try:
             address = json.loads(server.stdout.readline())["address"]
-            handle = rig.mount(digest, store_url=store.url, use_origin=False, peers=address, peer_token=TOKEN)
+            peers = {"peers": address, "peer_token": TOKEN}
+            if named_by == "variables":  # as for a launch's mounts
+                for name in peers:
+                    monkeypatch.setenv(f"QUICKTHAW_{name.upper()}", peers[name])
+                peers = {}
+            handle = rig.mount(digest, store_url=store.url, use_origin=False, **peers)
             assert_same(rig.reader(), folder / "model", handle.mountpoint)
             wait_for(lambda: handle.status()["fetcher"].get("peer_bytes", 0) > 90 << 20)
             assert handle.status()["fetcher"]["store_bytes"] == 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -276,6 +277,11 @@ def _run(run: Warming, words: tuple[str, ...]) -> None:
             raise
         for name in words:
             run.done.attempt(lambda name=name: run.name(name))  # type: ignore[misc]
+        return
+    if hub := [match[0] for word in words for match in re.finditer(r"hf://[^\s'\"]+", word)]:
+        log.info("no snapshot is looked for: that of a model at hf:// is known once it is mounted")
+        for url in hub:
+            run.done.attempt(lambda url=url: run.name(url))  # type: ignore[misc]
         return
     options = run.options
     run.launch(

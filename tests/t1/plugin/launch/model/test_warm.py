@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint.snapshot.library import Library
+from tests.kits.hub_kit import Hub
 from tests.kits.launch_rig import REPO
 
 pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("launch")]
@@ -179,3 +180,19 @@ def test_it_stays_and_brings_what_comes_later_and_ends_on_sigterm(launch_rig, st
 def test_a_rate_that_is_none_is_a_usage_error(launch_rig, rate):
     done = warm(launch_rig, "--rate", rate)
     assert done.returncode == 2 and done.stderr.startswith("quickthaw: usage: ") and done.stderr.count("\n") == 1
+
+
+def test_of_a_model_of_the_hub_that_is_mounted_the_chunks_come(launch_rig, tmp_path):
+    hub = Hub()
+    hub.add("org/toy", launch_rig.model)
+    size = sum(path.stat().st_size for path in launch_rig.model.iterdir())
+    try:
+        env = hub.environment(tmp_path / "hf")
+        engine = ("--engine-python", launch_rig.python, launch_rig.engine, "--model-path", "hf://org/toy")
+        first = said(warm(launch_rig, names=engine, **env))
+        assert first["models"] == ["hf://org/toy"] and first["fetched_bytes"] == size and first["failed"] == []
+        assert said(warm(launch_rig, names=engine, **env))["fetched_bytes"] == 0
+        gone = warm(launch_rig, names=["hf://org/nothing"], **env)
+        assert gone.returncode == 1 and "nothing-warmed" in gone.stderr and "Traceback" not in gone.stderr
+    finally:
+        hub.close()

@@ -77,6 +77,13 @@ def test_the_least_set_restores_in_a_new_container(launch_rig, container):
             "new snapshots, pages on demand",  # the runtime's default profile forbids userfaultfd(2), too
             "missing seccomp=unconfined; ",
         ),
+        ([word for word in LEAST if "SETPCAP" not in word], "snapshots", "missing CAP_SETPCAP; "),
+        ([word for word in LEAST if "SYS_CHROOT" not in word], "snapshots", "missing CAP_SYS_CHROOT; "),
+        (
+            [word for word in LEAST if "SYS_ADMIN" not in word],
+            "lazy weights, sandbox, snapshots",
+            "missing CAP_SYS_ADMIN; ",
+        ),
         (("--user=2000:2000",), "lazy weights, sandbox, snapshots", "CAP_SYS_ADMIN, /dev/fuse, CAP_NET_ADMIN"),
         (
             ("--read-only", "--user=12345:12345", "--env=HOME=/"),
@@ -85,7 +92,19 @@ def test_the_least_set_restores_in_a_new_container(launch_rig, container):
         ),
         ((*LEAST, "--security-opt=no-new-privileges"), None, None),
     ],
-    ids=["defaults", "net_admin", "sys_ptrace", "fuse", "seccomp", "uid-2000", "any-user", "no-new-privileges"],
+    ids=[
+        "defaults",
+        "net_admin",
+        "sys_ptrace",
+        "fuse",
+        "seccomp",
+        "setpcap",
+        "sys_chroot",
+        "sys_admin",
+        "uid-2000",
+        "any-user",
+        "no-new-privileges",
+    ],
 )
 def test_what_a_container_lacks_is_named_in_one_line_as_doctor_does(launch_rig, container, options, layers, named):
     with launch_rig.running(prefix=container(*options)) as started:

@@ -151,15 +151,16 @@ def test_a_damaged_working_set_is_recorded_again(taken):
 
 def test_no_lazy_leaves_no_page_server_and_no_fault(launch_rig):
     """Every page is in place before the engine runs; a page server that dies meanwhile costs time only."""
-    rig = launch_rig
+    rig, port = launch_rig, free_port()
     answer = rig.take()
-    for killed in (False, True):
-        with rig.running("--no-lazy") as started:
+    for killed in (False, False, True):  # the second and third begin with the plan of the first
+        with rig.running("--no-lazy", port=port) as started:
             if killed:
                 os.kill(page_server(started), signal.SIGKILL)
             assert started.ask() == answer
             started.wait_serving()
             assert COLD not in started.ours(), started.ours()
+            assert list((rig.home / "run").glob("next-*.json"))
             assert not [pid for pid in children(started.process.pid) if name_of(pid) == "quickthaw-pages\n"]
             (replica,) = started.status()
             assert [span["phase"] for span in replica["timeline"]][-4:] == RESTORED

@@ -220,7 +220,8 @@ def _place(state: State, j: int, near: dict[int, int]) -> bool:
         return False
     if target > EPS:
         state.usual[j] = float(options.cost @ counts) / target
-    for p, count in zip(pools, counts.tolist(), strict=True):
+    for k in np.flatnonzero(counts).tolist():
+        p, count = pools[k], int(counts[k])
         width = state.width[p][j] * count
         if state.room(p) < width:
             return False  # pools that share a quota have less room together
@@ -240,9 +241,12 @@ def _options(state: State, j: int) -> tuple[cover.Options, list[int]]:
         for p in cell:
             room = state.room(p) // width
             held = min(room, (state.free[p] + max(0, state.before[p] - state.n[p]) * state.gpus[p]) // width)
-            parts += [(state.held[p] * width, p, held), (state.started[p] * width, p, room - held)]
+            if held > 0:
+                parts.append((state.held[p] * width, p, held))
+            if room > held:
+                parts.append((state.started[p] * width, p, room - held))
         for cost, p, room in sorted(parts):
-            if room > 0 and enough > 0:
+            if enough > 0:
                 found.append((cost, p, min(room, enough)))
                 enough -= room
     pools = [p for _, p, _ in found]

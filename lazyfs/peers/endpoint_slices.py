@@ -133,7 +133,7 @@ class EndpointSlices:
 
 
 def _client() -> Any:
-    """Return a client of the cluster that the environment names. Raises what lightkube raises."""
+    """Return a client of the cluster that the environment names. Raises what lightkube raises, and ValueError for damaged certificates."""
     import httpx2
     from lightkube import Client, KubeConfig
     from lightkube.config.client_adapter import verify_cluster
@@ -157,6 +157,10 @@ def _client() -> Any:
     config = KubeConfig.from_env().get()
     if config is None or config.user is None:
         raise ValueError("no cluster is named: run in a pod, or set KUBECONFIG")
-    trust = verify_cluster(config.cluster, config.user, config.abs_file)
+    try:
+        trust = verify_cluster(config.cluster, config.user, config.abs_file)
+    except (OSError, ValueError) as error:  # which name no file
+        where = config.cluster.certificate_auth or config.fname or "the kubeconfig"
+        raise ValueError(f"the certificates of {where} cannot be read: {error}") from error
     transport = Paced(httpx2.HTTPTransport(verify=trust))
     return Client(config, timeout=httpx2.Timeout(_CALL_S), transport=transport, trust_env=False)

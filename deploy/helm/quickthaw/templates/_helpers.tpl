@@ -165,9 +165,6 @@ quickthaw.dev/model: {{ .name | quote }}
 {{- if ne .m.snapshot.make "pod" }}
 - name: QUICKTHAW_SNAPSHOT
   value: "0"
-{{- else if and .m.snapshot.store (not (hasKey .m.options "rehearse")) }}
-- name: QUICKTHAW_REHEARSE
-  value: "1"
 {{- end }}
 {{- if not (or .m.fuseResource (hasKey .m.options "mount")) }}
 - name: QUICKTHAW_MOUNT

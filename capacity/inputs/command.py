@@ -31,7 +31,7 @@ from capacity.options import fail, option
 @option(
     "--prices",
     type=click.Path(path_type=Path),
-    help="CSV of prices: instance, gpu, gpus, price[, memory, region].  [default: a table from memory, not checked]",
+    help="CSV of prices: instance, gpu, gpus, price[, memory, region].  [default: a table of AWS, of January 2026]",
 )
 @option("--trace", type=click.Path(path_type=Path), help="CSV of past requests, from which demand is learned.")
 @option("--step", default="1h", show_default=True, help="Length of a step of the plan.")

@@ -1,4 +1,4 @@
-"""List prices of GPU instances: a CSV of one's own, or a built-in table, which nobody has checked."""
+"""List prices of GPU instances: a CSV of one's own, or a built-in table of one cloud on one day."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from capacity.files import read_text
 from capacity.inputs.units import parse
 
 MAX_BYTES = 4 * 1024 * 1024
-# Written from memory, not taken from a price list; `init` prints this beside each price that it takes from the table.
-SOURCE = "not checked: from memory, AWS on demand, us-east-1, about January 2025; give yours by --prices"
+# From the list of github.com/tsaol/aws-gpu at 77fcd9f, which takes AWS' prices from instances.vantage.sh. `init` prints this beside each price
+# that it takes from the table.
+SOURCE = "AWS on demand, us-east-1, as instances.vantage.sh had it on 2026-01-21; give yours by --prices"
 _TABLE = """\
 instance,gpu,gpus,memory,price
-p5.48xlarge,H100,8,80GiB,98.32
-p4de.24xlarge,A100-80GB,8,80GiB,40.97
-p4d.24xlarge,A100-40GB,8,40GiB,32.77
-g6e.48xlarge,L40S,8,48GiB,30.13
-g6e.12xlarge,L40S,4,48GiB,10.49
+p6-b200.48xlarge,B200,8,179GiB,113.9328
+p5en.48xlarge,H200,8,141GiB,63.296
+p5.48xlarge,H100,8,80GiB,55.04
+p4de.24xlarge,A100-80GB,8,80GiB,27.44705
+p4d.24xlarge,A100-40GB,8,40GiB,21.957642
+g6e.48xlarge,L40S,8,48GiB,30.13118
+g6e.12xlarge,L40S,4,48GiB,10.49264
 g6e.xlarge,L40S,1,48GiB,1.861
-g6.12xlarge,L4,4,24GiB,4.602
+g6.12xlarge,L4,4,24GiB,4.6016
 g6.xlarge,L4,1,24GiB,0.8048
 g5.12xlarge,A10G,4,24GiB,5.672
 g5.xlarge,A10G,1,24GiB,1.006

@@ -52,13 +52,13 @@ def test_one_model_two_types_and_a_trace(tmp_path):
     said = typed("init", file, *words, "--trace", trace(tmp_path / "week.csv"), "--steps", 3).stdout
     assert "bins of" in said
     text = file.read_text()
-    # The table is from memory: the answer and the file say so, and how to give others.
+    # The table is of one cloud on one day: the answer and the file say so, and how to give others.
     for place in (said, text):
-        assert prices.SOURCE in place and "not checked" in place and "--prices" in place
+        assert prices.SOURCE in place and "2026-01-21" in place and "--prices" in place
     assert "path: ../week.csv" in text
     problem = load(file)
     assert [(p.name, p.gpu, p.gpus, p.price, p.boot) for p in problem.pools] == [
-        ("p5.48xlarge-east", "H100", 8, 98.32, (170.0, 190.0)),
+        ("p5.48xlarge-east", "H100", 8, 55.04, (170.0, 190.0)),
         ("g6e.xlarge-east", "L40S", 1, 1.861, (60.0,)),
     ]
     assert (problem.services[0].cold, problem.services[0].target_wait) == ((97.0, 105.0), 5.0)
@@ -170,7 +170,7 @@ def test_prices_of_ones_own(tmp_path):
     )  # as Excel writes it
     file = tmp_path / "p.yaml"
     words = ("--model", MODEL + ",demand=1,peak=2", "--gpu", "H100,boot=60s", "--prices", table)
-    assert "not checked" not in typed("init", file, *words, "--region", "west").stdout
+    assert prices.SOURCE not in typed("init", file, *words, "--region", "west").stdout
     assert load(file).pools[0].price == 16.0
     assert "# prices.csv" in file.read_text()
     table.write_text("instance,gpu,gpus,price\nbig,H100,8,x\nsmall,H100,0,1\n")

@@ -20,6 +20,14 @@ SCHEMES = {
     "oci": "lazyfs.stores.oci:open_url",
 }
 
+READ_ONLY = ("http", "https", "hf", "oci")
+"""Schemes of stores that cannot be written as stores; `weights push oci://…` makes an artifact."""
+
+
+def writable(url: str) -> bool:
+    """Return whether chunks and manifests can be written to a store of this URL's scheme."""
+    return url.partition("://")[0] not in READ_ONLY
+
 
 def shown_url(url: str) -> str:
     """Return the URL for display: credentials and query (which may be a signature) are masked."""

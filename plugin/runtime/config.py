@@ -92,8 +92,11 @@ class LaunchSettings:
 
     @property
     def push_to(self) -> str:
-        """Return the store that a rehearsed snapshot is pushed to, or ""."""
-        return (self.snapshot_store or "") if self.push and not self.refuses_own else ""
+        """Return the store that a rehearsed snapshot is pushed to, or ""; one that is only read gets none."""
+        from lazyfs.stores.urls import writable
+
+        store = self.snapshot_store or ""
+        return store if self.push and not self.refuses_own and writable(store) else ""
 
     @property
     def given_environment(self) -> dict[str, str]:

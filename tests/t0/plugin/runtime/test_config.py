@@ -17,6 +17,8 @@ KEY = Path("/key")
         ({}, "s3://a"),
         ({"push": False}, ""),
         ({"snapshot_store": None}, ""),
+        ({"snapshot_store": "https://cdn.example/a"}, ""),  # is only read
+        ({"snapshot_store": "/mnt/store"}, "/mnt/store"),
         ({"trust_keys": (KEY,)}, ""),  # the launch itself would refuse what it pushed
         ({"trust_keys": (KEY,), "sign_key": KEY}, "s3://a"),
     ],

@@ -11,8 +11,8 @@ from capacity.files import read_text
 from capacity.inputs.units import parse
 
 MAX_BYTES = 4 * 1024 * 1024
-# From the list of github.com/tsaol/aws-gpu at 77fcd9f, which takes AWS' prices from instances.vantage.sh. `init` prints this beside each price
-# that it takes from the table.
+# From the list of github.com/tsaol/aws-gpu at 77fcd9f, which takes AWS' prices from instances.vantage.sh. `init` prints
+# this beside each price that it takes from the table.
 SOURCE = "AWS on demand, us-east-1, as instances.vantage.sh had it on 2026-01-21; give yours by --prices"
 _TABLE = """\
 instance,gpu,gpus,memory,price

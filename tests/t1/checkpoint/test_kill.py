@@ -110,7 +110,7 @@ def test_a_page_server_killed_while_it_fills_fails_the_restore_by_name(rig):
                 os.kill(pid, signal.SIGKILL)
             _, errors = process.communicate(timeout=120)
         if process.returncode:
-            assert re.search(r"pages-lost|criu-restore-failed", errors), errors[-2000:]
+            assert re.search(r"pages-lost|restore-failed", errors), errors[-2000:]
             failures.append(errors)
     assert failures
     assert {left for left in watch.gone() if not left.startswith(str(home))} == set()

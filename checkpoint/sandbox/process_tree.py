@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,10 +14,12 @@ def processes(init_pid: int) -> list[int]:
     while waiting:
         pid = waiting.pop()
         try:
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                waiting.extend(int(child) for child in (task / "children").read_text().split())
+            tasks = list(Path(f"/proc/{pid}/task").iterdir())
         except OSError:
             continue  # ended meanwhile
+        for task in tasks:
+            with contextlib.suppress(OSError):  # only this thread ended
+                waiting.extend(int(child) for child in (task / "children").read_text().split())
         if pid != init_pid:
             found.append(pid)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 
@@ -10,8 +11,10 @@ def process_tree(root: int) -> list[int]:
     found = [root]
     for pid in found:
         try:
-            for thread in Path(f"/proc/{pid}/task").iterdir():
-                found += map(int, (thread / "children").read_text().split())
+            threads = list(Path(f"/proc/{pid}/task").iterdir())
         except OSError:
             continue  # ended meanwhile
+        for thread in threads:
+            with contextlib.suppress(OSError):  # only this thread ended
+                found += map(int, (thread / "children").read_text().split())
     return found

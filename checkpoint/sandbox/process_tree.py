@@ -13,14 +13,11 @@ def processes(init_pid: int) -> list[int]:
     waiting = [init_pid]
     while waiting:
         pid = waiting.pop()
-        try:
-            tasks = list(Path(f"/proc/{pid}/task").iterdir())
-        except OSError:
-            continue  # ended meanwhile
+        tasks = _tasks(pid)
         for task in tasks:
             with contextlib.suppress(OSError):  # only this thread ended
                 waiting.extend(int(child) for child in (task / "children").read_text().split())
-        if pid != init_pid:
+        if tasks and pid != init_pid:
             found.append(pid)
     return found
 
@@ -37,14 +34,20 @@ def inner_numbers(pids: Sequence[int]) -> list[int]:
     """List the numbers of processes and their threads inside their PID namespace."""
     numbers = []
     for pid in pids:
-        try:
-            for task in Path(f"/proc/{pid}/task").iterdir():
+        for task in _tasks(pid):
+            with contextlib.suppress(OSError):  # only this thread ended
                 for line in (task / "status").read_text().splitlines():
                     if line.startswith("NSpid:"):
                         numbers.append(int(line.split()[-1]))
-        except OSError:
-            continue
     return numbers
+
+
+def _tasks(pid: int) -> list[Path]:
+    """List a process's threads, none if it has ended."""
+    try:
+        return list(Path(f"/proc/{pid}/task").iterdir())
+    except OSError:
+        return []
 
 
 def private_bytes(pids: Sequence[int]) -> int:

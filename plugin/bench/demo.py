@@ -168,7 +168,7 @@ def demo(engine: str, keep: bool) -> int:
     with contextlib.suppress(CheckpointError):
         library.remove(name)
     logs = Path(tempfile.mkdtemp(prefix="quickthaw-demo-"))
-    options = ["--snapshot-name", name, "--sleep-after", "1.5s", "--engine-python", str(setting.python)]
+    options = ["--snapshot-name", name, "--rehearse", "--sleep-after", "1.5s", "--engine-python", str(setting.python)]
     argv = [
         sys.executable,
         "-m",

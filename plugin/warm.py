@@ -136,7 +136,7 @@ class Warming:
     def _snapshot(self, name: str, host: HostFacts, accept: Accept) -> None:
         """Fetch a snapshot that this host may restore. Raises CheckpointError."""
         from checkpoint.errors import CheckpointError, NotFound
-        from checkpoint.snapshot import rehearsal
+        from checkpoint.snapshot import manifest, rehearsal
         from checkpoint.snapshot.library import Library
         from lazyfs.cli.options import size_text
 
@@ -145,7 +145,7 @@ class Warming:
             raise NotFound("no-snapshot-store", f"{name} is not on this host; give --snapshot-store")
         fetched = self._pull(library, name, host, accept)
         if fetched is None:
-            accept((library.path(name) / "manifest.json").read_bytes(), None)
+            accept((library.path(name) / manifest.FILE_NAME).read_bytes(), None)
         try:
             with library.in_use(name) as folder:
                 rehearsal.prepare(folder, library.load(name))
@@ -186,8 +186,8 @@ class Warming:
                 waited = True
                 time.sleep(_POLL_S)
             except Failed as error:
-                if error.code != "snapshot-exists":
-                    raise
+                if error.code != "snapshot-exists" or not library.has(name):
+                    raise  # a folder without a manifest is no snapshot
         return None
 
     def name(self, name: str) -> None:

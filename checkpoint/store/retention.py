@@ -8,7 +8,7 @@ Two steps, an hour (`grace_s`) apart:
 
 A group is what is made anew when something changes: the snapshots of one model for one kind of host, `vllm-llama-…` of `x86_64-6.8-…`.
 A push in progress loses nothing: its chunks are young, or touched (lazyfs.admin.gc), its name is looked at again just before it would
-go, and what a launch has claimed (checkpoint.store.claim) stays.
+go, an archive that gets a name again loses its mark, and what a launch has claimed (checkpoint.store.claim) stays.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from checkpoint.store import claim, variants
-from checkpoint.store.upload import translate_errors
+from checkpoint.store.upload import NAMELESS, translate_errors
 from lazyfs.admin import gc
 from lazyfs.admin.listing import named_manifests, store_lock
 from lazyfs.content.chunk_store import GRACE_S as YOUNG_S
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from lazyfs.content.chunk_store import ChunkStore
 
 GRACE_S = 3600.0
-NAMELESS = "gc/nameless/"
 _REFS = "refs/snapshots/"
 _KEY = re.compile(r"-[0-9a-f]{10}$")
 _COMPILED = re.compile(r"compile-\w+-[0-9a-f]{16}")

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from lazyfs.content.manifest import Chunk
 
 WORKERS = 4
+NAMELESS = "gc/nameless/"
+"""Keys of the marks of archives without a name (checkpoint.store.retention), by digest."""
 _ATTEMPTS = 3
 _HOLE = 256 << 10
 """Smallest hole in bytes with a chunk of its own. A shorter hole costs less as zeros than as an additional chunk."""
@@ -212,6 +214,9 @@ class Push:
         digest = self.chunks.put_manifest(manifest)
         for reference in ([f"{name}:{host}"] if host else []) + [name]:
             self.chunks.set_ref("snapshots", reference, digest)
+        mark = NAMELESS + digest
+        if self.chunks.store.head(mark):  # else the archive would have no grace when it loses its name again
+            self.chunks.store.delete(mark)
         size = sum(size for _, size, _ in listing.files)
         return Pushed(digest, len(listing.files), self.count, size, self.zero, self.copies, self.shared, self.stored)
 

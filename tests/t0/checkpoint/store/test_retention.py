@@ -17,7 +17,8 @@ from checkpoint.store import archive
 from checkpoint.store.archive import open_chunks
 from checkpoint.store.cache_archive import push_cache
 from checkpoint.store.claim import PREFIX
-from checkpoint.store.retention import NAMELESS, Retired, retire
+from checkpoint.store.retention import Retired, retire
+from checkpoint.store.upload import NAMELESS
 from lazyfs.admin.listing import store_lock
 from lazyfs.admin.verify import verify
 from lazyfs.content.chunk_store import ChunkStore
@@ -143,6 +144,18 @@ def test_what_was_replaced_under_its_name_goes_too(tmp_path: Path, chunks: Chunk
         push(tmp_path, chunks, name(1))
     done = emptied(chunks, keep=1)
     assert done.names == [] and done.archives == 2 and names(chunks) == {name(1)}
+
+
+def test_what_was_pushed_again_has_its_grace_anew_when_its_name_goes(tmp_path: Path, chunks: ChunkStore) -> None:
+    folder = push(tmp_path, chunks, name(1))
+    push(tmp_path, chunks, name(2))
+    assert retire(chunks, keep=1).waiting == 1
+    again = archive.push(folder, chunks).digest
+    push(tmp_path, chunks, name(2))
+    age(chunks, 2 * DAY)
+    done = retire(chunks, keep=1)
+    assert name(1) not in names(chunks) and (done.archives, done.waiting) == (0, 2), done
+    assert archive.pull(again, chunks, tmp_path / "pulled" / name(1)).files
 
 
 def test_a_dry_run_changes_nothing(tmp_path: Path, chunks: ChunkStore) -> None:

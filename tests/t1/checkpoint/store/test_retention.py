@@ -13,7 +13,8 @@ from checkpoint.errors import Busy, CheckpointError
 from checkpoint.snapshot.library import Library
 from checkpoint.store import archive
 from checkpoint.store.archive import open_chunks
-from checkpoint.store.retention import NAMELESS, retire
+from checkpoint.store.retention import retire
+from checkpoint.store.upload import NAMELESS
 from lazyfs.admin.verify import verify
 from lazyfs.content import chunk_store
 from tests.kits.checkpoint.small_snapshot import OLD, write

@@ -62,7 +62,8 @@ def gc(
     if keep is None and older_than is None:
         if store or dry_run:
             raise click.UsageError("give --keep or --older-than: which snapshots of the store may go")
-        click.echo(f"removed {Library(state_folder()).sweep(pulls_older_s=0.0)} unfinished snapshots")
+        count = Library(state_folder()).sweep(pulls_older_s=0.0)
+        click.echo(json.dumps({"unfinished": count}) if as_json else f"removed {count} unfinished snapshots")
         return
     from checkpoint.store import archive
     from checkpoint.store.retention import retire

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoint.compatibility.host_class import host_class
 from checkpoint.criu.binary import Criu
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Incompatible, Integrity, NotFound
 from checkpoint.sandbox import prestart
@@ -270,6 +269,8 @@ class Replica:
             )
             return None
         if not self.library.has(name):
+            from checkpoint.compatibility.host_class import host_class
+
             found = self.fetching.find(name, self.check_identity, host_class(self.identity.host))
             if found is None:
                 return None

@@ -19,6 +19,7 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
 READ_AHEAD_KIB = 1024
 # How long `fusermount3` may take.
 _HELPER_S = 10.0
+_UNENDED = "fusermount3 did not end in time; check that the file system of the mount point answers"
 
 
 class MountEntry(NamedTuple):
@@ -110,13 +111,16 @@ def _mount_through_helper(mountpoint: str, source: str, *, allow_other: bool) ->
             except FileNotFoundError:
                 what = f"cannot mount at {mountpoint}: CAP_SYS_ADMIN and /dev/fuse, or fusermount3, are needed"
                 raise HostLacks(f"{what}; run as root, or install fuse3") from None
+        fds: list[int] = []
         with helper:
             try:
-                _, fds, _, _ = socket.recv_fds(ours, 1, 1, socket.MSG_CMSG_CLOEXEC)
+                fds = socket.recv_fds(ours, 1, 1, socket.MSG_CMSG_CLOEXEC)[1]
                 said = helper.communicate(timeout=_HELPER_S)[1].strip()
             except (TimeoutError, subprocess.TimeoutExpired):
                 helper.kill()
-                raise HostLacks(f"cannot mount at {mountpoint}: fusermount3 did not end in {_HELPER_S:g} s") from None
+                for fd in fds:
+                    os.close(fd)
+                raise HostLacks(f"cannot mount at {mountpoint}: {_UNENDED}") from None
     if helper.returncode != 0 or not fds:
         for fd in fds:
             os.close(fd)
@@ -185,6 +189,8 @@ def _fusermount(mountpoint: str, *, lazy: bool) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_HELPER_S, check=False)
     except FileNotFoundError:
         raise HostLacks(f"cannot unmount {mountpoint}: CAP_SYS_ADMIN or fusermount3 is needed") from None
+    except subprocess.TimeoutExpired:
+        raise HostLacks(f"cannot unmount {mountpoint}: {_UNENDED}") from None
     if done.returncode != 0:
         if "busy" in done.stderr.lower():
             raise _in_use(mountpoint)

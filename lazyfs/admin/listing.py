@@ -150,7 +150,8 @@ def complete(chunks: ChunkStore, digest: str) -> bool:
 def remove(chunks: ChunkStore, name: str) -> list[str]:
     """Remove a tag or snapshot name, and the manifest if no name is left; given a digest, all its names and the manifest.
 
-    A snapshot's name also stands for the names NAME:HOST, one for each kind of host that has made it (checkpoint.store.variants).
+    A snapshot's name also stands for the names NAME:HOST, one for each kind of host that has made it (checkpoint.store.variants),
+    unless there is a tag of that name: it comes first, as in `ChunkStore.resolve`.
     A damaged name is removed alone. Chunks stay until garbage is collected. Returns what was removed. Raises NotFound.
     """
     good, broken = named_manifests(chunks)
@@ -161,10 +162,14 @@ def remove(chunks: ChunkStore, name: str) -> list[str]:
             chunks.store.delete(chunks.ref_key(kind, ref))
             return [f"{kind[:-1]} {ref}"]
     removed = []
-    for ref in [ref for kind, ref in good if kind == "snapshots" and ref.startswith(f"{name}:")]:
-        removed += remove(chunks, ref)
-        del good["snapshots", ref]
-    digest = good.get(("snapshots", name)) or chunks.resolve(name)
+    digest = "" if ("tags", full) in good else good.get(("snapshots", name), "")
+    if ("tags", full) not in good:
+        for ref in [ref for kind, ref in good if kind == "snapshots" and ref.startswith(f"{name}:")]:
+            removed += remove(chunks, ref)
+            del good["snapshots", ref]
+        if removed and not digest:  # its own name went before, for example a damaged one
+            return removed
+    digest = digest or chunks.resolve(name)
     by_digest = digest.startswith(name)
     # A damaged name may have pointed at this manifest: then only its digest removes it.
     others = 0 if by_digest else len(broken)

@@ -19,6 +19,7 @@ from checkpoint.store.archive import open_chunks
 from checkpoint.store.remote_restore import RemoteSnapshot
 from lazyfs.admin.listing import listing, remove
 from lazyfs.content.chunk_store import ChunkStore
+from lazyfs.content.manifest import Manifest
 from lazyfs.errors import LazyfsError, NotFound, Permanent
 from plugin.rehearsal.push import has
 from plugin.rehearsal.push import push as push_once
@@ -132,6 +133,21 @@ def test_removing_a_snapshot_from_a_store_removes_it_of_every_kind(tmp_path: Pat
         "vllm-llama-01234567890",
         f"vllm-llama-01234567890:{host_class(NEW)}",
     }
+
+
+def test_removing_a_tag_leaves_the_snapshots_of_that_name(tmp_path: Path, chunks: ChunkStore) -> None:
+    digest = push(tmp_path, chunks, OLD, "old")
+    chunks.set_ref("tags", f"{NAME}:latest", chunks.put_manifest(Manifest(1, "weights", (), (), ())))
+    assert [one.split()[0] for one in remove(chunks, NAME)] == ["tag", "manifest"]
+    assert chunks.get_ref("snapshots", NAME) == digest == opened(chunks, OLD)
+
+
+def test_a_snapshot_whose_name_was_damaged_is_removed_by_it_once_more(tmp_path: Path, chunks: ChunkStore) -> None:
+    push(tmp_path, chunks, OLD, "old")
+    chunks.store.put(chunks.ref_key("snapshots", NAME), b"damaged")
+    assert remove(chunks, NAME) == [f"snapshot {NAME}"]
+    assert remove(chunks, NAME)[0] == f"snapshot {NAME}:{host_class(OLD)}"
+    assert not list(listing(chunks))
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,8 @@ class Chunks:
         return found
 
     def fetch(self, wanted: Wanted) -> Future[Body] | None:
-        """Return the fetch of a chunk from a peer or the store, begun by the first caller; None without a store, or without memory for it.
+        """Return the fetch of a chunk from a peer or the store, begun by the first caller, or a done one of a kept chunk; None without
+        a store, or without memory for it.
 
         Who finds no memory asks another peer, and at last the store: waiting for it, hosts could wait for each other in a circle.
         """
@@ -113,7 +114,10 @@ class Chunks:
             # With its length: one who asks for a wrong one fails alone.
             key = (wanted.digest, wanted.length)
             future = self._fetches.get(key)
-            if future is None:
+            if future is None and (kept := self.in_memory(wanted.digest)) is not None:
+                future = Future()  # its fetch has ended since the caller looked
+                future.set_result(kept)
+            elif future is None:
                 if not self._reserve(wanted.length):
                     self.refused += 1
                     return None
@@ -132,14 +136,15 @@ class Chunks:
             data = buffer if buffer is not None else retrying(lambda: self._get(wanted), _POLICY)
             body = Body(data)
         except BaseException:
-            self.failed += 1
-            self._release(wanted.length)
-            raise
-        finally:
             with self._lock:
+                self.failed += 1
+                self.used -= wanted.length
                 self._fetches.pop((wanted.digest, wanted.length), None)
+            raise
         weakref.finalize(body, self._release, wanted.length).atexit = False
         with self._lock:
+            # At once: whoever asks finds it under way or kept.
+            self._fetches.pop((wanted.digest, wanted.length), None)
             if relayed:
                 self.relayed += wanted.length
             else:
@@ -188,7 +193,6 @@ class PeerServer:
         self.token = token.strip()
         self.served = self.served_chunks = 0
         self.sending = _Turns(_SENDING)
-        self.heartbeat = Heartbeat()
         self.repeats = RepeatLimiter(log)
         peer = self
 
@@ -198,6 +202,7 @@ class PeerServer:
         kind = type("Server", (_Server,), {"address_family": socket.AF_INET6 if ":" in listen[0] else socket.AF_INET})
         self._server: ThreadingHTTPServer = kind(listen, Handler)
         self.address: tuple[str, int] = self._server.server_address[:2]
+        self.heartbeat = Heartbeat()  # its thread runs: not before the address is ours
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="peer", daemon=True)
 
     def start(self) -> None:

@@ -320,6 +320,23 @@ def test_chunks_under_way_being_sent_and_kept_share_one_budget(tmp_path):
     wait_for(lambda: chunks.used == 0, limit_s=10)
 
 
+def test_who_asks_when_a_fetch_has_just_ended_gets_its_chunk_and_no_second_fetch(tmp_path):
+    """A handler looks in memory, on disk, and then asks for a fetch: another one's may end meanwhile."""
+    store = Slow()
+    store.go.set()
+    chunks, wanted = Chunks(tmp_path, store, 100), Wanted("a" * 64, 40, 0, "a" * 64, 0, 0)
+    first = chunks.fetch(wanted).result(30)
+    assert chunks.fetch(wanted).result(0) is first and chunks.fetched == 40
+    chunks.close()
+
+
+def test_a_server_without_its_address_leaves_no_thread(tmp_path):
+    before = threading.active_count()
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(OSError):
+        PeerServer(other.getsockname(), TOKEN, Chunks(tmp_path, None, 0))
+    assert threading.active_count() == before
+
+
 @pytest.mark.parametrize("ends", ["failed", "closed"])
 def test_a_fetch_that_fails_or_never_begins_gives_its_memory_back(tmp_path, monkeypatch, ends):
     monkeypatch.setattr("lazyfs.peers.server._FETCHING", 1)

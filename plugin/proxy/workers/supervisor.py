@@ -48,6 +48,8 @@ class _Worker:
     control: ControlChannel | None = None
     leaving: bool = False
     busy: dict[str, int] = dataclasses.field(default_factory=dict)
+    counted: dict[str, Any] | None = None
+    """Its document as last seen."""
 
 
 class Supervisor:
@@ -76,6 +78,8 @@ class Supervisor:
         """The running workers, including replaced ones that still finish their requests (`leaving`)."""
         self.listens_at = url(sockets[0])
         self.stopping = False
+        self._ended = merged([])
+        """The counters of workers that have ended, so that none goes back."""
         self.started_at = time.time()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -198,6 +202,8 @@ class Supervisor:
         finally:
             worker.control = None
             worker.busy = {}
+            if worker.counted is not None:
+                self._ended, worker.counted = merged([self._ended, worker.counted]), None
             if process.returncode is None:
                 if not self.stopping:
                     with contextlib.suppress(ProcessLookupError):  # it has just ended
@@ -316,14 +322,20 @@ class Supervisor:
                 control.send(op="release", pool=pool.name)
 
     async def _gather(self) -> dict[str, Any]:
-        """Merge the documents of all workers: sum their counters, and add their requests to this process's pools."""
+        """Merge the documents of all workers: sum their counters, and add their requests to this process's pools.
+
+        A worker that does not answer counts as it was last seen.
+        """
         documents: list[dict[str, Any]] = []
 
-        async def one(control: ControlChannel) -> None:
+        async def one(worker: _Worker, control: ControlChannel) -> None:
             with contextlib.suppress(TimeoutError, ConnectionError):  # skip a worker that hangs or has ended
-                documents.append(await control.request(REPLY_S, op="document"))
+                document = await control.request(REPLY_S, op="document")
+                documents.append(document)
+                if worker.control is control:
+                    worker.counted = document
 
-        asked = (one(w.control) for w in self.workers if w.control is not None)
+        asked = (one(w, w.control) for w in self.workers if w.control is not None)
         await asyncio.gather(costs.measure(self.pools.values()), *asked)
         pools = []
         for pool in self.pools.values():
@@ -344,7 +356,7 @@ class Supervisor:
             "workers": len(documents),
             "clients": sum(d["clients"] for d in documents),
             "held_bytes": sum(d["held_bytes"] for d in documents),
-            **merged(documents),
+            **merged([self._ended, *(w.counted for w in self.workers if w.counted is not None)]),
             "pools": pools,
         }
 

@@ -75,7 +75,7 @@ def test_a_request_wakes_an_engine_once_and_again_after_its_sleep(workers):
 
 
 @pytest.mark.slow
-def test_a_dead_worker_is_replaced_and_the_port_stays_open(tmp_path):
+def test_dead_workers_are_replaced_the_port_stays_open_and_no_counter_goes_back(tmp_path):
     port = free_port()
     arguments = ["--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), "--workers", "2"]
     with command(*arguments) as (process, url):
@@ -83,14 +83,18 @@ def test_a_dead_worker_is_replaced_and_the_port_stays_open(tmp_path):
         children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
         workers = [p for p in children if b"plugin.proxy.workers.worker" in Path(f"/proc/{p}/cmdline").read_bytes()]
         assert len(workers) == 2
-        os.kill(workers[0], signal.SIGKILL)
+        finished = call(f"{url}/-/status")[1]["finished"]
+        assert sum(finished.values()) == 1
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
 
         def answered() -> bool:
             with contextlib.suppress(OSError):
                 return call(f"{url}/-/status")[1]["workers"] == 2
             return False
 
-        eventually(answered, "the worker is replaced")
+        eventually(lambda: not any(map(alive, workers)) and answered(), "the workers are replaced")
+        assert call(f"{url}/-/status")[1]["finished"] == finished
         assert {call(f"{url}/v1/{n}", {})[0] for n in range(10)} == {200}
 
 

@@ -37,25 +37,30 @@ class Proxies:
 
     def __init__(self, urls: tuple[str, ...], window_s: float) -> None:
         self.urls, self.window_s = urls, window_s
-        self._last: dict[str, dict[str, float]] = {}
-        """By address: requests so far, by pool."""
+        self._last: dict[str, tuple[dict[str, float], dict[str, int]]] = {}
+        """By address: requests that had ended, and that waited or were being answered, by pool."""
         self._arrived: deque[tuple[float, dict[str, float]]] = deque()
         """When it was observed (monotonic seconds), and what had arrived since the one before."""
 
     def observe(self) -> Seen:
         """Ask every proxy. Raises CapacityError (demand-failed) if one does not answer, or not with these metrics."""
-        now, arrived, last = time.monotonic(), dict[str, float](), dict[str, dict[str, float]]()
-        busy: dict[str, int] = {}
+        now, arrived, busy = time.monotonic(), dict[str, float](), dict[str, int]()
+        last: dict[str, tuple[dict[str, float], dict[str, int]]] = {}
         for url in self.urls:
             for address in _addresses(url):
                 finished, waiting = _read(url, address)
                 key = f"{url} {address}"
-                before = self._last.get(key)
-                last[key] = {pool: finished.get(pool, 0.0) + waiting.get(pool, 0) for pool in finished | waiting}
-                for pool, count in last[key].items():
-                    new = 0.0 if before is None else count - before.get(pool, 0.0)
-                    arrived[pool] = arrived.get(pool, 0.0) + (count if new < 0 else new)
-                    busy[pool] = busy.get(pool, 0) + waiting.get(pool, 0)
+                last[key] = finished, waiting
+                before = self._last.get(key, last[key])
+                for pool in finished | waiting:
+                    ended, here = finished.get(pool, 0.0), waiting.get(pool, 0)
+                    busy[pool] = busy.get(pool, 0) + here
+                    ended_before, here_before = before[0].get(pool, 0.0), before[1].get(pool, 0)
+                    if ended < ended_before:  # the proxy was restarted
+                        ended_before, here_before = 0.0, 0
+                    # A probe waits and is not counted at its end, which is no restart.
+                    new = max(0.0, ended - ended_before + here - here_before)
+                    arrived[pool] = arrived.get(pool, 0.0) + new
         self._last = last
         self._arrived.append((now, arrived))
         # The first one kept is only where the window begins.
@@ -94,7 +99,7 @@ def _read(url: str, address: str) -> tuple[dict[str, float], dict[str, int]]:
     try:
         connection.request("GET", parts.path or "/-/metrics", headers=headers)
         answer = connection.getresponse()
-        body = answer.read(_MOST)
+        body = _body(answer)
         if answer.status != 200:
             remedy = f"; give the admin token in {_TOKEN}" if answer.status in (401, 403) else ""
             raise CapacityError("demand-failed", f"{url} at {address} answers {answer.status}{remedy}")
@@ -111,6 +116,18 @@ def _read(url: str, address: str) -> tuple[dict[str, float], dict[str, int]]:
             "demand-failed", f"{url} at {address} has no {_P}finished_total: is it a proxy's /-/metrics?"
         )
     return ended, waiting
+
+
+def _body(answer: http.client.HTTPResponse) -> bytes:
+    """Return all of an answer. Raises OSError if it takes longer than ANSWER_LIMIT_S, ValueError if it is too long."""
+    body, until = b"", time.monotonic() + ANSWER_LIMIT_S
+    while part := answer.read1(1 << 16):
+        body += part
+        if time.monotonic() > until:
+            raise TimeoutError(f"the answer was not complete after {ANSWER_LIMIT_S:g} s")
+        if len(body) > _MOST:
+            raise ValueError(f"the answer is longer than {_MOST >> 20} MiB")
+    return body
 
 
 def _parse(text: str) -> tuple[dict[str, float], dict[str, int]]:

@@ -24,6 +24,8 @@ SURE_S = 10.0
 VALID_S = 15.0
 _RETRY_S = 2.0
 """For so long a call is made again; the next renewal is one, too."""
+_CLOSE_S = 10.0
+"""For so long `close` waits for a call that is under way; the Lease then expires by itself."""
 
 
 class Leadership:
@@ -64,8 +66,8 @@ class Leadership:
     def close(self) -> None:
         """Give the Lease up, so that another one takes it at once."""
         self._end.set()
-        self._thread.join()
-        if self.leading:
+        self._thread.join(_CLOSE_S)
+        if self.leading and not self._thread.is_alive():
             self._renewed = -math.inf
             with contextlib.suppress(CapacityError):  # it expires by itself
                 lease = self._read()

@@ -1,9 +1,14 @@
 """What a plan reads of a cluster and of proxies, without either: addresses, selectors, counters, demand."""
 
+import contextlib
+import socket
+import threading
+import time
+
 import pytest
 import yaml
 
-from capacity.cluster import demand
+from capacity.cluster import demand, lease
 from capacity.cluster.demand import Proxies
 from capacity.cluster.observe import _matches, with_demand
 from capacity.errors import CapacityError, InputError
@@ -100,6 +105,14 @@ def test_a_proxy_that_was_restarted_or_is_new_does_not_count_twice(monkeypatch):
     assert proxies.observe().rates == {"m": 10.0}
 
 
+def test_a_probe_that_was_under_way_and_has_ended_is_no_restart(monkeypatch):
+    counters, proxies = Counters(monkeypatch), Proxies(("http://proxies/",), 10.0)
+    counters(0.0, a=(5000, 1))
+    proxies.observe()
+    counters(10.0, a=(5000, 0))
+    assert proxies.observe().rates == {"m": 0.0}
+
+
 @pytest.mark.parametrize(
     ("url", "text"),
     [
@@ -111,6 +124,55 @@ def test_a_proxy_that_was_restarted_or_is_new_does_not_count_twice(monkeypatch):
 def test_what_cannot_be_asked_is_one_line(url, text):
     with pytest.raises(CapacityError, match=f"^demand-failed: .*{text}.*$"):
         Proxies((url,), 10.0).observe()
+
+
+@contextlib.contextmanager
+def answering(part, pause_s):
+    """Answer with a head, and then with a part of a body again and again; yield the port."""
+    end = threading.Event()
+
+    def serve():
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+            while not end.wait(pause_s):
+                connection.sendall(part)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1]
+        end.set()
+        thread.join(5.0)
+
+
+@pytest.mark.parametrize(("part", "text"), [(b"#", "not complete after 0.2 s"), (b"#" * (1 << 16), "longer than 0 MiB")])
+def test_an_answer_without_an_end_is_not_awaited(monkeypatch, part, text):
+    monkeypatch.setattr(demand, "ANSWER_LIMIT_S", 0.2)
+    monkeypatch.setattr(demand, "_MOST", 1 << 15)
+    with answering(part, 0.02) as port, pytest.raises(CapacityError, match=f"^demand-failed: .*{text}$"):
+        Proxies((f"http://127.0.0.1:{port}/-/metrics",), 10.0).observe()
+
+
+def test_a_call_that_never_returns_does_not_keep_the_plan_from_ending(monkeypatch):
+    monkeypatch.setattr(lease, "_CLOSE_S", 0.1)
+    never, closed = threading.Event(), []
+
+    class Stuck:
+        def get(self, *_):
+            never.wait()
+            raise CapacityError("cluster-unreachable", "it has ended")
+
+        def close(self):
+            closed.append(True)
+
+    leadership = lease.Leadership(Stuck(), "models", "quickthaw-plan-x")
+    leadership.start()
+    began = time.monotonic()
+    leadership.close()
+    assert time.monotonic() - began < 5.0 and closed
+    never.set()
+    leadership._thread.join(5.0)
 
 
 def test_an_observed_rate_takes_the_place_of_the_first_step_only():

@@ -146,7 +146,9 @@ def answering(part, pause_s):
         thread.join(5.0)
 
 
-@pytest.mark.parametrize(("part", "text"), [(b"#", "not complete after 0.2 s"), (b"#" * (1 << 16), "longer than 0 MiB")])
+@pytest.mark.parametrize(
+    ("part", "text"), [(b"#", "not complete after 0.2 s"), (b"#" * (1 << 16), "longer than 0 MiB")]
+)
 def test_an_answer_without_an_end_is_not_awaited(monkeypatch, part, text):
     monkeypatch.setattr(demand, "ANSWER_LIMIT_S", 0.2)
     monkeypatch.setattr(demand, "_MOST", 1 << 15)

@@ -85,9 +85,10 @@ class EndpointSlices:
     def _run(self) -> None:
         import httpx2
         from lightkube.core.exceptions import ConfigError
+        from yaml import YAMLError
 
-        # The last ones: of an answer that is not what the API sends.
-        errors = (httpx2.HTTPError, ConfigError, OSError, ValueError, TypeError, LookupError, AttributeError)
+        # The last ones: of an answer, or a kubeconfig, that is not what it should be.
+        errors = (httpx2.HTTPError, ConfigError, YAMLError, OSError, ValueError, TypeError, LookupError, AttributeError)
         client, failures, repeats = None, 0, RepeatLimiter(log, every_s=600.0)
         while not self._ended.is_set():
             began = time.monotonic()

@@ -162,8 +162,11 @@ def test_the_example_is_valid_and_has_the_role_that_is_enough():
 
 
 @pytest.mark.usefixtures("soon")
-def test_without_a_cluster_the_other_peers_serve(tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+@pytest.mark.parametrize("config", [None, "clusters: [\n"], ids=["none", "damaged"])
+def test_without_a_cluster_the_other_peers_serve(tmp_path, monkeypatch, caplog, config):
+    if config is not None:
+        (tmp_path / "config").write_text(config)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     members = Members("k8s://models/peers,10.9.9.9:9470")
     try:

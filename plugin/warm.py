@@ -205,6 +205,7 @@ class Warming:
             except NotFound as error:
                 if error.code != "archive-not-found":
                     raise
+                log.info("%s; looking for a model of that name", error)
         self._chunks(name, *resolve(name, self.options["store"]))
 
 

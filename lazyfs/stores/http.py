@@ -112,7 +112,8 @@ class WebStore:
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         raise Permanent(
-            f"{self.url}: an HTTP store cannot be listed; give the whole digest of the manifest", code="no-listing"
+            f"{self.url}: an HTTP store cannot be listed; give the store behind it, or of one object its whole digest",
+            code="no-listing",
         )
 
     def flush(self) -> None:

@@ -79,8 +79,11 @@ def test_by_its_name(launch_rig, store):
     done = said(warm(launch_rig, "--snapshot-store", store, names=[launch_rig.taken]))
     assert done["snapshots"] == [launch_rig.taken] == Library(launch_rig.home).names()
     missing = warm(launch_rig, "--snapshot-store", store, names=["vllm-nothing-0123456789"])
-    assert missing.returncode == 1 and missing.stderr.count("\n") == 2, missing.stderr
-    assert "nothing-warmed" in missing.stderr and "vllm-nothing-0123456789" in missing.stderr
+    assert missing.returncode == 1 and missing.stderr.count("\n") == 3, missing.stderr
+    assert (
+        "nothing-warmed" in missing.stderr
+        and f"no snapshot named 'vllm-nothing-0123456789' in file://{store}" in missing.stderr
+    )
 
 
 def test_a_model_of_a_store_comes_as_chunks(launch_rig, tmp_path):

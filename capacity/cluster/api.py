@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from capacity.errors import CapacityError
@@ -131,17 +132,10 @@ class Api:
     def listed(self, kind: Any, resource: str, namespace: str | None = None, labels: Any = None) -> list[Any]:
         """Return all objects of a kind, in chunks; a list that has expired meanwhile (410) begins again."""
         where = "of the cluster" if namespace is None else f"in namespace {namespace}"
+        given = {"labels": labels, "chunk_size": _CHUNK, **({"namespace": namespace} if namespace else {})}
         for _ in range(3):
             try:
-                options = {"labels": labels, "chunk_size": _CHUNK}
-                return self.call(
-                    "list",
-                    resource,
-                    where,
-                    lambda o=options: list(
-                        self._client.list(kind, **o, **({"namespace": namespace} if namespace else {}))
-                    ),  # type: ignore[misc]
-                )
+                return self.call("list", resource, where, lambda: list(self._client.list(kind, **given)))
             except Status as error:
                 if error.code != 410:
                     raise CapacityError("cluster-refused", f"cannot list {resource} {where}: {error.said}") from error
@@ -189,9 +183,7 @@ class Api:
                 text = f"{target} wants {seen.replicas} replicas, not {before} as observed: left for the next round"
                 raise CapacityError("changed-by-others", text)
             try:
-                self.call(
-                    verb, target.resource, _where(target), lambda v=seen.version: self._write(target, v, after)  # type: ignore[misc]
-                )  # fmt: skip
+                self.call(verb, target.resource, _where(target), partial(self._write, target, seen.version, after))
                 return
             except Status as error:
                 if error.code != 409:

@@ -1,8 +1,9 @@
 """One controller at a time: who holds the Lease plans, the others wait.
 
 The holder renews every `RENEW_S`. It counts as holder for `SURE_S` after its last renewal began; others take the Lease once
-it has not changed for `VALID_S` on their own clock. The difference is longer than a write to the API may take (`api.CALL_LIMIT_S`),
-so a holder that is cut off has stopped writing before another one begins. In order, a holder gives the Lease up.
+it has not changed for `VALID_S` on their own clock. The difference is longer than the API may be silent in a write
+(`api.CALL_LIMIT_S`), so a holder that is cut off has stopped writing before another one begins. A write that is under way for
+longer is bound to the version that was read: it fails where the next holder has written. In order, a holder gives the Lease up.
 """
 
 from __future__ import annotations

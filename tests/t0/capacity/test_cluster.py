@@ -9,8 +9,10 @@ import pytest
 import yaml
 
 from capacity.cluster import demand, lease
+from capacity.cluster.api import Scale
 from capacity.cluster.demand import Proxies
-from capacity.cluster.observe import _matches, with_demand
+from capacity.cluster.moves import Move, moves
+from capacity.cluster.observe import Observation, Pods, _matches, of_service, with_demand
 from capacity.errors import CapacityError, InputError
 from capacity.inputs.load import load
 from capacity.model import Workload
@@ -67,6 +69,18 @@ def test_two_services_have_not_the_same_workload(tmp_path):
 )
 def test_pods_are_those_that_the_selector_of_a_scale_names(selector, labels, found):
     assert _matches(selector, labels) is found
+
+
+@pytest.mark.parametrize(
+    ("least", "behind_a_proxy", "gate"), [(0, True, "asleep"), (1, True, None), (0, False, None)]
+)
+def test_a_proxys_workload_is_left_at_zero_unless_the_plan_has_it_altogether(tmp_path, least, behind_a_proxy, gate):
+    (service,) = load(write_plan(tmp_path, min=least)).services
+    target = of_service(service)
+    busy = {"llama": 0} if behind_a_proxy else {}
+    seen = Observation(0.0, {target: Scale(0, "1", "")}, {target: Pods()}, None, busy=busy)
+    found = moves({target: (2, service)}, seen, {}, 0.0, hold_down=0.0, short=False)
+    assert found == (([], {"models/llama": gate}) if gate else ([Move(target, 0, 2)], {}))
 
 
 class Counters:

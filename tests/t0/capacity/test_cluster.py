@@ -71,9 +71,7 @@ def test_pods_are_those_that_the_selector_of_a_scale_names(selector, labels, fou
     assert _matches(selector, labels) is found
 
 
-@pytest.mark.parametrize(
-    ("least", "behind_a_proxy", "gate"), [(0, True, "asleep"), (1, True, None), (0, False, None)]
-)
+@pytest.mark.parametrize(("least", "behind_a_proxy", "gate"), [(0, True, "asleep"), (1, True, None), (0, False, None)])
 def test_a_proxys_workload_is_left_at_zero_unless_the_plan_has_it_altogether(tmp_path, least, behind_a_proxy, gate):
     (service,) = load(write_plan(tmp_path, min=least)).services
     target = of_service(service)

@@ -15,7 +15,7 @@ import blake3
 import msgspec
 
 from checkpoint.compatibility.check import IGNORED_CPU_FLAGS, Identity, check_host, refuse
-from checkpoint.compatibility.gpu import kernel_driver
+from checkpoint.compatibility.gpu import Gpu, kernel_driver
 from checkpoint.compatibility.host import HostFacts
 from checkpoint.errors import CheckpointError
 from checkpoint.snapshot import manifest
@@ -56,16 +56,30 @@ def as_seen(host: HostFacts, then: HostFacts) -> HostFacts:
     return here
 
 
+def _fitting(gpus: tuple[Gpu, ...], then: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
+    """Return those GPUs that can take the place of the snapshot's, in their order; all if they do not suffice, or it has none."""
+    left, found = list(gpus), []
+    for was in then:
+        one = next((gpu for gpu in left if gpu.name == was.name and gpu.memory >= was.memory), None)
+        if one is None:
+            return gpus
+        left.remove(one)
+        found.append(one)
+    return tuple(found) or gpus
+
+
 def accepts(host: HostFacts, name: str) -> Callable[[bytes, bytes | None], None]:
     """Return what raises Incompatible for the manifest of a snapshot `name` that a host may not restore, whatever launch wants it.
 
-    What a container that fetches for others does not see is not compared (`as_seen`).
+    What a container that fetches for others does not see is not compared (`as_seen`). Of more GPUs than the snapshot has, a launch
+    may make some visible: those that fit are compared.
     """
 
     def check(document: bytes, _: bytes | None) -> None:
         recorded = manifest.parse(document, Path(name), name).identity
         if recorded:  # else of no engine
             then = Identity.decode(recorded)
-            refuse(check_host(then, as_seen(host, then.host)))
+            here = as_seen(host, then.host)
+            refuse(check_host(then, msgspec.structs.replace(here, gpus=_fitting(here.gpus, then.host.gpus))))
 
     return check

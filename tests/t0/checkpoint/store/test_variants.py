@@ -176,6 +176,32 @@ def test_gpus_of_one_kind_are_one_class() -> None:
     assert len({host_class(host) for host in gpus}) == 1
 
 
+@pytest.mark.parametrize(
+    ("then", "here", "code"),
+    [
+        (["H100"], ["H100", "H100"], ""),  # a launch makes one of them visible
+        (["H100"], ["A100", "H100"], ""),
+        (["H100"], ["A100", "A100"], "gpu-count-differs"),
+        (["H100"], ["A100"], "gpu-model-differs"),
+        (["H100", "H100"], ["H100"], "gpu-count-differs"),
+        ([], ["H100"], "gpu-count-differs"),
+    ],
+)
+def test_of_more_gpus_those_that_fit_are_compared(tmp_path: Path, then: list[str], here: list[str], code: str) -> None:
+    taken, host = (
+        msgspec.structs.replace(
+            OLD, driver="580.1", gpus=tuple(Gpu(name, 80 << 30, f"GPU-{at}") for at, name in enumerate(names))
+        )
+        for names in (then, here)
+    )
+    document = (write(Library(tmp_path), NAME, taken) / manifest.FILE_NAME).read_bytes()
+    if not code:
+        return accepts(host, NAME)(document, None)
+    with pytest.raises(Incompatible) as refused:
+        accepts(host, NAME)(document, None)
+    assert refused.value.code == code
+
+
 def test_a_manifest_that_does_not_say_its_host_has_no_class() -> None:
     assert class_of({}) == class_of({"host": 1}) == ""
     assert (

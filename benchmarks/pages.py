@@ -93,6 +93,8 @@ def run(way: str, library: Library, criu: Criu, snapshot: Snapshot, record: bool
             output.close_write_end()
         first, second = ask(replica.sandbox, snapshot)
         found = {"criu_s": returned, "first_token_s": returned + first, "second_s": second}
+        if "fill" in replica.spans:  # what CRIU does first, and what is left to fill after it
+            found |= {"skeleton_s": replica.spans["criu"], "fill_s": replica.spans["fill"]}
         if criu.verbosity > 1:
             print_criu_log((replica.work / "restore.log").read_text(errors="replace"))
         if replica.pages:

@@ -196,7 +196,8 @@ def test_of_more_gpus_those_that_fit_are_compared(tmp_path: Path, then: list[str
     )
     document = (write(Library(tmp_path), NAME, taken) / manifest.FILE_NAME).read_bytes()
     if not code:
-        return accepts(host, NAME)(document, None)
+        accepts(host, NAME)(document, None)
+        return
     with pytest.raises(Incompatible) as refused:
         accepts(host, NAME)(document, None)
     assert refused.value.code == code

@@ -96,6 +96,22 @@ def test_a_pod_without_a_node_gives_the_reason_and_serves_once_it_has_one(tmp_pa
     run(test())
 
 
+@pytest.mark.slow
+def test_without_a_schedule_timeout_the_api_is_asked_ever_less_often(tmp_path):
+    async def test():
+        async with at_zero(tmp_path, without="deployments", schedule_grace_s=0.0) as (nodes, proxy):
+            nodes.api.allowed = {name: verbs for name, verbs in role().items() if name != "deployments"}
+            nodes.quota = "exceeded quota"
+            waiting = asyncio.create_task(proxy.ask("r1"))
+            await asyncio.sleep(3.2)
+            assert not waiting.done() and nodes.api.calls["get", "deployments/scale"] <= 4
+            nodes.quota = ""
+            nodes.api.notify()
+            assert (await waiting).status_code == 200
+
+    run(test())
+
+
 @pytest.mark.parametrize("allowed", [True, False])
 def test_where_no_pod_is_made_at_all_the_held_request_gets_the_reason(tmp_path, allowed):
     """Without the verb that reads it the request waits for its deadline, and serves if a pod comes."""

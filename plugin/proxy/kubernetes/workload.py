@@ -347,7 +347,7 @@ class Workload:
         self._begin("woken")
         try:
             await self._scale_up()
-            looked, every = time.monotonic(), min(2.0, self.spec.schedule_grace_s)
+            looked, every = time.monotonic(), min(2.0, max(0.5, self.spec.schedule_grace_s))
             while self.pool.ready() is None:
                 if not self._members and time.monotonic() - looked > every:
                     await self._scale_up()  # somebody may have set it to 0 in the meantime

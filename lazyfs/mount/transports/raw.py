@@ -202,12 +202,16 @@ class RawTransport:
         return not any(t.is_alive() for t in self._threads)
 
     def _clone(self) -> int:
-        """Return a descriptor of the same connection with a queue of its own, or the first one where /dev/fuse cannot be opened."""
+        """Return a descriptor of the same connection with a queue of its own, or the first one where the host gives none."""
         try:
             fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         except OSError:
             return self.fd
-        fcntl.ioctl(fd, _CLONE, struct.pack("<I", self.fd))
+        try:
+            fcntl.ioctl(fd, _CLONE, struct.pack("<I", self.fd))
+        except OSError:
+            os.close(fd)
+            return self.fd
         return fd
 
     def _handshake(self) -> None:

@@ -78,3 +78,12 @@ def test_cached_pages_are_distinguished_from_uncached_ones(tmp_path):
         assert in_memory(cold)
     finally:
         os.close(fd)
+
+
+def test_a_host_that_clones_no_connection_serves_all_threads_over_the_first(monkeypatch):
+    transport = RawTransport(None, "/nowhere", "test", native=False)
+    transport.fd, opened, real = 1 << 20, [], os.open
+    monkeypatch.setattr(os, "open", lambda path, flags: opened.append(real("/dev/null", flags)) or opened[-1])
+    assert transport._clone() == transport.fd, "/dev/null is no connection"
+    with pytest.raises(OSError):
+        os.fstat(opened[0])

@@ -150,11 +150,12 @@ def prune(cache: Cache, to: int, *, older_than: float = 0.0, dry_run: bool = Fal
     chunks = cache.evict(max(0, usage - to), older_than=older_than, dry_run=dry_run)
     if not dry_run:
         cache.clear_quarantine()
-    records = unneeded(cache)
-    if not dry_run:
-        for record in records:
+    records = 0
+    for record in unneeded(cache):
+        records += 1
+        if not dry_run:
             record.unlink(missing_ok=True)
-    return Pruned(chunks, quarantine, usage - chunks, len(records))
+    return Pruned(chunks, quarantine, usage - chunks, records)
 
 
 def prune_target(cache: Cache) -> int:

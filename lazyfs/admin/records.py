@@ -18,13 +18,13 @@ from lazyfs.mount import kernel
 UNUSED_S = 30 * 86400.0
 
 
-def unneeded(cache: Cache) -> list[Path]:
-    """Return the records that nobody used for a month, of manifests that no mount shows and no file of which is cached.
+def unneeded(cache: Cache) -> Iterator[Path]:
+    """Yield the records that nobody used for a month, of manifests that no mount shows and no file of which is cached.
 
-    A later mount writes them again: from the store, or from the source.
+    Each is to be removed at once: a mount that starts may use it next. A later mount writes it again: from the store, or from the source.
     """
     before, shown = time.time() - UNUSED_S, _shown(cache)
-    found, kept_files = [], set()
+    kept_files = set()
     for folder, local in ((cache.root / "manifests", False), (source_folder(cache.root), True)):
         for record in sorted(folder.glob("*")):
             if not is_digest(record.name):
@@ -33,12 +33,15 @@ def unneeded(cache: Cache) -> list[Path]:
                 files = {file.digest for file in decode(record.read_bytes(), record.name, local=local).files}
             except (Integrity, FileNotFoundError):
                 files = set()  # damaged: it is refused, and written again
-            if record.name[:16] in shown or not _older(record, before) or any(map(cache.holds, files)):
+            if record.name[:16] in shown or any(map(cache.holds, files)) or not _older(record, before):
                 kept_files |= files
-            else:
-                found += [record, *([signed] if (signed := record.with_name(f"{record.name}.sig")).exists() else [])]
-    digests = (one for one in sorted((cache.root / "digests").glob("*")) if one.name not in kept_files)
-    return [*found, *(one for one in digests if _older(one, before))]
+                continue
+            yield record
+            if (signed := record.with_name(f"{record.name}.sig")).exists():
+                yield signed
+    for one in sorted((cache.root / "digests").glob("*")):
+        if one.name not in kept_files and _older(one, before):
+            yield one
 
 
 def _older(record: Path, before: float) -> bool:

@@ -107,8 +107,11 @@ def read_through(
     manifests = private_dir(source_folder(cache_dir or home() / "cache"))
     stats = _stats(folder) if folder is not None else None
     record = _load(record_file)
-    if record is not None and not (manifests / record["manifest"]).exists():
-        record = None
+    if record is not None:
+        with contextlib.suppress(OSError):  # its mount comes next: `cache prune` leaves it
+            os.utime(manifests / record["manifest"])
+        if not (manifests / record["manifest"]).exists():
+            record = None
     if record is not None and (record["stats"] == stats if folder is not None else _is_fixed(url)):
         return str(record["manifest"])
     from lazyfs.content.manifest import decode, encode

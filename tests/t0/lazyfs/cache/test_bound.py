@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from lazyfs.admin.cache_report import prune, prune_target, report
 from lazyfs.cache import cache as cache_module
+from lazyfs.admin.records import unneeded
 from lazyfs.cache.bound import AUTO, UNBOUNDED, VARIABLE, host_bound, kept_free, low_water, parse, set_host_bound, shown
 from lazyfs.cache.cache import Cache
 from lazyfs.cache.sparse_file import ABSENT
@@ -237,10 +238,25 @@ def test_prune_removes_records_of_models_that_are_not_here_and_were_not_used_for
     assert again == digests["gone"] and (sources / again).exists()
 
 
+def test_a_record_that_a_mount_uses_while_others_are_removed_stays(home, tmp_path):
+    cache, sources = Cache(home / "cache", UNBOUNDED), home / "cache" / "sources"
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.bin").write_text(name)
+        os.utime(sources / read_through(str(tmp_path / name)), (100, 100))
+    found = unneeded(cache)
+    removed = next(found)
+    (used,) = set(sources.glob("*")) - {removed}
+    os.utime(used)
+    assert used not in list(found)
+
+
 def test_a_manifest_that_is_used_is_not_old(home, tmp_path):
     make_model(tmp_path / "model", megabytes=1)
     digest = read_through(str(tmp_path / "model"))
     record = home / "cache" / "sources" / digest
+    os.utime(record, (100, 100))
+    assert read_through(str(tmp_path / "model")) == digest and record.stat().st_mtime > 1e9, "its mount comes next"
     os.utime(record, (100, 100))
     nowhere = {n: str(home / n) for n in ("mountpoint", "log_file", "socket", "state_file", "home")}
     load_manifest(MountConfig(manifest=digest, store_url="", cache_dir=str(home / "cache"), **nowhere))

@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from lazyfs.admin.cache_report import prune, prune_target, report
-from lazyfs.cache import cache as cache_module
 from lazyfs.admin.records import unneeded
+from lazyfs.cache import cache as cache_module
 from lazyfs.cache.bound import AUTO, UNBOUNDED, VARIABLE, host_bound, kept_free, low_water, parse, set_host_bound, shown
 from lazyfs.cache.cache import Cache
 from lazyfs.cache.sparse_file import ABSENT

@@ -232,7 +232,7 @@ class Api:
 
     def close(self) -> None:
         """Close all connections."""
-        self._client._client.close()
+        self._client.close()
 
 
 def _where(target: Target) -> str:
@@ -261,7 +261,7 @@ def _final(status: int | None, said: str, verb: str, resource: str, where: str, 
     """Return after how many seconds to try again, None where the API does not say; raise what a retry cannot mend."""
     if status == 429:
         try:
-            return min(_MOST_PAUSE_S, float(error.response.headers.get("retry-after", "")))  # type: ignore[attr-defined]
+            return max(_PAUSE_S, min(_MOST_PAUSE_S, float(error.response.headers.get("retry-after", ""))))  # type: ignore[attr-defined]
         except (AttributeError, ValueError):
             return None
     if status is None or status >= 500:

@@ -4,12 +4,13 @@ import contextlib
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from capacity.cluster import demand, lease
-from capacity.cluster.api import Scale
+from capacity.cluster.api import Scale, _final
 from capacity.cluster.demand import Proxies
 from capacity.cluster.moves import Move, moves
 from capacity.cluster.observe import Observation, Pods, _matches, of_service, with_demand
@@ -79,6 +80,12 @@ def test_a_proxys_workload_is_left_at_zero_unless_the_plan_has_it_altogether(tmp
     seen = Observation(0.0, {target: Scale(0, "1", "")}, {target: Pods()}, None, busy=busy)
     found = moves({target: (2, service)}, seen, {}, 0.0, hold_down=0.0, short=False)
     assert found == (([], {"models/llama": gate}) if gate else ([Move(target, 0, 2)], {}))
+
+
+@pytest.mark.parametrize(("said", "pause_s"), [("1", 1.0), ("60", 4.0), ("0", 0.2), ("-1", 0.2), ("soon", None)])
+def test_a_throttled_call_is_made_again_after_the_pause_that_is_asked_for_and_never_at_once(said, pause_s):
+    error = SimpleNamespace(response=SimpleNamespace(headers={"retry-after": said}))
+    assert _final(429, "", "list", "pods", "", error) == pause_s
 
 
 class Counters:

@@ -108,9 +108,9 @@ def _mount_through_helper(mountpoint: str, source: str, *, allow_other: bool) ->
                     command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
                     stderr=subprocess.PIPE, text=True, errors="replace",
                 )  # fmt: skip
-            except FileNotFoundError:
+            except (FileNotFoundError, PermissionError) as error:  # some hosts keep it for the group `fuse`
                 what = f"cannot mount at {mountpoint}: CAP_SYS_ADMIN and /dev/fuse, or fusermount3, are needed"
-                raise HostLacks(f"{what}; run as root, or install fuse3") from None
+                raise HostLacks(f"{what} (fusermount3: {error.strerror}); run as root, or install fuse3") from None
         fds: list[int] = []
         with helper:
             try:
@@ -187,8 +187,9 @@ def _fusermount(mountpoint: str, *, lazy: bool) -> None:
     command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", mountpoint]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_HELPER_S, check=False)
-    except FileNotFoundError:
-        raise HostLacks(f"cannot unmount {mountpoint}: CAP_SYS_ADMIN or fusermount3 is needed") from None
+    except (FileNotFoundError, PermissionError) as error:
+        what = f"cannot unmount {mountpoint}: CAP_SYS_ADMIN or fusermount3 is needed"
+        raise HostLacks(f"{what} (fusermount3: {error.strerror}); run as root, or install fuse3") from None
     except subprocess.TimeoutExpired:
         raise HostLacks(f"cannot unmount {mountpoint}: {_UNENDED}") from None
     if done.returncode != 0:

@@ -51,3 +51,16 @@ def test_an_unmount_waits_for_the_helper_within_a_limit(helper, tmp_path):
     helper(SILENT)
     with pytest.raises(HostLacks, match="did not end in time"):
         kernel._fusermount(str(tmp_path), lazy=True)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_helper_that_is_missing_or_not_for_this_user_is_said_in_one_line(helper, tmp_path, monkeypatch, there):
+    if there:
+        helper(SILENT)
+        (tmp_path / "fusermount3").chmod(0o600)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    why = "Permission denied" if there else "No such file"
+    with pytest.raises(HostLacks, match=f"cannot mount .*{why}.*; run as root, or install fuse3$"):
+        kernel.connect(str(tmp_path), "quickthaw:0")
+    with pytest.raises(HostLacks, match=f"cannot unmount .*{why}.*; run as root, or install fuse3$"):
+        kernel._fusermount(str(tmp_path), lazy=True)

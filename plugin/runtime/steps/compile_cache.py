@@ -121,7 +121,10 @@ class CompileCache:
                     shutil.rmtree(old, ignore_errors=True)
 
     def push_later(self) -> threading.Thread:
-        """Push in a background thread at low priority and return the thread, for a caller that wants to join it."""
+        """Push in a background thread at low priority and return the thread, for a caller that wants to join it.
+
+        A store that is only read gets nothing.
+        """
         thread = threading.Thread(target=self._push, name="compile-cache-push", daemon=True)
         thread.start()
         return thread
@@ -130,7 +133,10 @@ class CompileCache:
         from checkpoint.errors import CheckpointError
         from checkpoint.snapshot import signatures
         from checkpoint.store import archive, cache_archive
+        from lazyfs.stores.urls import writable
 
+        if not writable(self.store):
+            return
         try:
             listing = self.listing()
             if not listing or self._same(listing):

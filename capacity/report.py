@@ -335,9 +335,7 @@ def print_round(outcome: Decision | CapacityError, *, as_json: bool) -> None:
         click.echo(
             json.dumps(
                 {
-                    "start": outcome.starts,
-                    "stop": outcome.stops,
-                    "held_back": outcome.blocked,
+                    **_instances(outcome),
                     "cost_per_hour": round(float(outcome.plan.hourly_cost[0]), 6),
                     "buffer_gpus": outcome.plan.buffer_by_type(),
                     **_scaled(outcome),
@@ -357,6 +355,12 @@ def print_round(outcome: Decision | CapacityError, *, as_json: bool) -> None:
         words += [f"{target} blocked by {gate}" for target, gate in outcome.kept.items()]
     words += [f"{name} gets {share:.0%} of its demand" for name, share in outcome.served.items() if share < 1]
     click.echo("; ".join(words) or "no change")
+
+
+def _instances(outcome: Decision) -> dict[str, Any]:
+    if outcome.moved is not None:  # the cluster's autoscaler starts and stops them
+        return {}
+    return {"start": outcome.starts, "stop": outcome.stops, "held_back": outcome.blocked}
 
 
 def _scaled(outcome: Decision) -> dict[str, Any]:

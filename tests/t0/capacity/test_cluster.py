@@ -1,6 +1,7 @@
 """What a plan reads of a cluster and of proxies, without either: addresses, selectors, counters, demand."""
 
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from capacity.actions.watch import Decision
 from capacity.cluster import demand, lease
 from capacity.cluster.api import Scale, _final
 from capacity.cluster.demand import Proxies
@@ -17,6 +19,7 @@ from capacity.cluster.observe import Observation, Pods, _matches, of_service, wi
 from capacity.errors import CapacityError, InputError
 from capacity.inputs.load import load
 from capacity.model import Workload
+from capacity.report import print_round
 from tests.kits.capacity_kit import random_problem
 from tests.kits.cluster.planner import write_plan
 
@@ -208,3 +211,11 @@ def test_an_observed_rate_takes_the_place_of_the_first_step_only():
 def test_an_observed_rate_where_nothing_was_expected_is_each_quantile(tmp_path):
     problem = load(write_plan(tmp_path, 0.0))
     assert with_demand(problem, {"llama": 2.5}).demand.forecasts["llama"].values == ((2.5,), (2.5,))
+
+
+@pytest.mark.parametrize("moved", [None, ()])
+def test_a_round_in_a_cluster_shows_no_instances_that_its_autoscaler_starts(capsys, moved):
+    plan = SimpleNamespace(hourly_cost=[1.0], buffer_by_type=dict)
+    print_round(Decision(plan, {"h100": 1}, {}, {}, moved=moved), as_json=True)
+    said = json.loads(capsys.readouterr().out)
+    assert said.get("start") == ({"h100": 1} if moved is None else None) and ("scaled" in said) is (moved is not None)

@@ -82,6 +82,13 @@ def test_a_signer_that_was_killed_stops_no_other(home, keys, imported, monkeypat
     assert load(home, imported, keys[1][1]) and not list(chunks.store.list("locks/"))
 
 
+def test_a_slow_signer_leaves_the_lock_of_the_one_that_took_over(home, imported):
+    chunks, key = ChunkStore(LocalStore(home / "store")), f"locks/signing-{imported}"
+    with chunks._signing(imported):
+        chunks.store.put(key, b"another signer's")
+    assert bytes(chunks.store.get(key)) == b"another signer's"
+
+
 def test_a_signed_manifest_is_shown_and_no_other(home, keys, imported):
     (_, ours), (_, theirs) = keys
     assert load(home, imported, ours).size == load(home, imported, theirs, ours).size == load(home, imported).size

@@ -100,6 +100,7 @@ def environment(folder: Path) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     shutil.copytree(PROGRAMS / "engine_double", site / "engine_double")
+    shutil.copy(PROGRAMS / "cuda_thread.py", site)
     (folder / "bin").mkdir()
     (folder / "bin" / "python").symlink_to(base)
     (folder / "pyvenv.cfg").write_text(f"home = {base.parent}\nversion = {sys.version.split()[0]}\n")

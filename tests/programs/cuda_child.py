@@ -1,12 +1,17 @@
 """A process that "uses CUDA" as defined in tests/kits/checkpoint/cuda_double.py: it counts while its calls are not blocked.
 
-`python cuda_child.py FOLDER SIZE GPU`. Few imports, all of the standard library, because tests start many of them.
+`python cuda_child.py FOLDER SIZE GPU`. Few imports, all of the standard library, because tests start many of them. Its
+host copy is SIZE bytes, but at most HOST_COPY_MOST.
 """
 
 import json
 import os
 import sys
 import time
+
+import cuda_thread
+
+HOST_COPY_MOST = 4 << 20
 
 
 def write(path: str, value: object) -> None:
@@ -18,6 +23,7 @@ def write(path: str, value: object) -> None:
 def main(folder: str, size: int, gpu: str) -> None:
     me = f"{folder}/{os.getpid()}"
     parent = os.getppid()
+    cuda_thread.start(min(size, HOST_COPY_MOST))
     with open(f"{me}.vram", "w") as file:
         file.write(f"contents of {os.getpid()}")
     write(f"{me}.json", {"state": "RUNNING", "memory": {gpu: size}})

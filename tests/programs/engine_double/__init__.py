@@ -5,7 +5,7 @@ connected by a socket pair, as the engines have. What it generates is a function
 anonymous memory, so lost weights, or those of another model, change its answers. At a temperature it samples with
 torch's generator. It "compiles" once for each cache folder and maps the result. On a "GPU" (ENGINE_DOUBLE_GPU=1) it
 sleeps and wakes as the engines do: it refuses to generate while memory is released, and a redundant resume ends
-SGLang's worker.
+SGLang's worker. With ENGINE_DOUBLE_GPU=2 the server holds a CUDA context, too.
 
 Standard library, and the double of torch beside it. tests/kits/launch_rig.py installs it in an environment of its
 own.
@@ -20,7 +20,7 @@ import sys
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
-from .launch import load_plugins, model_folder, options_of, use_folders
+from .launch import GPU, hold_context, load_plugins, model_folder, options_of, use_folders
 from .server import WorkerChannel, handler
 from .worker import Worker, compile_once
 
@@ -40,11 +40,15 @@ def main(engine):
     ours, theirs = socket.socketpair()
     if os.fork() == 0:
         ours.close()
+        if GPU:
+            hold_context()
         compiled = compile_once()
         Worker(engine, options).serve(theirs)
         del compiled
         os._exit(0)
     theirs.close()
+    if GPU > 1:
+        hold_context()
     load_plugins(engine)
     if "random-seed" in options or "seed" in options:
         random.seed(7)

@@ -12,6 +12,18 @@ import time
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import cuda_thread
+
+GPU = int(os.environ.get("ENGINE_DOUBLE_GPU", "0"))
+"""How many processes have a CUDA context: the worker, or the server, too."""
+HOST_COPY_BYTES = 32 << 20
+"""Memory of a process on a "GPU" that the driver's double fills at a checkpoint (tests/kits/checkpoint/cuda_double.py)."""
+
+
+def hold_context():
+    """Begin to hold a CUDA context."""
+    cuda_thread.start(HOST_COPY_BYTES)
+
 
 def options_of(words):
     found, index = {}, 0

@@ -14,13 +14,9 @@ from pathlib import Path
 
 import torch
 
-from .launch import load_plugins, model_folder, other_kind, values
+from .launch import GPU, load_plugins, model_folder, other_kind, values
 
-GPU = os.environ.get("ENGINE_DOUBLE_GPU") == "1"
-MAP_NORESERVE = 0x4000  # mmap names it from Python 3.12 on
 KV_BYTES = 24 << 20
-HOST_COPY_BYTES = 32 << 20
-"""Private memory of a process on a "GPU", in place of the driver's copy of the GPU's memory (tests/kits/checkpoint/cuda_double.py)."""
 
 
 def read_weights(model):
@@ -93,10 +89,6 @@ class Worker:
             torch.default_generator.manual_seed(7)
         if os.environ.get("ENGINE_DOUBLE_ARM_S"):
             self.arm(float(os.environ["ENGINE_DOUBLE_ARM_S"]))
-        if GPU:
-            private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-            self.host_copy = mmap.mmap(-1, HOST_COPY_BYTES, flags=private)
-            self.host_copy[:] = os.urandom(1 << 20) * (HOST_COPY_BYTES >> 20)
         self.busy_flushes = int(os.environ.get("ENGINE_DOUBLE_BUSY_FLUSHES", "0"))
 
     def get_kvcache(self):

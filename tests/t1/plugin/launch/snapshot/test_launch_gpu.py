@@ -39,7 +39,8 @@ from plugin.runtime.phases import Phase, PhaseTracker
 from plugin.runtime.replica import Replica
 from plugin.runtime.standby import engine as standby_engine
 from plugin.runtime.steps.model_mount import Weights
-from tests.kits.checkpoint.cuda_double import GPU0, TOTAL, Double, wait_until, write
+from tests.kits.checkpoint import cuda_double
+from tests.kits.checkpoint.cuda_double import GPU0, TOTAL, TreeDouble, configure, wait_until, write
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]
 USED = 1 << 20
@@ -54,55 +55,23 @@ def command_line(pid):
         return b""
 
 
-def is_worker(pid):
-    """Return whether it is the engine double's second process, which has the same command line as its parent."""
-    try:
-        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-    except OSError:
-        return False
-    return all(b"launch_server" in line or b"api_server" in line for line in map(command_line, (pid, parent)))
-
-
-class Driver(Double):
-    """The double of the driver for a worker whose PID is known only once it runs. A restored one has its state of the dump."""
-
-    def _record(self, pid):
-        file = self.folder / f"{pid}.json"
-        if not file.exists() and is_worker(pid):
-            dumped = self.folder / "dumped.json"
-            fresh = {"state": "RUNNING", "memory": {GPU0: USED}}
-            (self.folder / f"{pid}.{'host' if dumped.exists() else 'vram'}").write_text("contents")
-            write(file, json.loads(dumped.read_text()) if dumped.exists() else fresh)
-        return super()._record(pid)
-
-    def checkpoint(self, pid):
-        super().checkpoint(pid)
-        write(self.folder / "dumped.json", json.loads((self.folder / f"{pid}.json").read_text()))
-
-    def changes(self):
-        lines = (self.folder / "calls").read_text().splitlines()
-        return [w for w in (line.split()[0] for line in lines) if w in ("lock", "checkpoint", "restore", "unlock")]
-
-    def close(self):
-        pass
-
-
 @pytest.fixture
 def gpu_rig(launch_rig, monkeypatch, tmp_path):
     """Return a function that makes replicas of the double on a GPU."""
     gpu = tmp_path / "gpu"
     gpu.mkdir()
     write(gpu / "gpus.json", {GPU0: TOTAL})
+    configure(gpu, memory={GPU0: USED})
     found = ((Gpu(name="Double", memory=TOTAL, uuid=GPU0),), "580.159.03")
     monkeypatch.setattr(host, "gpu_facts", lambda environment=None: found)
     for name, value in launch_rig.env().items():
         monkeypatch.setenv(name, value)
     made = []
 
-    def make(engine="vllm", arguments=(), criu=None, **settings):
+    def make(engine="vllm", arguments=(), criu=None, contexts=1, **settings):
         launcher = launchers.engine(engine)
         flag = "--model" if engine == "vllm" else "--model-path"
-        environment = {**os.environ, "ENGINE_DOUBLE_GPU": "1"}
+        environment = {**os.environ, "ENGINE_DOUBLE_GPU": str(contexts)}
         replica = Replica(
             LaunchSettings(
                 engine=engine,
@@ -120,7 +89,7 @@ def gpu_rig(launch_rig, monkeypatch, tmp_path):
             stdout=None,
             stderr=None,
         )
-        replica._cuda = Driver(str(gpu))
+        replica._cuda = TreeDouble(str(gpu))
         made.append(replica)
         return replica
 
@@ -184,6 +153,19 @@ def test_memory_is_offloaded_for_the_dump_and_reloaded_by_engine_and_replicas(gp
         replica.stop(5.0)
 
 
+def test_two_processes_with_contexts_are_moved_and_restored(gpu_rig):
+    cold = gpu_rig("vllm", contexts=2)
+    cold.start()
+    expected = answer(cold)
+    assert cold.snapshot.gpu.processes == 2
+    assert cold._cuda.changes()[:4] == ["lock"] * 2 + ["checkpoint"] * 2
+    cold.stop(5.0)
+    replica = gpu_rig("vllm", contexts=2)
+    replica.start()
+    assert replica.restored and answer(replica) == expected
+    assert replica._cuda._used() == {GPU0: 2 * USED}
+
+
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_without_a_sleep_mode_the_driver_moves_all_memory(gpu_rig, engine, monkeypatch):
     monkeypatch.setattr(
@@ -206,7 +188,7 @@ def test_a_rehearsal_runs_only_where_the_gpu_has_room(gpu_rig, launch_rig, monke
     cold.start()
     found = cold.library.load(cold.snapshot.name)
     cold.stop(5.0)
-    monkeypatch.setattr(_Rehearsed, "driver", lambda self: Driver(str(gpu_rig.gpu)))
+    monkeypatch.setattr(_Rehearsed, "driver", lambda self: TreeDouble(str(gpu_rig.gpu)))
     settings = named_settings(found, launch_rig.home)
     write(gpu_rig.gpu / "gpus.json", {GPU0: USED})
     with pytest.raises(GivenUp, match="gpu-memory-short"):
@@ -281,7 +263,7 @@ def test_several_gpus_are_refused_with_a_remedy(gpu_rig, tmp_path, caplog):
 
 def test_an_engine_on_the_cpu_beside_a_gpu_is_not_put_to_sleep(gpu_rig, monkeypatch):
     """SGLang's scheduler would end at a release of memory that it does not have there."""
-    monkeypatch.setitem(globals(), "is_worker", lambda pid: False)
+    monkeypatch.setattr(cuda_double, "driver_thread", lambda pid: "")
     replica = gpu_rig("sglang")
     replica.start()
     assert worker(replica)["calls"] == [["flush_cache"]]
@@ -477,7 +459,7 @@ def test_the_drivers_helper_starts_first_of_all(gpu_rig, monkeypatch):
     replica = gpu_rig("vllm")
     replica._cuda, started = None, []
 
-    class Helper(Driver):
+    class Helper(TreeDouble):
         def start(self):
             started.append([span.phase for span in replica.tracker.timeline])
 

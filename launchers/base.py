@@ -23,7 +23,7 @@ from checkpoint.compatibility.environment import OURS
 from checkpoint.sandbox.sandbox import CONTROL_DIR, RUN_DIR, TMP_DIR
 from checkpoint.snapshot.manifest import GENERATE, Answer, Canary, Prompt
 from launchers import canary as canaries
-from launchers.canary import CANARY_TOKENS, CANARY_TOKENS_ON_GPU
+from launchers.canary import CANARY_TOKENS, CANARY_TOKENS_ON_GPU, PLAIN_TOKENS
 from launchers.client import Client
 from launchers.errors import EngineFailed, Usage
 from launchers.given_options import first, given_options, is_option
@@ -429,7 +429,8 @@ class Engine(abc.ABC):
             )
         except EngineFailed as error:
             log.info("the canary is a plain generation: %s", error)
-            return msgspec.structs.replace(canary, token_ids=self.generate(client, prompt, CANARY_TOKENS_ON_GPU))
+            plain = CANARY_TOKENS_ON_GPU if gpu else PLAIN_TOKENS
+            return msgspec.structs.replace(canary, token_ids=self.generate(client, prompt, plain))
 
     def answer(self, client: Client, canary: Canary, joined: bool = False) -> Answer:
         """Return the engine's current answer to a canary; `joined` as in `choices`. Raises EngineFailed."""

@@ -25,12 +25,15 @@ likely that another batch or processor does not round it to another token.
 SECOND_PROMPT = "The capital of France is"
 CANARY_IDS, SECOND_IDS = [10, 11, 12], [13, 14, 15, 16]
 """The same in tokens that every vocabulary has, for an engine without a tokenizer."""
-CANARY_TOKENS, CANARY_TOKENS_ON_GPU = 1, 2
+CANARY_TOKENS, CANARY_TOKENS_ON_GPU = 1, 8
 """Number of canary tokens generated, besides the choices that the prompt's prefill yields.
 
-One on a CPU, so that the check of a restored replica is one engine step. A second token comes from a decode step, which on
-a GPU is a captured graph that must be tried.
+One on a CPU, so that the check of a restored replica is one engine step. On a GPU each further token is a decode step,
+the replay of a captured graph: the first one may be right by chance, or by what the prefill left in its buffers; a later
+one reads what earlier replays wrote to the KV cache. Seven take some 50 ms of a model with 8 billion parameters.
 """
+PLAIN_TOKENS = 2
+"""The same of a plain generation on a CPU, by an engine that tells no choices."""
 JOINED = "quickthaw-joined-"
 """Prefix of the id of a canary sent together with a request: our hooks (plugin/engine/joining.py) wait briefly for that
 request, so that one engine step serves both.

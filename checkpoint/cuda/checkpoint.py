@@ -28,6 +28,7 @@ import msgspec
 
 from checkpoint.compatibility.gpu import Gpu
 from checkpoint.cuda.driver import DeviceMemory, Driver, DriverError, State
+from checkpoint.cuda.placement import all_pairs
 from checkpoint.errors import Busy, Failed, HostLacks, Incompatible
 
 T = TypeVar("T")
@@ -40,7 +41,7 @@ RESUME_TIMEOUT_S = 60.0
 LOCKS = Path("/run/quickthaw")
 MULTI_GPU_SINCE: tuple[int, ...] | None = None
 """The first driver version that checkpoints processes which share memory between GPUs (NCCL, CUDA IPC); None: no version is known to."""
-_PARALLEL_FLAGS = (
+PARALLEL_FLAGS = (
     "tensor-parallel-size",
     "pipeline-parallel-size",
     "data-parallel-size",
@@ -53,14 +54,16 @@ _PARALLEL_FLAGS = (
 )
 
 
-class Needs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Needs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What a resume needs, for a snapshot's manifest.
 
-    The number of processes with a CUDA context, and bytes of GPU memory by the uuid of the GPU they were on.
+    The number of processes with a CUDA context, bytes of GPU memory by the uuid of the GPU they were on, and the uuids
+    of all GPUs of the host if there were several (see placement.all_pairs).
     """
 
     processes: int = 0
     memory: dict[str, int] = {}
+    gpus: list[str] = []
 
 
 def holders(driver: Driver, pids: Iterable[int]) -> list[int]:
@@ -143,7 +146,7 @@ def suspend(
         needed = max(reported, after.get(uuid, 0) - free_awake)
         if needed > 0:
             memory[uuid] = needed
-    return found, Needs(len(found), dict(sorted(memory.items())))
+    return found, Needs(len(found), dict(sorted(memory.items())), list(before) if len(before) > 1 else [])
 
 
 def resume_after_dump(
@@ -188,9 +191,9 @@ def resume(
     `pairs`: (uuid then, uuid now) for every GPU if one differs, see `gpu_pairs`. `lock_folders`: folders of the
     locks that serialize restores; containers that share the state folder also share its locks.
 
-    Raises Busy (gpu-busy) and Incompatible (gpu-memory-short, gpu-gone) before anything is changed, and Failed
-    (cuda-processes-differ, cuda-restore-failed, cuda-unlock-failed, cuda-stuck). After Failed in a replica's
-    restore, its tree must be killed.
+    Raises Busy (gpu-busy), Incompatible (gpu-memory-short, gpu-gone), and Failed (cuda-processes-differ,
+    cuda-restore-failed, cuda-unlock-failed, cuda-stuck). After Failed, or Incompatible, the tree must be killed:
+    another program may have filled the GPU after its memory was checked.
     """
     found = holders(driver, pids)
     if len(found) != needs.processes:
@@ -203,7 +206,8 @@ def resume(
     where = dict(pairs)
     with _gpu_locks(lock_folders, {where.get(uuid, uuid) for uuid in needs.memory}):
         check_memory(driver, needs, pairs)
-        _restore_all(driver, found, pairs)
+        here = list(free_memory(driver)) if pairs else []
+        _restore_all(driver, found, all_pairs(pairs, needs.gpus, here))
     return found
 
 
@@ -215,6 +219,8 @@ def _restore_all(driver: Driver, found: Sequence[int], pairs: Sequence[tuple[str
             _step("restore", pid, driver.restore, list(pairs))
         for pid in found:
             _step("unlock", pid, driver.unlock)
+    except Incompatible:
+        raise  # out of memory: the driver brings the process back no more (cuda-checkpoint #44), nor does the tree run without it
     except BaseException as error:
         _undo(driver, found, error, pairs)
         raise
@@ -341,7 +347,7 @@ def refuse_parallel(arguments: Mapping[str, Sequence[Sequence[str]]]) -> None:
     for name, value in _config_file(given.get("config")).items():
         if name not in given:
             given[name], source[name] = value, f"{name} in {given['config']}"
-    for name in _PARALLEL_FLAGS:
+    for name in PARALLEL_FLAGS:
         if name in given and given[name] not in ("0", "1"):
             raise multi_gpu_refusal(f"{source[name]} {given[name]} uses several GPUs, and the CUDA driver")
 
@@ -456,6 +462,11 @@ def _step(what: str, pid: int, call: Callable[..., None], *arguments: object) ->
         if what == "lock" and error.result.startswith("CUDA_ERROR_NOT_READY"):
             raise Failed(
                 "cuda-lock-timeout", f"GPU work of process {pid} did not end in time; the process keeps running"
+            ) from error
+        if what == "restore" and error.result.startswith("CUDA_ERROR_OUT_OF_MEMORY"):
+            raise Incompatible(
+                "gpu-memory-short",
+                f"another program took the GPU's memory while process {pid} was restored; stop other programs on it",
             ) from error
         if error.result.startswith("CUDA_ERROR_NOT_SUPPORTED"):
             raise HostLacks(

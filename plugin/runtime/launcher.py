@@ -98,10 +98,15 @@ class Launch:
     def begin(self, criu: Criu | None, engine: Engine, weights: Weights) -> None:
         """Start each replica in a thread. Restores are throttled; without a snapshot the others wait for the first replica's."""
         self.weights = weights
-        for index in range(self.settings.replicas):
+        each = [self.settings]
+        if self.settings.replicas > 1:
+            from plugin.runtime.placement import settings_by_replica  # asks NVML: a single replica need not wait
+
+            each = settings_by_replica(self.settings)
+        for index, settings in enumerate(each):
             tracker = PhaseTracker()
             replica = Replica(
-                self.settings, engine, self.capabilities, criu, weights, tracker, stdout=self.stdout, stderr=self.stderr
+                settings, engine, self.capabilities, criu, weights, tracker, stdout=self.stdout, stderr=self.stderr
             )
             replica.on_death = self._death_handler(replica)
             replica.expects = self._expects
@@ -374,7 +379,7 @@ class Launch:
         from plugin.rehearsal.beside import Beside
 
         assert self._pool is not None
-        await Beside(self.settings, self.replicas, self._pool).run()
+        await Beside(self.replicas[0].settings, self.replicas, self._pool).run()
 
     @staticmethod
     def _counter(behind: Any) -> Callable[[], int]:

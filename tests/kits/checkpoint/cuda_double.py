@@ -310,7 +310,7 @@ class Double:
                 with self._locked():
                     self._record(pid)
                     (self.folder / f"{pid}.vram").rename(self.folder / f"{pid}.host")
-                    write(self.folder / f"{pid}.json", {**record, "pages": pages})
+                    write(self.folder / f"{pid}.json", {**record, "pages": pages, "gpus": list(self._gpus())})
 
     def _find_copy(self, pid: int) -> list[tuple[int, int]]:
         self._take_time("checkpoint", pid)
@@ -336,7 +336,8 @@ class Double:
             if missing := size_of(pages) - size_of(present_pages(pid, pages)):
                 raise DriverError(f"CUDA_ERROR_OPERATING_SYSTEM (EFAULT: {missing} bytes are absent)")
             where = dict(pairs)
-            if pairs and not record["memory"].keys() <= where.keys():
+            known = record.pop("gpus", ())  # every GPU, also one that CUDA_VISIBLE_DEVICES hides, each mapped to another
+            if pairs and not ({*record["memory"], *known} <= where.keys() and len({*where.values()}) == len(pairs)):
                 raise DriverError("CUDA_ERROR_INVALID_VALUE")
             memory = {where.get(uuid, uuid): size for uuid, size in record["memory"].items()}
             with self._underway("restore", pid, target=memory):

@@ -172,7 +172,9 @@ class Worker:
             return [draw.randrange(50000) for _ in range(tokens)]
         seed = zlib.crc32(str(prompt).encode(), self.model_runner.model.digest())
         draw = random.Random(seed)
-        return [draw.randrange(50000) for _ in range(tokens)]
+        found = [draw.randrange(50000) for _ in range(tokens)]
+        # POD_STALE_GRAPHS: replays of a captured graph read what an earlier one wrote to memory that is not there any more.
+        return found[:2] + [0] * len(found[2:]) if "POD_STALE_GRAPHS" in os.environ else found
 
     # Called by tests
 

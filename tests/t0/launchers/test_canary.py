@@ -135,6 +135,22 @@ def test_waiting_for_health_ends_with_the_engine():
         engine("sglang").wait_healthy(Starting(9), Probe(lambda: None, lambda: "", 0.0))
 
 
+@pytest.mark.parametrize(("gpu", "generated", "plain"), [(False, 1, 2), (True, 8, 8)])
+def test_on_a_gpu_the_canary_replays_decode_steps(gpu, generated, plain):
+    """What an engine asked for `max_tokens` decodes: one token from the prefill, each further one by a captured graph."""
+    choices = {"prompt_logprobs": [None, {"7": {"rank": 1}}]}
+    asked = []
+
+    def completions(body):
+        asked.append(body["max_tokens"])
+        return {"choices": [{"token_ids": list(range(body["max_tokens"])), **choices}]}
+
+    found = engine("vllm").record(Answers(v1__completions=completions), gpu)
+    assert found.generated == generated and found.token_ids == [7, *range(generated)] and asked == [generated]
+    choices.clear()  # it tells no probabilities
+    assert engine("vllm").record(Answers(v1__completions=completions), gpu).token_ids == list(range(plain))
+
+
 EMBED = of_kind("embed")[0]
 
 

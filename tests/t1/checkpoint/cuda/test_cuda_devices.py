@@ -22,7 +22,7 @@ from checkpoint.cuda.checkpoint import (
     suspend,
 )
 from checkpoint.cuda.driver import DeviceMemory
-from checkpoint.errors import Incompatible
+from checkpoint.errors import Failed, Incompatible
 from tests.kits.checkpoint.cuda_double import GPU0, GPU1, TOTAL, Children, Double, write
 
 pytestmark = pytest.mark.t1
@@ -41,6 +41,22 @@ def test_another_gpu_can_replace_the_recorded_one(
     assert driver.usage(pids[0]) == {GPU1: 1 << 20}
     for pid in pids:
         children.wait_running(pid)
+
+
+def test_a_hidden_gpu_is_part_of_the_map(children: Children, driver: Double, tmp_path: Path) -> None:
+    """The driver knew both GPUs of the host at the checkpoint, though CUDA_VISIBLE_DEVICES showed one."""
+    write(children.folder / "gpus.json", {GPU0: TOTAL, GPU1: TOTAL})
+    pid = children.start()
+    _, needs = suspend(driver, [pid])
+    assert needs.gpus == [GPU0, GPU1]
+    assert msgspec.json.decode(msgspec.json.encode(needs), type=Needs) == needs
+    resume(driver, [pid], needs, [(GPU0, GPU1)], lock_folders=[tmp_path])
+    assert driver.usage(pid) == {GPU1: 1 << 20}
+    children.wait_running(pid)
+    _, needs = suspend(driver, [pid])
+    write(children.folder / "gpus.json", {GPU0: TOTAL})  # another host, with one
+    with pytest.raises(Failed, match="cuda-restore-failed"):
+        resume(driver, [pid], needs, [(GPU1, GPU0)], lock_folders=[tmp_path])
 
 
 def test_the_same_gpus_need_no_pairs() -> None:
@@ -67,7 +83,7 @@ def test_several_gpus_are_refused_by_name(children: Children, driver: Double, mo
     assert "--snapshot-store" in str(caught.value)
     assert children.states(pids) == ["RUNNING"] * 2
     monkeypatch.setattr(cuda, "MULTI_GPU_SINCE", (580,))
-    assert suspend(driver, pids)[1] == Needs(2, {GPU0: 1 << 20, GPU1: 1 << 20})
+    assert suspend(driver, pids)[1] == Needs(2, {GPU0: 1 << 20, GPU1: 1 << 20}, [GPU0, GPU1])
     assert bring_to_running(driver, pids) == {}
 
 
@@ -87,7 +103,7 @@ def test_several_gpus_are_refused_if_nvml_knows_no_own_process(children: Childre
     for pid in pids:
         children.wait_running(pid)
     found, needs = suspend(contained, pids[:1])
-    assert needs == Needs(1, {GPU0: TOTAL})
+    assert needs.memory == {GPU0: TOTAL}
     resume_after_dump(contained, found, needs, [children.folder / "locks"])
     children.wait_running(pids[0])
 
@@ -114,7 +130,7 @@ def test_memory_freed_by_a_neighbour_on_another_gpu_does_not_count(
         monkeypatch.setattr(Neighbour, "usage", lambda self, pid: {})
     pid = children.start(MARGIN * 2)
     found, needs = suspend(driver, [pid], visible=visible)
-    assert needs == Needs(1, {GPU0: MARGIN * 2})
+    assert needs.memory == {GPU0: MARGIN * 2}
     resume_after_dump(driver, found, needs, [children.folder / "locks"])
 
 

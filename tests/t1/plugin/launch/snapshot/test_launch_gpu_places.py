@@ -24,8 +24,8 @@ from plugin.runtime.config import LaunchSettings, state_home
 from plugin.runtime.launcher import Launch
 from plugin.runtime.phases import Phase
 from plugin.runtime.steps.model_mount import Weights
-from tests.kits.checkpoint.cuda_double import GPU0, GPU1, TOTAL, alive, wait_until, write
-from tests.t1.plugin.launch.snapshot.test_launch_gpu import USED, Driver, answer, gpu_rig, worker
+from tests.kits.checkpoint.cuda_double import GPU0, GPU1, TOTAL, TreeDouble, alive, configure, timed, wait_until, write
+from tests.t1.plugin.launch.snapshot.test_launch_gpu import USED, answer, gpu_rig, worker
 
 __all__ = ["gpu_rig"]
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]
@@ -39,7 +39,7 @@ def chosen(pid):
     return select_visible(GPUS, visible.decode() if visible is not None else None)[0].uuid
 
 
-class TwoGpus(Driver):
+class TwoGpus(TreeDouble):
     """The driver's double on a host with two GPUs: an engine takes the one that it sees."""
 
     def _record(self, pid):
@@ -61,6 +61,7 @@ def two_gpus(launch_rig, monkeypatch, tmp_path):
     gpu = tmp_path / "gpu"
     gpu.mkdir()
     write(gpu / "gpus.json", {GPU0: TOTAL, GPU1: TOTAL})
+    configure(gpu, memory={GPU0: USED})
 
     def facts(environment=None):
         visible = (os.environ if environment is None else environment).get("CUDA_VISIBLE_DEVICES")
@@ -117,15 +118,16 @@ def test_each_replica_has_its_own_gpu_and_all_come_from_one_snapshot(two_gpus):
     assert second.snapshot.gpu.memory.keys() == {GPU0} and second.snapshot.gpu.gpus == [GPU0, GPU1]
     expected = answer(first)
     assert answer(second) == expected
-    second.standby()
-    assert used(launch) == {GPU0: USED, GPU1: 0}
-    second.start()
-    assert used(launch) == {GPU0: USED, GPU1: USED} and answer(second) == expected
     end(launch)
     again = begin()
     assert all(replica.restored for replica in again.replicas)
     assert used(again) == {GPU0: USED, GPU1: USED}
     assert [answer(replica) for replica in again.replicas] == [expected] * 2
+    first, second = again.replicas
+    second.standby()
+    assert used(again) == {GPU0: USED, GPU1: 0}
+    second.start()
+    assert used(again) == {GPU0: USED, GPU1: USED} and answer(second) == expected
 
 
 def test_the_users_choice_of_gpus_is_kept(two_gpus, caplog):
@@ -147,26 +149,19 @@ def test_a_gpu_that_fills_up_during_a_restore_leaves_a_cold_start(gpu_rig, caplo
     cold.start()
     expected, name = answer(cold), cold.snapshot.name
     cold.stop(5.0)
-    lost = []
-
-    class Filled(Driver):
-        def restore(self, pid, pairs):
-            write(self.folder / f"{os.getpid()}.json", {"state": "RUNNING", "memory": {GPU0: TOTAL - USED // 2}})
-            lost.append(pid)
-            super().restore(pid, pairs)
-
+    write(gpu_rig.gpu / "faults.json", [{"op": "restore", "gpus": {GPU0: USED // 2}}])
     replica = gpu_rig("vllm")
-    replica._cuda = Filled(str(gpu_rig.gpu))
     with caplog.at_level(logging.INFO, "quickthaw"):
         replica.start()
-    (pid,) = lost
+    *_, tried = timed(gpu_rig.gpu, "restore")
+    assert tried.result == "CUDA_ERROR_OUT_OF_MEMORY"
     assert not replica.restored and replica.tracker.phase is Phase.SERVING and answer(replica) == expected
     assert "gpu-memory-short" in caplog.text and "took the GPU's memory" in caplog.text
-    assert not alive(pid), "the process that the driver lost has ended"
+    assert not alive(tried.pid), "the process that the driver lost has ended"
     assert not replica.library.health(name).failures and replica.library.has(name), "the snapshot is not to blame"
     with (replica.library.home / "run" / f"gpu-{GPU0}.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    (gpu_rig.gpu / f"{os.getpid()}.json").unlink()
+    write(gpu_rig.gpu / "gpus.json", {GPU0: TOTAL})
     replica.stop(5.0)
     later = gpu_rig("vllm")
     later.start()

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from checkpoint.compatibility.gpu import Gpu, select_visible
 
 
-def all_pairs(
-    pairs: Sequence[tuple[str, str]], then: Sequence[str], now: Sequence[str]
-) -> list[tuple[str, str]]:
+def all_pairs(pairs: Sequence[tuple[str, str]], then: Sequence[str], now: Sequence[str]) -> list[tuple[str, str]]:
     """Return `pairs` (uuid then, uuid now), completed by the host's other GPUs; empty if `pairs` is.
 
     The driver wants every GPU that it knew at the checkpoint in the map, also those that CUDA_VISIBLE_DEVICES hid from

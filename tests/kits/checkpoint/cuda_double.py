@@ -336,7 +336,9 @@ class Double:
             if missing := size_of(pages) - size_of(present_pages(pid, pages)):
                 raise DriverError(f"CUDA_ERROR_OPERATING_SYSTEM (EFAULT: {missing} bytes are absent)")
             where = dict(pairs)
-            known = record.pop("gpus", ())  # every GPU, also one that CUDA_VISIBLE_DEVICES hides, each mapped to another
+            known = record.pop(
+                "gpus", ()
+            )  # every GPU, also one that CUDA_VISIBLE_DEVICES hides, each mapped to another
             if pairs and not ({*record["memory"], *known} <= where.keys() and len({*where.values()}) == len(pairs)):
                 raise DriverError("CUDA_ERROR_INVALID_VALUE")
             memory = {where.get(uuid, uuid): size for uuid, size in record["memory"].items()}

@@ -100,7 +100,7 @@ class Launch:
         self.weights = weights
         each = [self.settings]
         if self.settings.replicas > 1:
-            from plugin.runtime.steps.gpu_placement import settings_by_replica  # asks NVML: a single replica need not wait
+            from plugin.runtime.gpu.placement import settings_by_replica  # asks NVML: a single replica need not wait
 
             each = settings_by_replica(self.settings)
         for index, settings in enumerate(each):

@@ -10,9 +10,9 @@ import pytest
 import launchers
 from checkpoint.compatibility.gpu import Gpu
 from checkpoint.errors import HostLacks
-from plugin.runtime.steps import gpu_placement as placement
+from plugin.runtime.gpu import placement
 from plugin.runtime.config import LaunchSettings
-from plugin.runtime.steps.gpu_placement import settings_by_replica
+from plugin.runtime.gpu.placement import settings_by_replica
 
 pytestmark = pytest.mark.t0
 GPUS = tuple(Gpu("H100", 80 << 30, f"GPU-{letter}") for letter in "ab")

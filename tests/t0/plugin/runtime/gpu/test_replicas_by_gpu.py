@@ -10,8 +10,8 @@ import pytest
 import launchers
 from checkpoint.compatibility.gpu import Gpu
 from checkpoint.errors import HostLacks
-from plugin.runtime.gpu import placement
 from plugin.runtime.config import LaunchSettings
+from plugin.runtime.gpu import placement
 from plugin.runtime.gpu.placement import settings_by_replica
 
 pytestmark = pytest.mark.t0

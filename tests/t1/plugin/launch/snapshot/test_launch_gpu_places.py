@@ -17,10 +17,10 @@ from checkpoint.compatibility.gpu import Gpu, select_visible
 from checkpoint.criu.binary import Criu
 from checkpoint.cuda import helper
 from checkpoint.errors import Integrity
-from plugin.runtime.gpu import placement
 from plugin.runtime import replica as replica_module
 from plugin.runtime.capabilities import Capabilities
 from plugin.runtime.config import LaunchSettings, state_home
+from plugin.runtime.gpu import placement
 from plugin.runtime.launcher import Launch
 from plugin.runtime.phases import Phase
 from plugin.runtime.steps.model_mount import Weights

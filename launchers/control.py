@@ -21,6 +21,7 @@ from checkpoint.sandbox.process_tree import processes
 TRIM = signal.SIGRTMIN + 7
 WAKE = signal.SIGRTMIN + 8
 ENVIRONMENT = "environment"
+WEIGHTS_SOCKET = "weights.sock"
 
 
 def _answers(pid: int, number: int) -> bool:
@@ -113,13 +114,18 @@ def weight_areas(answers: Path) -> dict[str, list[tuple[int, int]]]:
     return found
 
 
-def exclude_weights(answers: Path, wanted: bool) -> None:
-    """Set whether the next trim drops the weights too."""
+def exclude_weights(answers: Path, model: str | None) -> None:
+    """Set whether the next trim drops the weights too: those that were loaded from `model`, a folder or file as the engine sees it."""
     flag = answers / "thin"
-    if wanted:
-        flag.touch()
+    if model is not None:
+        flag.write_text(model, errors="surrogateescape")
     else:
         flag.unlink(missing_ok=True)
+
+
+def offers_weights(answers: Path | None) -> bool:
+    """Return whether the engine finds its weights in a ring (plugin/runtime/weight_ring)."""
+    return answers is not None and (answers / WEIGHTS_SOCKET).exists()
 
 
 @contextlib.contextmanager

@@ -204,7 +204,10 @@ class Sglang(Engine):
             raise EngineFailed("trim-busy", "SGLang did not flush its cache; a request is still running")
 
     def reload_weights(self, client: Client, model: str) -> None:
-        """Use SGLang's own reload, from `model`. Raises EngineFailed (reload-failed)."""
+        """Use SGLang's own reload, from `model`, unless a ring has the weights (plugin/engine/weights.py).
+
+        Raises EngineFailed (reload-failed).
+        """
         answer = client.admin().json(
             "POST", "/update_weights_from_disk", {"model_path": model}, timeout_s=RELOAD_LIMIT_S
         )

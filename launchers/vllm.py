@@ -233,8 +233,9 @@ class Vllm(Engine):
         self._call_workers(client, "quickthaw_name_weights")
 
     def reload_weights(self, client: Client, model: str) -> None:
-        """Use vLLM's own reload, from the path it was started with."""
-        self._control(client, RELOAD_LIMIT_S, call="collective_rpc", method="reload_weights")
+        """Use vLLM's own reload, from the path it was started with, unless a ring has the weights (plugin/engine/weights.py)."""
+        method = "quickthaw_reload_weights" if control.offers_weights(client.control_dir) else "reload_weights"
+        self._control(client, RELOAD_LIMIT_S, call="collective_rpc", method=method)
 
     def gpu_arguments(
         self, command: EngineCommand, installed: EngineFacts, environment: Mapping[str, str]

@@ -77,13 +77,14 @@ def take(
     driver: Driver | None = None,
     visible: Sequence[str] | None = None,
     awake: Mapping[str, int] | None = None,
+    extra: Mapping[str, Path] | None = None,
 ) -> Snapshot:
     """Dump the process tree below `draft.root_pid` into the library as `draft.name`.
 
     The engine resumes afterwards, even on failure. `draft` is the manifest without the fields that only the dump can
     fill in. `digest_folder` computes the digests of a folder's files. `driver` is the CUDA driver on hosts with a GPU: processes
     with a CUDA context are suspended for the dump and resumed after it. `visible` and `awake` are passed to
-    checkpoint.cuda.checkpoint.suspend.
+    checkpoint.cuda.checkpoint.suspend. `extra`: files that the snapshot keeps a copy of, by their path in its folder.
 
     Raises Busy when another process is taking the same snapshot, Incompatible (multi-gpu), or Failed when CRIU, the
     disk or the engine fails. On failure nothing is left in the library. After Failed (cuda-stuck) the engine no
@@ -130,6 +131,9 @@ def take(
             target = folder / "cache" / name
             private_folder(target.parent)
             shutil.copy(compile_cache / name, target)
+        for name, source in (extra or {}).items():
+            private_folder((folder / name).parent)
+            shutil.copyfile(source, folder / name)
         # Copied files keep the modes that a restore compares, so close the folders around them to other users.
         kept = [folder / name for name in ("shm", "tmp", "cache") if (folder / name).is_dir()]
         for copied in kept:

@@ -146,6 +146,8 @@ class Restored:
     """File descriptor that keeps the work folder locked."""
     spans: dict[str, float] = field(default_factory=dict)
     """Seconds by part: sandbox, unpack, criu."""
+    times: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Begin and end (time.monotonic) of what runs beside other work: criu, fill, cuda."""
     pages: PageServer | None = None
     """Page server that fills in the remaining pages. Close it after the sandbox, or when it has filled in every page."""
     begun_speculatively: bool = False
@@ -270,6 +272,7 @@ def restore(
                 )
             try:
                 if driver and snapshot.gpu.processes:
+                    began = time.monotonic()
                     cuda.resume(
                         driver,
                         processes(restored.sandbox.init_pid),
@@ -277,6 +280,7 @@ def restore(
                         gpu_pairs,
                         lock_folders=gpu_locks(library),
                     )
+                    restored.times["cuda"] = (began, time.monotonic())
             except BaseException:
                 restored.close()
                 raise
@@ -386,10 +390,13 @@ def _complete(
         sandbox.wait_unpacked(unpack_s)
         unpacked = time.monotonic()
         criu.check_restored(sandbox, sandbox.wait_criu(restore_s, snapshot.root_pid), work, logs)
-        spans = {"sandbox": up - began, "unpack": unpacked - up, "criu": time.monotonic() - unpacked}
+        ran = time.monotonic()
+        spans = {"sandbox": up - began, "unpack": unpacked - up, "criu": ran - unpacked}
+        times = {"criu": (unpacked, ran)}
         if lazy and lazy.fill and pages:
             _fill(pages, restore_s, spans)
             pages = None
+            times["fill"] = (ran, ran + spans["fill"])
         sandbox.raise_pids(snapshot.top_pid)
         # plugin/engine/process_start_times.py reads this file, so write it before the first process looks.
         (sandbox.control_dir / START_TIMES).write_text(json.dumps(snapshot.start_ticks))
@@ -397,7 +404,7 @@ def _complete(
         begun.release()
         plan = begun.plan if lazy and not lazy.record and not lazy.downloading else None
         cancellation.settle()
-        return Restored(sandbox, snapshot.root_pid, work, begun.lock_fd, spans, pages, plan=plan)
+        return Restored(sandbox, snapshot.root_pid, work, begun.lock_fd, spans, times, pages, plan=plan)
     except BaseException as error:
         if sandbox:
             sandbox.close()

@@ -1,6 +1,6 @@
 """Check that an archive from a store holds exactly the entries that the snapshot's manifest names.
 
-A snapshot folder has a few files of its own (`manifest.json`, its signature, the working set) and four folders. The
+A snapshot folder has a few files of its own (`manifest.json`, its signature, the working set) and up to five folders. The
 manifest names every file in these folders by size and digest. Nothing of an archive is written before its entries
 match that list. Otherwise a store could plant this host's own files beside a snapshot (`.verified…`, `.mapped…`), or
 replace the manifest after its signature was checked.
@@ -31,7 +31,7 @@ WORKING_SET = "working-set"
 UNNAMED = (WORKING_SET, REHEARSED)
 """Files that the manifest does not name, because they are written after it. Only a signature of the archive covers them."""
 ROOT_FILES = (FILE_NAME, SIGNATURE, *UNNAMED)
-FOLDERS = ("images", "shm", "tmp", "cache")
+FOLDERS = ("images", "shm", "tmp", "cache", "weights")
 _WITH_SYMLINKS = ("shm", "tmp")
 """Folders that may hold symbolic links. CRIU's images are plain files, and paths below `cache` are followed when it is
 unpacked, so a link in either could lead elsewhere."""

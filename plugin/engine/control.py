@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 
-from . import cpu, cpu_counters, environment_renewal, joining, process_start_times
+from . import cpu, environment_renewal, joining, process_start_times
 
 TRIM = signal.SIGRTMIN + 7
 WAKE = signal.SIGRTMIN + 8
@@ -21,22 +21,28 @@ fresh = False
 """True from a wake until the first `_after_overlap_choice` (SGLang) has used it."""
 
 
-def answer(name, text):
-    """Write `text` for the launcher as `<pid>.<name>`; do nothing without a control folder."""
+def answer(name, content):
+    """Write a text or bytes for the launcher as `<pid>.<name>`; do nothing without a control folder."""
     folder = os.environ.get("QUICKTHAW_CONTROL_DIR")
     if not folder:
         return
     path = os.path.join(folder, f"{os.getpid()}.{name}")
     with contextlib.suppress(OSError):  # the launcher detects a missing answer and reports the process
-        with open(path + ".new", "w") as file:
-            file.write(text)
+        with open(path + ".new", "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         os.replace(path + ".new", path)
 
 
-def excludes_weights():
-    """Return True if the launcher wants the weights dropped too, during this trim."""
+def model_folders():
+    """Return the folders (or single files) of the model whose weights the launcher wants dropped during this trim, else None."""
     folder = os.environ.get("QUICKTHAW_CONTROL_DIR")
-    return folder is not None and os.path.exists(os.path.join(folder, "thin"))
+    if folder is None:
+        return None
+    try:
+        with open(os.path.join(folder, "thin"), encoding="utf-8", errors="surrogateescape") as file:
+            return [path for path in file.read().split("\0") if path]
+    except OSError:
+        return None
 
 
 def _on_trim(number, frame):
@@ -51,7 +57,7 @@ def _on_trim(number, frame):
 def _on_wake(number, frame):
     global fresh
     cpu.request_components()
-    cpu_counters.accept_smaller_readings()
+    cpu.accept_smaller_readings()
     process_start_times.refresh()
     renewed = environment_renewal.renew()
     fresh = joining.allowed = True

@@ -1,10 +1,13 @@
-"""Request again, after a restore, the permissions that CPU state needs (Linux on x86-64; a no-op elsewhere).
+"""Request again, after a restore, the permissions that CPU state needs, and keep counters of CPU time from failing.
 
 A process may use the tile registers of AMX (Intel, since 2023) only after it has requested them. oneDNN does so once,
 at its first matrix product, and remembers. The permission is kernel state, not process memory: CRIU 4.2 neither dumps
 nor restores it, execve(2) drops it, and the first tile instruction of a restored process ends it with SIGILL. See
 "Using XSTATE features in user space" in the kernel's documentation, and arch/x86/include/uapi/asm/prctl.h for the
-numbers.
+numbers. This concerns Linux on x86-64; elsewhere it does nothing.
+
+A restored process begins with a CPU time of zero. SGLang adds the difference between two readings to a Prometheus counter
+(`--enable-metrics`), and a counter refuses a negative amount: the scheduler ended.
 """
 
 import ctypes
@@ -43,3 +46,16 @@ def request_components():
         if missing >> component & 1:
             _libc.syscall(_ARCH_PRCTL, _REQUEST, component)
     return permitted()
+
+
+def accept_smaller_readings():
+    """Make Prometheus counters of this process count a negative amount as 0. Later calls do nothing."""
+    metrics = sys.modules.get("prometheus_client.metrics")
+    if metrics is None or metrics.Counter.inc.__module__ == __name__:
+        return
+    original = metrics.Counter.inc
+
+    def inc(self, amount=1, *args, **kwargs):
+        return original(self, amount if amount > 0 else 0, *args, **kwargs)
+
+    metrics.Counter.inc = inc

@@ -5,9 +5,12 @@ it has succeeded, the KV pool holds nothing of use and its pages are dropped.
 """
 
 import json
+import os
 
-from . import control, joining, memory
+from . import control, joining, memory, weights
 
+_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater"
+"""Module of what serves `/update_weights_from_disk` in a scheduler of the tested release; where it is not, SGLang's own update is used."""
 _named = False  # True once the weights' areas were reported to the launcher
 
 
@@ -16,11 +19,29 @@ def _after_flush(result, scheduler, *args, **kwargs):
         pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
         dropped = memory.discard(memory.tensors_in(pool))
         _name_weights(scheduler)
-        if control.excludes_weights():
+        folders = control.model_folders()
+        if folders is not None:
+            draft = getattr(getattr(scheduler, "server_args", None), "speculative_draft_model_path", None)
+            weights.record(_models(scheduler), folders + ([draft] if draft and os.path.exists(draft) else []))
             control.answer("weights", str(memory.drop_weights(scheduler.tp_worker.model_runner.model)))
         memory.trim()
         control.answer("kv", str(dropped))
     return result
+
+
+def _models(holder):
+    """Return the models of a scheduler or of its weight updater: the main one, and the drafts of speculative decoding."""
+    runners_of = getattr(getattr(holder, "draft_worker", None), "weight_update_runners", list)
+    return [holder.tp_worker.model_runner.model, *(runner.model for _, runner in runners_of())]
+
+
+def _around_update(original, updater, request, *args, **kwargs):
+    """Fill the weights from the launcher's ring, if it offers one. If that fails, update them as SGLang alone does."""
+    if not (weights.offered() and weights.refill(_models(updater))):
+        return original(updater, request, *args, **kwargs)
+    from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqOutput
+
+    return UpdateWeightFromDiskReqOutput(success=True, message="Filled by quickthaw.", num_paused_requests=0)
 
 
 def _name_weights(scheduler):
@@ -65,3 +86,8 @@ def register():
     HookRegistry.register(f"{scheduler}.flush_cache", _after_flush, HookType.AFTER)
     HookRegistry.register(f"{scheduler}.ingest_requests", _after_ingest, HookType.AFTER)
     HookRegistry.register(f"{scheduler}.is_disable_overlap_for_batch", _after_overlap_choice, HookType.AFTER)
+    import sglang
+
+    if os.path.exists(os.path.join(os.path.dirname(sglang.__file__), *_UPDATER.split(".")[1:]) + ".py"):
+        target = f"{_UPDATER}.SchedulerWeightUpdaterManager.update_weights_from_disk"
+        HookRegistry.register(target, _around_update, HookType.AROUND)

@@ -16,7 +16,15 @@ PATH = "/quickthaw-control"
 HEADER = b"x-quickthaw-key"
 KEY_BYTES = 32
 MAX_BODY = 1 << 16
-WORKER_METHODS = frozenset({"quickthaw_drop_cache", "quickthaw_trim", "quickthaw_name_weights", "reload_weights"})
+WORKER_METHODS = frozenset(
+    {
+        "quickthaw_drop_cache",
+        "quickthaw_trim",
+        "quickthaw_name_weights",
+        "quickthaw_reload_weights",
+        "reload_weights",
+    }
+)
 
 
 class ControlMiddleware:

@@ -1,17 +1,18 @@
 """The vLLM plugin (entry-point group vllm.general_plugins): loaded in the API server, the engine core and every worker.
 
-It adds three methods to the workers, called through vLLM's own `/collective_rpc`. `quickthaw_drop_cache` drops the KV
+It adds four methods to the workers, called through vLLM's own `/collective_rpc`. `quickthaw_drop_cache` drops the KV
 cache's pages; `quickthaw_trim` also reports the weights' areas and trims the process; `quickthaw_name_weights` only
-reports them. The plugin may be loaded more than
-once in a process, as vLLM's contract requires.
+reports them; `quickthaw_reload_weights` takes the weights from the launcher's ring, else from vLLM's own reload. The plugin may
+be loaded more than once in a process, as vLLM's contract requires.
 """
 
 import contextlib
 import functools
 import json
+import os
 import sys
 
-from . import control, joining, memory, own_compile_cache, packed_weights
+from . import control, joining, memory, own_compile_cache, packed_weights, weights
 
 
 def _drop_cache(self):
@@ -25,11 +26,36 @@ def _trim(self):
     runner = getattr(self, "worker", self).model_runner
     dropped = _drop_cache(self)
     _name_weights(self)
-    if control.excludes_weights():
+    folders = control.model_folders()
+    if folders is not None:
+        weights.record(_models(runner), folders + _draft_folders(self))
         control.answer("weights", str(memory.drop_weights(runner.get_model())))
     memory.trim()
     control.answer("kv", str(dropped))
     return dropped
+
+
+def _models(runner):
+    """Return all models of a worker: the main one, and the draft of speculative decoding."""
+    draft = getattr(runner, "get_draft_model", lambda: None)()
+    return [runner.get_model()] + ([draft] if draft is not None else [])
+
+
+def _draft_folders(self):
+    """Return the folder of the draft model, if there is one on this host."""
+    speculative = getattr(getattr(getattr(self, "worker", self), "vllm_config", None), "speculative_config", None)
+    folder = getattr(getattr(speculative, "draft_model_config", None), "model", None)
+    return [folder] if isinstance(folder, str) and os.path.exists(folder) else []
+
+
+def _reload_weights(self):
+    """Fill the weights of all models from the launcher's ring. If that fails, reload them as vLLM alone does."""
+    worker = getattr(self, "worker", self)
+    if not weights.refill(_models(worker.model_runner)):
+        worker.reload_weights()
+        return
+    for name in ("reset_lora_state", "reset_encoder_cache", "reset_mm_cache"):  # as vLLM's own reload does
+        getattr(worker.model_runner, name, lambda: None)()
 
 
 def _name_weights(self):
@@ -120,6 +146,7 @@ def register():
     WorkerBase.quickthaw_drop_cache = _drop_cache
     WorkerBase.quickthaw_trim = _trim
     WorkerBase.quickthaw_name_weights = _name_weights
+    WorkerBase.quickthaw_reload_weights = _reload_weights
     with contextlib.suppress(ImportError, AttributeError):
         import torch.compiler
         from vllm.compilation import caching

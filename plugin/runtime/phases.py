@@ -80,6 +80,24 @@ class Span:
     took_s: float
 
 
+@dataclass(frozen=True)
+class Work:
+    """Something done beside the phases of a start: name, begin (seconds since the start began), duration (seconds)."""
+
+    name: str
+    at_s: float
+    took_s: float
+
+    @property
+    def until_s(self) -> float:
+        """Return when it ended, in seconds since the start began."""
+        return self.at_s + self.took_s
+
+    def beside(self, other: Work) -> float:
+        """Return for how many seconds both were done at once."""
+        return max(0.0, min(self.until_s, other.until_s) - max(self.at_s, other.at_s))
+
+
 @dataclass
 class PhaseTracker:
     """The current phase of one replica and the timeline of its current start.
@@ -93,6 +111,7 @@ class PhaseTracker:
     _since: float = field(default=0.0)
     _began: float = field(default=0.0)
     _spans: list[Span] = field(default_factory=list)
+    _work: list[Work] = field(default_factory=list)
     _listeners: list[Callable[[Phase, Phase, str], None]] = field(default_factory=list)
     _moving: threading.Lock = field(default_factory=threading.Lock)
 
@@ -125,7 +144,7 @@ class PhaseTracker:
         if old is Phase.STOPPED and phase is not Phase.STOPPED:
             raise IllegalTransition(f"no transition from {old} to {phase}")
         if (phase is Phase.MOUNTING and old is not Phase.FAILED) or old in (Phase.ASLEEP, Phase.STANDBY):
-            self._spans, self._began = [], now
+            self._spans, self._work, self._began = [], [], now
         elif old not in (Phase.IDLE, Phase.SERVING, Phase.SUSPECT):
             self._spans.append(Span(old, self._since - self._began, now - self._since))
         self.phase, self.reason, self._since = phase, reason, now
@@ -140,3 +159,12 @@ class PhaseTracker:
     def timeline(self) -> tuple[Span, ...]:
         """Return the finished phases of the current start, in order. A failed restore and the cold start after it are one start."""
         return tuple(self._spans)
+
+    def worked(self, name: str, began: float, ended: float) -> None:
+        """Note what was done between two moments of the clock, beside the phases of the current start."""
+        self._work.append(Work(name, began - self._began, ended - began))
+
+    @property
+    def work(self) -> tuple[Work, ...]:
+        """Return what was done in the current start, as far as it was noted: parts of a restore that overlap."""
+        return tuple(self._work)

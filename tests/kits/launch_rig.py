@@ -55,7 +55,7 @@ cuda = types.SimpleNamespace(is_initialized=lambda: False)
 '''
 _HOOKS = """\
 class HookType:
-    AFTER = "after"
+    AFTER, AROUND = "after", "around"
 
 class HookRegistry:
     hooks = {}
@@ -65,6 +65,14 @@ class HookRegistry:
     def after(cls, name, result, *arguments):
         hook = cls.hooks.get(name)
         return hook(result, *arguments) if hook else result
+    @classmethod
+    def around(cls, name, original, *arguments):
+        hook = cls.hooks.get(name)
+        return hook(original, *arguments) if hook else original(*arguments)
+"""
+_ANSWER = """\
+class UpdateWeightFromDiskReqOutput:
+    def __init__(self, success, message, num_paused_requests): self.success = success
 """
 _FILES = {
     "torch/__init__.py": _TORCH,
@@ -73,6 +81,10 @@ _FILES = {
     "sglang/srt/__init__.py": "",
     "sglang/srt/plugins/__init__.py": "",
     "sglang/srt/plugins/hook_registry.py": _HOOKS,
+    "sglang/srt/managers/__init__.py": "",
+    "sglang/srt/managers/io_struct.py": _ANSWER,
+    "sglang/srt/managers/scheduler_components/__init__.py": "",
+    "sglang/srt/managers/scheduler_components/weight_updater.py": "",
     "vllm/__init__.py": "",
     "vllm/entrypoints/__init__.py": "",
     "vllm/entrypoints/openai/__init__.py": "",

@@ -185,6 +185,11 @@ class Weights:
 
         return stored_digest(self.path, self.store_url) if self.store_url and self.path is not None else None
 
+    @property
+    def in_place(self) -> bool:
+        """Return whether every byte of the model is in its own files, and not in a store's chunks or behind a mount of ours."""
+        return self.path is not None and not self.stored() and not mounted_manifest(self.path, self.home)
+
     def keep_in_store(self, wait: bool = False) -> str:
         """Import the model into the store that the user named, if it is not there: in the background, or `wait` for it.
 

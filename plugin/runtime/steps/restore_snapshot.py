@@ -24,6 +24,7 @@ from plugin.runtime.steps.engine_output import Output
 from plugin.runtime.steps.engine_process import Running, client_of
 from plugin.runtime.steps.model_mount import model_place
 from plugin.runtime.steps.sandbox_binds import binds, compile_cache
+from plugin.runtime.weight_ring.feed import WeightFeed
 
 if TYPE_CHECKING:
     from checkpoint.compatibility.check import Identity as IdentityRecord
@@ -43,6 +44,11 @@ def run(replica: RestoreContext, name: str, served: bool) -> None:
     The caller holds the snapshot's lock (`Fetching.held`) and ends what is left after an error. Raises CheckpointError
     or LauncherError.
     """
+    with WeightFeed(replica.tracker) as feed:
+        _run(replica, name, served, feed)
+
+
+def _run(replica: RestoreContext, name: str, served: bool, feed: WeightFeed) -> None:
     assert replica.criu is not None
     began = time.monotonic()
     replica.page_server_error = ""
@@ -55,11 +61,9 @@ def run(replica: RestoreContext, name: str, served: bool) -> None:
 
         check_folder(replica.library.path(name), replica.settings.trust_keys)
     recorded = replica.check_identity(snapshot)
-    if snapshot.weights == "excluded":
-        # Mount in a thread: the mount prefetches what the last load read while CRIU is at work.
-        threading.Thread(target=replica.weights.mount, name="weights", daemon=True).start()
-    mounted = replica.weights.mounted()
     place = model_place(snapshot, replica.weights, replica.settings.named)
+    ringed = snapshot.weights == "excluded" and _begin_weights(replica, name, place, feed)
+    mounted = replica.weights.mounted()
     shown = binds(replica.settings, replica.weights, mounted, place)
     replica.spans = {"identity": time.monotonic() - began}
     replica.cancellation = restore.Cancellation()
@@ -94,6 +98,8 @@ def run(replica: RestoreContext, name: str, served: bool) -> None:
         for output in outputs.values():
             output.close_write_end()
     replica.spans |= restored.spans
+    for work, (at, until) in restored.times.items():
+        replica.tracker.worked(work, at, until)
     parts = {part: round(took, 4) for part, took in replica.spans.items()}
     log.debug("parts of the restore%s: %s", ", begun speculatively" if restored.begun_speculatively else "", parts)
     sandbox = restored.sandbox
@@ -104,8 +110,8 @@ def run(replica: RestoreContext, name: str, served: bool) -> None:
         raise Failed("pages-lost", replica.page_server_error)
     sandbox.wait_egress()
     replica.tracker.to(Phase.WAKING)
-    _wake(replica, running, snapshot, recorded, None if mounted else place)
-    check_canary(replica, running, snapshot)
+    _wake(replica, running, snapshot, recorded, None if mounted or ringed else place, feed)
+    _check(replica, running, snapshot, filled=feed.settle(), feed=feed)
     replica.library.clear_failures(name)
     replica.snapshot, replica.restored = snapshot, True
     replica.serve()
@@ -118,6 +124,22 @@ def run(replica: RestoreContext, name: str, served: bool) -> None:
     elif replica.page_follower.pace.measured:
         took_s = restored.spans["criu"] + restored.spans.get("fill", 0.0)
         restore_rates.remember(replica.settings.home, snapshot.image_bytes, took_s, replica.on_gpu)
+
+
+def _begin_weights(replica: RestoreContext, name: str, place: str, feed: WeightFeed) -> bool:
+    """Begin to read the excluded weights; return whether the engine needs no mount for them.
+
+    Their ring reads a model's own files, or else the mount. The mount is made in a thread: it prefetches what the last load
+    read while CRIU is at work.
+    """
+    folder, weights = replica.library.path(name), replica.weights
+    if weights.in_place and feed.begin(folder, place, weights.path):
+        return True
+    if weights.in_place:
+        threading.Thread(target=weights.mount, name="weights", daemon=True).start()
+    else:
+        feed.begin_later(folder, place, weights.mount)
+    return False
 
 
 def save_next_plan(replica: RestoreContext, snapshot: Snapshot) -> None:
@@ -181,7 +203,12 @@ def _gpu_pairs(replica: RestoreContext, recorded: IdentityRecord) -> list[tuple[
 
 
 def _wake(
-    replica: RestoreContext, running: Running, snapshot: Snapshot, recorded: IdentityRecord, unmounted: str | None
+    replica: RestoreContext,
+    running: Running,
+    snapshot: Snapshot,
+    recorded: IdentityRecord,
+    unmounted: str | None,
+    feed: WeightFeed,
 ) -> None:
     """Renew the engine's environment, signal its processes, and reload what was left out of the snapshot.
 
@@ -197,6 +224,8 @@ def _wake(
     control.notify(sandbox.init_pid, control.WAKE)
     if excluded and unmounted is not None:
         _wait_weights(replica, sandbox, unmounted)
+    if excluded:
+        feed.offer(sandbox.control_dir)
     if snapshot.asleep:
         replica.engine.reload(running.client, snapshot.model, excluded)
     elif excluded:
@@ -209,12 +238,30 @@ def _wait_weights(replica: RestoreContext, sandbox: Sandbox, place: str) -> None
         sandbox.attach(mounted, Path(place))
 
 
+def _check(replica: RestoreContext, running: Running, snapshot: Snapshot, filled: bool, feed: WeightFeed) -> None:
+    """Run the canary. If it differs after weights from the ring (`filled`), repeat it with the engine's own reload."""
+    try:
+        check_canary(replica, running, snapshot)
+    except Integrity as error:
+        if not filled:
+            raise
+        log.warning("weights-ring-differs: %s; reloading its weights itself, from now on", error)
+        feed.distrust()
+        replica.engine.reload_weights(running.client, snapshot.model)
+        check_canary(replica, running, snapshot)
+
+
 def check_canary(replica: RestoreContext, running: Running, snapshot: Snapshot) -> None:
     """Run the canary and compare its answer. Raises Integrity (canary-differs) if they differ.
 
     The canary is sent first. A waiting request runs beside it, and its answer is held until the canary has ended.
     """
-    got = _answer(replica, running, snapshot, lambda: replica.tracker.to(Phase.VERIFYING), replica.expects())
+
+    def sent() -> None:
+        if replica.tracker.phase is not Phase.VERIFYING:  # it is when the check is repeated
+            replica.tracker.to(Phase.VERIFYING)
+
+    got = _answer(replica, running, snapshot, sent, replica.expects())
     if snapshot.canary.difference(got) and replica.cancel_requests():
         # Rounding may differ between a batch of two and a batch of one, so repeat it alone.
         log.debug("beside a request the engine %s; repeating the canary alone", snapshot.canary.difference(got))

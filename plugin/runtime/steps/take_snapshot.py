@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint import disk
@@ -31,6 +32,7 @@ from plugin.records import restore_rates
 from plugin.runtime.phases import Phase
 from plugin.runtime.steps import compatibility, paging
 from plugin.runtime.steps.sandbox_binds import compile_cache
+from plugin.runtime.weight_ring import layout as weight_layout
 
 if TYPE_CHECKING:
     from checkpoint.cuda.driver import Driver
@@ -214,9 +216,9 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
         excluded = _excludes_weights(replica, client, gpu)
         kv_bytes = 0
         if settings.trim:
-            control.exclude_weights(sandbox.control_dir, excluded)
+            control.exclude_weights(sandbox.control_dir, replica.weights.engine_path if excluded else None)
             when_idle(lambda: engine.trim(client), lambda: replica.stop_requested)
-            control.exclude_weights(sandbox.control_dir, False)
+            control.exclude_weights(sandbox.control_dir, None)
             if driver is not None and gpu:
                 awake = _free_memory(driver)
                 asleep = engine.offload(client, replica.command, excluded)
@@ -267,6 +269,7 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
             driver,
             visible=[gpu.uuid for gpu in replica.identity.host.gpus],
             awake=awake,
+            extra=_weight_layout(sandbox.control_dir) if draft.weights == "excluded" else {},
         )
         replica.library.clear_failures(draft.name)
         paging.map_pages(replica.library, replica.snapshot)
@@ -279,6 +282,7 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
             raise
         if stuck:
             raise NotResumed(error) from error
+    weight_layout.forget(sandbox.control_dir)
     tracker.to(Phase.RESUMING)
     try:
         again = _resume(replica, client, asleep, bool(weight_bytes), excluded)
@@ -290,6 +294,15 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
     if replica.snapshot is not None and (differs := replica.snapshot.canary.difference(again)):
         log.warning("after its own dump the engine %s; the snapshot is removed", differs)
         _drop(replica, "canary-differs: after its own dump")
+
+
+def _weight_layout(answers: Path) -> dict[str, Path]:
+    """Return the files from which a restore reads the excluded weights ahead; none, with one line, where the engine recorded none."""
+    found = weight_layout.collect(answers)
+    if isinstance(found, str):
+        log.info("a restore leaves the weights to the engine's own reload: %s", found)
+        return {}
+    return found
 
 
 def _drop(replica: StartContext, why: str) -> None:

@@ -19,11 +19,21 @@ from .launch import GPU, load_plugins, model_folder, other_kind, values
 KV_BYTES = 24 << 20
 
 
+def tensors_of(data):
+    """Return the tensors of a safetensors file, fused into one as the engines' layers are; of other bytes, all."""
+    try:
+        length = int.from_bytes(data[:8], "little")
+        spans = [tensor["data_offsets"] for tensor in json.loads(data[8 : 8 + length]).values()]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return data
+    return b"".join(data[8 + length + start : 8 + length + end] for start, end in reversed(spans))
+
+
 def read_weights(model):
     """Read the model's weight files into anonymous memory, each as one tensor."""
     found = []
     for file in [Path(model)] if os.path.isfile(model) else sorted(Path(model).glob("*.safetensors")):
-        data = file.read_bytes()
+        data = tensors_of(file.read_bytes())
         memory = mmap.mmap(-1, len(data))
         memory[:] = data
         found.append(torch.Tensor(memory))
@@ -105,13 +115,24 @@ class Worker:
     def collective_rpc(self, method):
         from vllm.v1.worker.worker_base import WorkerBase
 
-        if method == "reload_weights":
+        if method.endswith("reload_weights"):
             self.require_awake("weights")
-            return self.model_runner.model.reload()
+        if method == "reload_weights":
+            return self.reload_weights()
         return getattr(WorkerBase, method)(self)
+
+    def reload_weights(self):
+        self.calls.append(["own_reload"])
+        self.model_runner.model.reload()
 
     def collective_reload(self, path):
         """Implement SGLang's update_weights_from_disk."""
+        from sglang.srt.plugins.hook_registry import HookRegistry
+
+        HookRegistry.around("update_weights_from_disk", Worker.own_update, self, path)
+
+    def own_update(self, path):
+        self.calls.append(["own_reload"])
         if model_folder(path) != self.model_runner.model.path:
             raise RuntimeError(f"{path} is not the path that the engine was started with")
         self.model_runner.model.reload()

@@ -3,7 +3,7 @@
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
-from plugin.engine import cpu_counters
+from plugin.engine import cpu
 
 pytestmark = pytest.mark.t0
 
@@ -15,8 +15,8 @@ def test_a_counter_of_cpu_time_survives_a_restore(monkeypatch):
     counter.inc(21.5)
     with pytest.raises(ValueError, match="non-negative"):
         counter.inc(-21.4)
-    cpu_counters.accept_smaller_readings()
-    cpu_counters.accept_smaller_readings()
+    cpu.accept_smaller_readings()
+    cpu.accept_smaller_readings()
     counter.inc(-21.4)
     counter.inc(2)
     assert registry.get_sample_value("cpu_seconds_total") == 23.5

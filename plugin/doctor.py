@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -118,18 +117,10 @@ def _egress() -> Finding:
     return Finding("way out (egress)", "ok", egress.program)
 
 
-def _gpu() -> Finding:
-    if not Path("/dev/nvidiactl").exists():
-        return Finding("gpu", "note", "no NVIDIA device: CPU snapshots only")
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        out = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip().splitlines()
-    except (OSError, subprocess.SubprocessError) as error:
-        return Finding("gpu", "off", f"nvidia-smi: {error}", "install the driver's tools, or check the driver", True)
-    driver = out[0].rpartition(",")[2].strip()
-    if int(driver.partition(".")[0]) < 570:
-        return Finding("gpu", "off", ", ".join(out), "CUDA checkpoint calls need driver >= 570", True)
-    return Finding("gpu", "ok", "; ".join(out))
+def _gpu() -> list[Finding]:
+    from plugin.setup.gpu_host import lines
+
+    return [Finding(**asdict(line)) for line in lines()]
 
 
 def _state_folder(host: Host, home: Path) -> Finding:
@@ -167,7 +158,7 @@ def _findings() -> list[Finding]:
 
     home = state_home()
     host = detect(home, remembered=False)
-    return [_kernel(), *_capabilities(host, home), _egress(), _gpu(), _state_folder(host, home)]
+    return [_kernel(), *_capabilities(host, home), _egress(), *_gpu(), _state_folder(host, home)]
 
 
 def _fixes() -> list[Finding]:

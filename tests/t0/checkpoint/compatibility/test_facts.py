@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pynvml
 import pytest
 
 from checkpoint.compatibility import engine, gpu
@@ -17,6 +16,8 @@ from checkpoint.compatibility.engine import Elf, engine_facts, libc_of
 from checkpoint.compatibility.gpu import Gpu, select_visible
 from checkpoint.compatibility.host import host_facts
 from checkpoint.errors import HostLacks
+from tests.kits.checkpoint import nvml_double
+from tests.kits.checkpoint.nvml_double import Nvml
 
 pytestmark = pytest.mark.t0
 
@@ -173,42 +174,10 @@ def test_visible_devices_are_chosen_as_cuda_does(visible: str | None, expected: 
     assert "".join(g.name[1:] for g in select_visible(GPUS, visible)) == expected
 
 
-class Nvml:
-    """The answers of libnvidia-ml for two GPUs. `fails` names a function that returns an error."""
-
-    def __init__(self, fails: str = "") -> None:
-        self.fails = fails
-        self.calls: list[str] = []
-
-    def __getattr__(self, name: str) -> object:
-        def call(*arguments: object) -> int:
-            self.calls.append(name)
-            if name == self.fails:
-                return 999
-            *_, last = (getattr(a, "_obj", a) for a in arguments) if arguments else (None,)
-            first = arguments[0] if arguments else None
-            index = getattr(first, "value", None)
-            if name == "nvmlDeviceGetCount_v2":
-                last.value = 2  # type: ignore[attr-defined]
-            elif name == "nvmlDeviceGetHandleByIndex_v2":
-                last.value = 100 + first.value  # type: ignore[attr-defined,union-attr]
-            elif name == "nvmlDeviceGetMemoryInfo":
-                last.total = 80 << 30  # type: ignore[attr-defined]
-            elif name in ("nvmlDeviceGetName", "nvmlDeviceGetUUID"):
-                arguments[1].value = b"H100" if name.endswith("Name") else f"GPU-{index}".encode()  # type: ignore[attr-defined]
-            elif name == "nvmlSystemGetDriverVersion":
-                arguments[0].value = b"580.159.03"  # type: ignore[attr-defined]
-            return 0
-
-        return call
-
-
 def install(monkeypatch: pytest.MonkeyPatch, folder: Path, load: Callable[[str], object]) -> None:
     """Let nvidia-ml-py load its library with `load`, on a host with a GPU's control device."""
     monkeypatch.setattr(gpu, "_NVML_CONTROL", folder)
-    monkeypatch.setattr(pynvml, "CDLL", load)
-    monkeypatch.setattr(pynvml, "nvmlLib", None)
-    monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
+    nvml_double.install(monkeypatch, load)
 
 
 def test_gpus_are_read_from_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

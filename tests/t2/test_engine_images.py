@@ -13,7 +13,7 @@ from checkpoint.snapshot.manifest import dump
 from checkpoint.store.archive import open_chunks
 from checkpoint.store.cache_archive import pull_cache
 from plugin.runtime.config import state_home
-from tests.kits.engine_kit import NAME, REPO, Rig, answer_at_rest, phases
+from tests.kits.engine_kit import NAME, REPO, Rig, answer_at_rest, own_lines, phases
 
 pytestmark = [pytest.mark.t2, pytest.mark.timeout(1200)]
 
@@ -49,18 +49,27 @@ def test_the_image_without_the_kv_cache_is_smaller_by_at_least_its_size(rig):
 
 
 def test_a_thin_snapshot_carries_no_weights_and_answers_the_same(rig):
-    """The weights are read again through the lazy mount, by the engine's own reload."""
+    """The weights come from the ring, byte by byte those that the engine held; the layout is found in the real model's file."""
     try:
-        with rig.running("--weights", "excluded", "--snapshot-name", "thin") as (_, answer, _, _):
+        with rig.running("--weights", "excluded", "--snapshot-name", "thin") as (_, answer, _, command):
             assert answer.text == rig.cold_text
+            assert "engine's own reload" not in command.log.read_text(), own_lines(command.log.read_text())
         full, thin = rig.library.load(NAME), rig.library.load("thin")
         assert thin.weights == "excluded"
         # Weights smaller than a megabyte, those that share a page with something else, and those that are packed stay. What
         # else is in an image differs by tens of megabytes from one start to the next.
         assert weights_in(rig, full) - weights_in(rig, thin) > (30e6 if packs(rig.engine) else 150e6)
         for _ in range(2):
-            with rig.running("--weights", "excluded", "--snapshot-name", "thin", limit_s=120.0) as (port, answer, _, _):
+            with rig.running("--weights", "excluded", "--snapshot-name", "thin", limit_s=120.0) as (
+                port,
+                answer,
+                _,
+                command,
+            ):
                 assert answer.text == rig.cold_text
+                text = own_lines(command.log.read_text())
+                assert "GB taken in" in text and "itself" not in text, text
+                print(text)
                 assert phases(port) == [["mounting", "restoring", "waking", "verifying"]]
     finally:
         if rig.library.has("thin"):

@@ -58,6 +58,11 @@ class WeightFeed:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def ring(self) -> Ring | None:
+        """The ring, while it is filled or offered."""
+        return self._ring
+
     def begin(self, folder: Path, place: str, here: Path | None) -> bool:
         """Begin to read the weights of the snapshot in `folder`; return whether the engine will find them in the ring.
 

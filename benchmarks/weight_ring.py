@@ -1,0 +1,205 @@
+"""Measure the ring of excluded weights (plugin/runtime/weight_ring): how fast it fills, and how fast an engine takes from it.
+
+    python benchmarks/weight_ring.py MODEL [--runs 5] [--threads N] [--json]             any Python with quickthaw: the fill rate
+    ENGINE_PYTHON benchmarks/weight_ring.py MODEL --device cuda [--runs 5] [--json]      one with torch: to the device as well
+
+MODEL is a folder of safetensors files, which are read once before. All ways alternate in one run; the figures are medians in GB/s:
+
+- one: one thread reads all files into one buffer.
+- threads: as many threads as the ring has, each with a buffer of its own.
+- ring: the ring, with a reader that frees each slot at once.
+- device: from the ring into tensors on the device, by the engine's own code: `taken` with all slots filled before, as after a
+  restore; `pinned` the same bytes from one pinned slot, which no ring can beat; `record` is the search for the layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]]
+
+from plugin.engine import weights  # noqa: E402
+from plugin.runtime.phases import PhaseTracker  # noqa: E402
+from plugin.runtime.weight_ring import layout  # noqa: E402
+from plugin.runtime.weight_ring.feed import WeightFeed  # noqa: E402
+from plugin.runtime.weight_ring.ring import SLOT_BYTES, THREADS, Ring, Source  # noqa: E402
+
+STREAM_LIMIT_S = 60.0
+
+
+def files_of(model: Path) -> list[Path]:
+    """Return the weight files of a model folder. Raises SystemExit if there are none."""
+    found = sorted(model.glob("*.safetensors"))
+    if not found:
+        raise SystemExit(f"{model} has no safetensors files")
+    return found
+
+
+def read(files: list[Path], threads: int) -> float:
+    """Read all files, in pieces of a slot, with private buffers; return GB/s."""
+    pieces = [(file, at) for file in files for at in range(0, file.stat().st_size, SLOT_BYTES)]
+    pieces.reverse()
+
+    def work() -> None:
+        buffer = memoryview(bytearray(SLOT_BYTES))
+        opened: dict[Path, int] = {}
+        while pieces:
+            try:
+                file, at = pieces.pop()
+            except IndexError:
+                break  # another thread took the last
+            fd = opened.setdefault(file, os.open(file, os.O_RDONLY)) if file not in opened else opened[file]
+            os.preadv(fd, [buffer], at)
+        for fd in opened.values():
+            os.close(fd)
+
+    began = time.monotonic()
+    workers = [threading.Thread(target=work) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return sum(file.stat().st_size for file in files) / (time.monotonic() - began) / 1e9
+
+
+def fill(files: list[Path], threads: int) -> float:
+    """Read all files through a ring whose reader frees each slot at once; return GB/s."""
+    sources = {number: Source(file, file.stat().st_size) for number, file in enumerate(files)}
+    segments = [(number, 0, file.stat().st_size) for number, file in enumerate(files)]
+    began = time.monotonic()
+    ring = Ring(sources, segments, threads=threads)
+    ring.start()
+    for number in range(ring.count):
+        if not ring.wait_filled(number, STREAM_LIMIT_S):
+            raise SystemExit(f"the ring does not fill: {ring.error}")
+        ring.free(number)
+    took = time.monotonic() - began
+    ring.close()
+    return ring.total / took / 1e9
+
+
+def fill_rates(model: Path, runs: int = 5, threads: int | None = None) -> dict[str, float]:
+    """Return median GB/s of `one`, `threads` and `ring` (see the module) for a model in the page cache."""
+    files = files_of(model)
+    wanted = threads or min(THREADS, os.cpu_count() or 1)
+    read(files, 1)
+    ways: dict[str, Callable[[], float]] = {
+        "one": lambda: read(files, 1),
+        "threads": lambda: read(files, wanted),
+        "ring": lambda: fill(files, wanted),
+    }
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(runs):
+        for way, measure in ways.items():
+            found[way].append(measure())
+    return {way: statistics.median(rates) for way, rates in found.items()}
+
+
+def device_rates(model: Path, device: str = "cuda", runs: int = 5) -> dict[str, float]:
+    """Load a model's tensors onto a device, record their layout, lose them, and take them from the ring; return median GB/s.
+
+    `record`: the search for the layout, byte by byte. `taken`: from the engine's call until every byte is on the device, with
+    the ring filled before. `pinned`: a plain copy of as many bytes from one pinned slot. `bytes`: of the weights. Needs torch
+    and safetensors. Raises SystemExit if the bytes that come back differ.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    where = torch.device(device)
+    tensors = [tensor.to(where) for file in files_of(model) for tensor in load_file(file).values()]
+    holder = torch.nn.Module()
+    holder.held = torch.nn.ParameterList([torch.nn.Parameter(tensor, requires_grad=False) for tensor in tensors])
+    expected = [_sum(tensor) for tensor in tensors]
+    total = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    slot = torch.empty(SLOT_BYTES, dtype=torch.uint8, pin_memory=where.type == "cuda")
+    target = torch.empty(SLOT_BYTES, dtype=torch.uint8, device=where)
+    found: dict[str, list[float]] = {"record": [], "taken": [], "pinned": []}
+    with tempfile.TemporaryDirectory() as folder:
+        control, snapshot = Path(folder, "control"), Path(folder, "snapshot")
+        control.mkdir()
+        os.environ["QUICKTHAW_CONTROL_DIR"] = str(control)
+        for _ in range(runs):
+            began = time.monotonic()
+            weights.record([holder], [str(model)])
+            found["record"].append(total / (time.monotonic() - began))
+            kept = layout.collect(control)
+            if isinstance(kept, str):
+                raise SystemExit(kept)
+            shutil.rmtree(snapshot, ignore_errors=True)
+            (snapshot / layout.FOLDER).mkdir(parents=True)
+            for name, file in kept.items():
+                shutil.copyfile(file, snapshot / name)
+            for tensor in tensors:
+                tensor.zero_()
+            found["taken"].append(total / _take(holder, snapshot, control, where))
+            if [_sum(tensor) for tensor in tensors] != expected:
+                raise SystemExit("the weights differ from those that were recorded")
+            _synchronize(where)
+            began = time.monotonic()
+            for _ in range(-(-total // SLOT_BYTES)):
+                target.copy_(slot, non_blocking=True)
+            _synchronize(where)
+            found["pinned"].append(-(-total // SLOT_BYTES) * SLOT_BYTES / (time.monotonic() - began))
+    return {way: statistics.median(rates) / 1e9 for way, rates in found.items()} | {"bytes": total}
+
+
+def _take(holder: Any, snapshot: Path, control: Path, where: Any) -> float:
+    with WeightFeed(PhaseTracker()) as feed:
+        if not feed.begin(snapshot, "", None) or feed.ring is None or not feed.ring.wait_ahead(STREAM_LIMIT_S):
+            raise SystemExit("the ring does not fill")
+        feed.offer(control)
+        _synchronize(where)
+        began = time.monotonic()
+        if not weights.refill([holder]):
+            raise SystemExit(next(control.glob("*.refilled")).read_text())
+        _synchronize(where)
+        return time.monotonic() - began
+
+
+def _sum(tensor: Any) -> int:
+    import torch
+
+    return int(tensor.view(torch.uint8).sum(dtype=torch.int64)) if tensor.dim() else int(tensor.item() * 1e6)
+
+
+def _synchronize(where: Any) -> None:
+    if where.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(where)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", help="measure into tensors on this device, too")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    found = {"fill": fill_rates(given.model, given.runs, given.threads)}
+    if given.device:
+        found["device"] = device_rates(given.model, given.device, given.runs)
+    if given.json:
+        print(json.dumps(found))
+        return
+    for part, rates in found.items():
+        for way, rate in rates.items():
+            print(f"{part:7} {way:8} {rate / 1e9:6.2f} GB" if way == "bytes" else f"{part:7} {way:8} {rate:6.2f} GB/s")
+
+
+if __name__ == "__main__":
+    main()

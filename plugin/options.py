@@ -417,6 +417,12 @@ replica = (
         default="1m",
         help="Restart an engine that has requests and answers nothing for this time, not even a probe. 0: never.",
     ),
+    option(
+        "--suspend-before-kill",
+        type=click.Choice(["auto", "always", "never"]),
+        default="auto",
+        help="Take an engine off the GPU before it is ended. auto: where the driver hangs otherwise (595).",
+    ),
 )
 """Options of the commands that run replicas: `launch` and `restore`."""
 
@@ -459,6 +465,7 @@ def replica_settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
         "standby_after_s": options["standby_after"],
         "grace_s": options["grace"],
         "silence_limit_s": options["silence_timeout"],
+        "suspend_before_kill": options["suspend_before_kill"],
         "proxy": settings_of(options),
         "admin_listen": options["admin_listen"],
     }

@@ -216,6 +216,7 @@ def restore(
     underway: Callable[[], None] = lambda: None,
     cancellation: Cancellation | None = None,
     egress: Egress | None = None,
+    before_kill: Callable[[Sandbox], object] = lambda sandbox: None,
 ) -> Restored:
     """Restore a replica into a new sandbox.
 
@@ -225,7 +226,8 @@ def restore(
     the driver pins all of it at once. `pipes` maps the snapshot's stream names (`stdout`, `stderr`) to descriptors for
     the engine's output.
     The caller must check the canary. `underway` is called once CRIU runs and this process only waits. `cancellation`
-    ends the restore. `egress` is the way out of the sandbox. Unless all is filled first, the owner must cancel when
+    ends the restore. `before_kill` is called before a tree is ended of which some processes may be on the GPU again.
+    `egress` is the way out of the sandbox. Unless all is filled first, the owner must cancel when
     `lazy.on_death` is called, because CRIU would wait for a page forever.
 
     Raises a CheckpointError. On failure no process, mount, namespace or file is left.
@@ -282,6 +284,7 @@ def restore(
                     )
                     restored.times["cuda"] = (began, time.monotonic())
             except BaseException:
+                before_kill(restored.sandbox)
                 restored.close()
                 raise
             return restored

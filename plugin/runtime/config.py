@@ -31,6 +31,7 @@ class LaunchSettings:
     - silence_limit_s: restart an engine that has not answered for this long; 0 never.
     - restore_concurrency: maximum of concurrent restores; 0 chooses by processors (plugin/runtime/restore_limit.py).
     - strict: fail, instead of continuing without, when a capability is off or a restore fails.
+    - suspend_before_kill: take an engine off the GPU before it is ended: `always`, `never`, or `auto` where the driver needs it.
     - proxy: the user's values for plugin.proxy.settings.Settings.
     - admin_listen: host and port of a separate listener for the admin endpoints.
     - egress: whether the sandbox has a way out into this host's network; None where the command line asks for it.
@@ -63,6 +64,7 @@ class LaunchSettings:
     start_timeout_s: float = 1800.0
     grace_s: float = 30.0
     silence_limit_s: float = 60.0
+    suspend_before_kill: str = "auto"
     scrub_env: tuple[str, ...] = ()
     sign_key: Path | None = None
     trust_keys: tuple[Path, ...] = ()

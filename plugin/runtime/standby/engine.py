@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from checkpoint.errors import CheckpointError, Failed
@@ -18,6 +19,7 @@ from checkpoint.sandbox.process_tree import processes
 from checkpoint.sandbox.sandbox import Sandbox
 from launchers.errors import EngineFailed, LauncherError
 from launchers.readiness import BUSY, when_idle
+from plugin.runtime.gpu import ending
 from plugin.runtime.phases import Phase
 from plugin.runtime.steps import restore_snapshot, take_snapshot
 
@@ -139,6 +141,7 @@ def _leave_gpu(replica: RestoreContext, running: Running, sandbox: Sandbox) -> O
     except BaseException:
         _return_after_failure(replica, running, moved)
         raise
+    running.leave_gpu = partial(ending.leave, replica, sandbox, running.client)
     return moved
 
 

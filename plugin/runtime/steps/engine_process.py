@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -38,11 +39,15 @@ class Running:
     restored: Restored | None = None
     freezer: Freezer | None = None
     """Made at the first standby."""
+    leave_gpu: Callable[[], bool] | None = None
+    """Called once before the engine is ended, if the CUDA driver has restored it: takes it off the GPU where its end
+    could hang the host, and returns True if it left (plugin.runtime.gpu.ending)."""
     _closing: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def close(self) -> None:
         """End the engine and release everything made for it. Idempotent, and thread-safe: a second signal closes beside the stop."""
         with self._closing:
+            self._left_gpu()
             if self.restored:
                 self.restored.close()
             else:
@@ -51,7 +56,13 @@ class Running:
                 self.freezer.close()
 
     def end(self, grace_s: float) -> int:
-        """Send SIGTERM and return the exit code: that of SIGKILL if the engine outlives `grace_s` seconds and `close` must kill it."""
+        """Send SIGTERM and return the exit code: that of SIGKILL if the engine outlives `grace_s` seconds and `close` must kill it.
+
+        An engine that left the GPU first would wait for it in vain, so it is killed; the code is then 0.
+        """
+        if self._left_gpu():
+            self.kill()
+            return 0
         try:
             self.place.signal(self.pid, signal.SIGTERM)
             code = self.place.wait(self.pid, grace_s)
@@ -61,6 +72,7 @@ class Running:
 
     def kill(self) -> None:
         """Kill all processes of the engine at once; their resources stay until `close`."""
+        self._left_gpu()
         if not isinstance(self.place, Sandbox):
             self.place.close()
             return
@@ -68,6 +80,10 @@ class Running:
             self.place.signal(-1, signal.SIGKILL)
         except CheckpointError:
             self.place.end()  # its init does not answer
+
+    def _left_gpu(self) -> bool:
+        leave, self.leave_gpu = self.leave_gpu, None
+        return leave is not None and leave()
 
     def stopped(self) -> bool:
         """Return True if one of the engine's processes is stopped (SIGSTOP): its work then does not progress."""

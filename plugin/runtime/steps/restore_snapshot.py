@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from launchers import control
 from launchers.errors import LauncherError
 from plugin.records import restore_rates
 from plugin.runtime import way_out
+from plugin.runtime.gpu import ending
 from plugin.runtime.phases import Phase
 from plugin.runtime.steps.engine_output import Output
 from plugin.runtime.steps.engine_process import Running, client_of
@@ -93,6 +95,7 @@ def _run(replica: RestoreContext, name: str, served: bool, feed: WeightFeed) -> 
             underway=replica.underway.set,
             cancellation=replica.cancellation,
             egress=way_out.recorded(recorded.arguments),
+            before_kill=partial(ending.leave, replica),
         )
     finally:
         for output in outputs.values():
@@ -105,6 +108,8 @@ def _run(replica: RestoreContext, name: str, served: bool, feed: WeightFeed) -> 
     sandbox = restored.sandbox
     client = client_of(sandbox, snapshot.port, replica.settings.command)
     running = Running(sandbox, restored.root_pid, snapshot.port, client, outputs, restored)
+    if snapshot.gpu.processes:
+        running.leave_gpu = partial(ending.leave, replica, sandbox, client)
     replica.set_running(running)
     if replica.page_server_error:  # lost before `running` was set
         raise Failed("pages-lost", replica.page_server_error)

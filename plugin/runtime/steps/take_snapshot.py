@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ from launchers.errors import EngineFailed, LauncherError
 from launchers.model_source import can_reload
 from launchers.readiness import Probe, when_idle
 from plugin.records import restore_rates
+from plugin.runtime.gpu import ending
 from plugin.runtime.phases import Phase
 from plugin.runtime.steps import compatibility, paging
 from plugin.runtime.steps.sandbox_binds import compile_cache
@@ -212,6 +214,8 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
         identity = compatibility.check_unchanged(settings, replica.weights, replica.criu, replica.identity, limit_s)
         driver = replica.driver()
         gpu = driver is not None and _uses_gpu(driver, sandbox)
+        if gpu:
+            running.leave_gpu = partial(ending.leave, replica, sandbox, client)
         canary = engine.record(client, gpu, replica.canary)
         excluded = _excludes_weights(replica, client, gpu)
         kv_bytes = 0

@@ -22,6 +22,8 @@ from launchers.readiness import BUSY, when_idle
 from plugin.runtime.gpu import ending
 from plugin.runtime.phases import Phase
 from plugin.runtime.steps import restore_snapshot, take_snapshot
+from plugin.runtime.steps.model_mount import model_place
+from plugin.runtime.weight_ring.feed import WeightFeed
 
 if TYPE_CHECKING:
     from checkpoint.cuda.checkpoint import Needs
@@ -86,15 +88,29 @@ def enter(replica: RestoreContext, running: Running) -> Frozen:
 def leave(replica: RestoreContext, running: Running, frozen: Frozen) -> None:
     """Continue an engine in standby and return once the replica serves. Raises CheckpointError, LauncherError or OSError."""
     replica.tracker.to(Phase.WAKING)
-    frozen.freezer.thaw()
-    _check_whole(frozen)
-    if frozen.on_gpu is not None:
-        _return_to_gpu(replica, running, frozen.on_gpu)
-    running.client.call("GET", "/v1/models", timeout_s=LIFE_LIMIT_S)  # whatever the status: its server answers
-    _check_whole(frozen)  # one that was killed a moment ago takes its time to end
-    if frozen.on_gpu is not None and replica.snapshot is not None:
-        restore_snapshot.check_canary(replica, running, replica.snapshot)
+    with WeightFeed(replica.tracker) as feed:
+        _begin_weights(replica, frozen, feed)
+        frozen.freezer.thaw()
+        _check_whole(frozen)
+        if frozen.on_gpu is not None:
+            _return_to_gpu(replica, running, frozen.on_gpu, feed)
+        filled = feed.settle()
+        running.client.call("GET", "/v1/models", timeout_s=LIFE_LIMIT_S)  # whatever the status: its server answers
+        _check_whole(frozen)  # one that was killed a moment ago takes its time to end
+        if frozen.on_gpu is not None and replica.snapshot is not None:
+            restore_snapshot.check(replica, running, replica.snapshot, filled, feed)
     replica.serve()
+
+
+def _begin_weights(replica: RestoreContext, frozen: Frozen, feed: WeightFeed) -> None:
+    """Begin to read weights that the engine dropped, while its GPU state comes back."""
+    snapshot, weights = replica.snapshot, replica.weights
+    if snapshot is not None and frozen.on_gpu is not None and frozen.on_gpu.offloaded and frozen.on_gpu.excluded:
+        place = model_place(snapshot, weights, replica.settings.named)
+        if weights.in_place:
+            feed.begin(replica.library.path(snapshot.name), place, weights.path)
+        else:
+            feed.begin_later(replica.library.path(snapshot.name), place, weights.mount)
 
 
 def memory_held(running: Running) -> int:
@@ -165,7 +181,7 @@ def _check_host_memory(replica: RestoreContext, running: Running, in_use: int) -
         )
 
 
-def _return_to_gpu(replica: RestoreContext, running: Running, moved: OnGpu) -> None:
+def _return_to_gpu(replica: RestoreContext, running: Running, moved: OnGpu, feed: WeightFeed) -> None:
     from checkpoint.cuda import checkpoint as cuda
     from checkpoint.snapshot.restore import gpu_locks
 
@@ -173,6 +189,8 @@ def _return_to_gpu(replica: RestoreContext, running: Running, moved: OnGpu) -> N
         assert moved.needs is not None
         cuda.resume(moved.driver, moved.suspended, moved.needs, lock_folders=gpu_locks(replica.library))
     if moved.offloaded:
+        if moved.excluded and isinstance(running.place, Sandbox):
+            feed.offer(running.place.control_dir)
         replica.engine.reload(running.client, replica.settings.command.model, moved.excluded)
 
 

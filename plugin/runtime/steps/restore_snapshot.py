@@ -116,7 +116,7 @@ def _run(replica: RestoreContext, name: str, served: bool, feed: WeightFeed) -> 
     sandbox.wait_egress()
     replica.tracker.to(Phase.WAKING)
     _wake(replica, running, snapshot, recorded, None if mounted or ringed else place, feed)
-    _check(replica, running, snapshot, filled=feed.settle(), feed=feed)
+    check(replica, running, snapshot, feed.settle(), feed)
     replica.library.clear_failures(name)
     replica.snapshot, replica.restored = snapshot, True
     replica.serve()
@@ -243,8 +243,11 @@ def _wait_weights(replica: RestoreContext, sandbox: Sandbox, place: str) -> None
         sandbox.attach(mounted, Path(place))
 
 
-def _check(replica: RestoreContext, running: Running, snapshot: Snapshot, filled: bool, feed: WeightFeed) -> None:
-    """Run the canary. If it differs after weights from the ring (`filled`), repeat it with the engine's own reload."""
+def check(replica: RestoreContext, running: Running, snapshot: Snapshot, filled: bool, feed: WeightFeed) -> None:
+    """Run the canary. If it differs after weights from the ring (`filled`), repeat it after the engine's own reload.
+
+    Raises Integrity (canary-differs).
+    """
     try:
         check_canary(replica, running, snapshot)
     except Integrity as error:

@@ -9,6 +9,8 @@ import os
 import random
 import shutil
 import struct
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -122,6 +124,26 @@ def test_fused_tied_padded_and_computed_weights_come_back(control_dir, checkpoin
             assert weights.offered() and weights.refill([held])
             assert ring.settle()
         assert contents(held) == before and not weights.offered()
+
+
+def test_no_memory_and_no_descriptor_stays(control_dir, checkpoint_dir, tmp_path):
+    held = model()
+    folder, _ = recorded(control_dir, tmp_path, held, checkpoint_dir)
+    before = None
+    for _ in range(20):
+        with feed.WeightFeed(PhaseTracker()) as ring:
+            ring.begin(folder, "", None)
+            ring.offer(control_dir)
+            assert weights.refill([held])
+            threads = ring.ring._threads
+        for thread in threads:
+            thread.join(5.0)
+        assert "quickthaw-weights" not in Path("/proc/self/maps").read_text()
+        before = before or len(os.listdir("/proc/self/fd"))
+    limit = time.monotonic() + 5
+    while len(os.listdir("/proc/self/fd")) > before:
+        assert time.monotonic() < limit
+    assert sorted(file.name for file in control_dir.iterdir() if file.suffix != ".refilled") == []
 
 
 def test_the_model_may_be_elsewhere_on_this_host(control_dir, checkpoint_dir, tmp_path):

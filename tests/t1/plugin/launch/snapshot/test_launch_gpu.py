@@ -332,7 +332,7 @@ def test_in_standby_no_gpu_memory_is_held(gpu_rig, launch_rig, engine, weights):
     assert replica._cuda.changes()[-4:] == ["lock", "checkpoint", "restore", "unlock"]
     calls = json.dumps([*ASLEEP[engine, weights], *AWAKE[engine, weights]]).replace(MODEL, str(launch_rig.model))
     calls = calls.replace("quickthaw_trim", "quickthaw_drop_cache")
-    assert worker(replica)["calls"][before:] == json.loads(calls) * 2 and worker(replica)["away"] == []
+    assert worker(replica)["calls"][before:] == from_ring(json.loads(calls)) * 2 and worker(replica)["away"] == []
 
 
 @pytest.mark.parametrize(

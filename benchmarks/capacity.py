@@ -113,7 +113,8 @@ def linear(problem):
     from capacity import requirements
     from capacity.optimize import program, solver
 
-    return solver.relax(program.build(problem, requirements.compute(problem, "restored"), shared=True))
+    built = program.build(problem, requirements.compute(problem, "restored"))
+    return solver.relax(program.with_shared_columns(built, problem.pools)[0])
 
 
 def gap_section(count):

@@ -5,7 +5,8 @@
 The linear program counts fractions of replicas, so that its cost is far below any plan in integers. Here the replicas of each
 service in each step are integers (a small integer program, solved by HiGHS at prices of GPUs), and only instances and idle
 blocks stay fractions. Every round of prices gives a valid lower bound; the prices come from the linear program over the
-replicas found so far, smoothed towards the best ones (Pessoa et al. 2018). Prints bound and plan over the linear program.
+replicas found so far, smoothed towards the best ones (Pessoa et al. 2018). Prints bound and plan over the linear program, and
+each round's bound on standard error. A round of 40x60x24 takes 30 s to 5 minutes; eight of them suffice.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def model(cost, lower, upper, matrix, row_lower, row_upper, integer=None):
     made = highspy.Highs()
     made.setOptionValue("output_flag", False)
     made.setOptionValue("threads", 1)
-    made.setOptionValue("mip_rel_gap", 1e-4)
+    made.setOptionValue("mip_rel_gap", 1e-3)  # its dual bound counts, which is valid at any gap
     rows = csr_matrix(matrix)
     kinds = np.zeros(len(cost), dtype=np.int32) if integer is None else integer.astype(np.int32)
     made.passModel(
@@ -100,6 +101,10 @@ def bound(built, relaxed, start, seconds):
         total += np.where(price[own] < 0, price[own] * reach, price[own] * built.lower[own]).sum()
         side = np.where(dual > 0, low, high)
         total += (np.where(dual != 0, side, 0.0) * dual).sum()
+        print(
+            f"  round {rounds}, {time.perf_counter() - began:.0f} s: {total / relaxed.objective - 1:.2%} over the linear program",
+            file=sys.stderr,
+        )
         if total > best:
             best, best_dual = total, dual
         if rounds == 1:

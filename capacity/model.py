@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -181,7 +181,7 @@ class Demand:
     begin: float | None = None
     notes: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def steps(self) -> int:
         return min((len(f.values[0]) for f in self.forecasts.values()), default=0)
 

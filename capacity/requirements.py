@@ -194,7 +194,7 @@ def compute(problem: Problem, kind: Kind) -> Need:
     slowest_lead = np.where(rate > 0, lead, 0.0).max(axis=1)
     loss = np.array([p.interruptions for p in pools]) * (boot + slowest_lead) / 3600
     wait = np.array([s.target_wait for s in services])
-    slowest_boot = np.array([max(boot[i] for i in range(len(pools)) if rate[i, j] > 0) for j in range(len(services))])
+    slowest_boot = np.where(rate > 0, boot[:, None], 0.0).max(axis=0)
     hot_window = np.maximum(0.0, lead - wait)
     idle_window = np.maximum(0.0, slowest_boot + lead - wait)
 

@@ -8,17 +8,18 @@ limits and maximum replicas are only checked at the end.
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import numpy as np
 
 from capacity.model import Floats, Problem, slot
 from capacity.optimize import cover
 from capacity.optimize.highs import FEASIBILITY, INTEGRALITY
-from capacity.optimize.program import Program, stand_ins
+from capacity.optimize.program import Ints, Program, stand_ins
 from capacity.requirements import Need
 
 EPS = 1e-7
+MOST = 10**9  # instances, where nothing limits them
 SWEEPS = 3
 GOOD = 1.005  # times the usual cost of a service: replicas of at most this cost are not improved further
 SEVERAL = 1500  # integers
@@ -35,89 +36,88 @@ class State:
 
     def __init__(self, problem: Problem, need: Need, program: Program, weight: float) -> None:
         """`weight` is that of the cost of a start."""
-        pools, services = problem.pools, problem.services
+        services = problem.services
         self.problem, self.need, self.program = problem, need, program
-        self.gpus = [pool.gpus for pool in pools]
-        widths = {gpus: [slot(s.gpus, gpus) for s in services] for gpus in set(self.gpus)}
-        self.width = [widths[gpus] for gpus in self.gpus]
-        self.rate = need.rate.tolist()
-        self.zone = np.unique([f"{p.region}/{p.zone}" for p in pools], return_inverse=True)[1].tolist()
-        self.quotas_of = [[q for q, quota in enumerate(problem.quotas) if quota.covers(pool)] for pool in pools]
-        self.alike = [[p for p in range(len(pools)) if need.place[p] == k] for k in range(max(need.place) + 1)]
-        cells: dict[int, list[int]] = {}  # pools of the same type and zone
-        for p, stand_in in enumerate(stand_ins(pools).tolist()):
-            cells.setdefault(stand_in, []).append(p)
-        self.cells_of = [[c for c in cells.values() if self.rate[c[0]][j] > 0] for j in range(len(services))]
+        self.gpus, self.place = np.array([pool.gpus for pool in problem.pools]), np.array(need.place)
+        widths = {gpus: [slot(s.gpus, gpus) for s in services] for gpus in set(self.gpus.tolist())}
+        self.width = np.array([widths[gpus] for gpus in self.gpus.tolist()])
+        zones: dict[tuple[str, str], int] = {}
+        self.zone = np.array([zones.setdefault((p.region, p.zone), len(zones)) for p in problem.pools])
+        self.covers = np.array(
+            [[quota.covers(pool) for quota in problem.quotas] for pool in problem.pools], dtype=np.bool_
+        )
         self.block_at = {(p, size): k for k, (p, size) in enumerate(program.blocks.tolist())}
-        place, size = np.array(need.place)[program.blocks[:, 0]], program.blocks[:, 1]
-        self.sum_of = [program.sums.index(key) for key in zip(place.tolist(), size.tolist(), strict=True)]
+        place, size = self.place[program.blocks[:, 0]], program.blocks[:, 1]
+        sums = {key: k for k, key in enumerate(program.sums)}
+        self.sum_of = [sums[key] for key in zip(place.tolist(), size.tolist(), strict=True)]
         self.relief = np.zeros((len(need.groups), len(services)))
         self.weight = np.zeros((len(need.groups), len(size)))  # normalised GPUs of an idle block
+        self.blocks_of: list[
+            tuple[Ints, Ints, Floats]
+        ] = []  # of each group: pools, GPUs of a block, weight of a GPU in it
         for g, group in enumerate(need.groups):
             self.relief[g, list(group.relief)] = list(group.relief.values())
-            for k, (least, each) in group.weights.items():
-                self.weight[g] += (place == k) * (size >= least) * size * each
+            least, each = np.full(max(need.place) + 1, np.inf), np.zeros(max(need.place) + 1)
+            least[list(group.weights)], each[list(group.weights)] = zip(*group.weights.values(), strict=True)
+            self.weight[g] = (size >= least[place]) * size * each[place]
+            pools = np.flatnonzero(each[self.place])
+            self.blocks_of.append((pools, least[self.place[pools]].astype(np.int64), each[self.place[pools]]))
         cost = program.cost[: program.at_u]
-        self.held = (cost / self.gpus).tolist()
-        self.started = ((cost + weight * program.cost[program.at_u : program.at_x]) / self.gpus).tolist()
+        self.held = cost / self.gpus
+        self.started = (cost + weight * program.cost[program.at_u : program.at_x]) / self.gpus
+        # A replica runs on an instance held before, or on one to be started, the latter at a price of its own. Choices on
+        # pools of the same type and zone are a cell: next to each other, the cheapest first.
+        pool, start = np.tile(np.arange(len(cost)), 2), np.repeat([False, True], len(cost))
+        price, cell = np.where(start, self.started[pool], self.held[pool]), stand_ins(problem.pools)[pool]
+        order = np.lexsort((start, pool, price, cell))
+        self.choice, self.choice_starts, self.choice_price, self.cell = (v[order] for v in (pool, start, price, cell))
         self.usual = [0.0] * len(services)
 
-    def begin(self, t: int, before: list[int]) -> None:
+    def begin(self, t: int, before: Ints) -> None:
         """Begin step `t` after `before` instances per pool: the least instances are open, and nothing is placed."""
-        pools, need, columns = self.problem.pools, self.need, self.program.columns
-        bounds = slice(t * columns, t * columns + len(pools))
-        upper = self.program.upper[bounds].tolist()
+        pools, services, need, program = self.problem.pools, self.problem.services, self.need, self.program
+        upper = program.upper[t * program.columns :]
         self.t, self.before = t, before
-        self.most = [
-            int(min(10**9, most, held + pool.start_bound(t == 0)))
-            for pool, most, held in zip(pools, upper, before, strict=True)
-        ]
-        self.least = [int(v) for v in self.program.lower[bounds]]
-        self.n, self.free = [0] * len(pools), [0] * len(pools)
+        self.most = np.minimum(upper[: program.at_u], before + upper[program.at_u : program.at_x])
+        self.most = np.minimum(self.most, MOST).astype(np.int64)
+        self.least = program.lower[t * program.columns :][: program.at_u].astype(np.int64)
+        self.n, self.free = np.zeros_like(before), np.zeros_like(before)
         self.x, self.b = np.zeros(need.rate.shape, dtype=np.int64), np.zeros(len(self.block_at), dtype=np.int64)
-        self.served, self.load = (
-            np.zeros(len(self.problem.services)),
-            np.zeros((len(self.problem.services), max(self.zone) + 1)),
-        )
-        self.left = [
-            quota.gpus - sum(pool.gpus * held for pool, held in zip(pools, before, strict=True) if quota.covers(pool))
-            for quota in self.problem.quotas
-        ]
+        self.served, self.load = np.zeros(len(services)), np.zeros((len(services), int(self.zone.max()) + 1))
+        self.left = np.array([quota.gpus for quota in self.problem.quotas]) - (self.gpus * before) @ self.covers
         self.target, self.base, self.cap = need.target[:, t], need.base[:, t], need.cap[:, t]
-        self.rest = np.zeros(len(self.served))  # required without the largest zone
-        self.rest[list(self.program.spread)] = need.typical[list(self.program.spread), t]
-        self.rest *= self.problem.policy.zone_loss
-        for p, least in enumerate(self.least):
-            self.open(p, least)
+        self.rest = np.zeros(len(services))  # required without the largest zone
+        self.rest[list(program.spread)] = need.typical[list(program.spread), t] * self.problem.policy.zone_loss
+        for p in range(len(pools)):
+            self.open(p, int(self.least[p]))
 
-    def more(self, p: int) -> int:
-        """Return how many more instances may be opened.
+    def more(self, p: Any) -> Any:
+        """Return how many more instances of a pool, or of each pool of an array, may be opened.
 
         Instances held before count towards a quota until all starts are done, so only starts use up the rest of a quota.
         """
         bound = self.most[p] - self.n[p]
-        if not self.quotas_of[p]:
+        if not len(self.left):
             return bound
-        starts = min(self.left[q] // self.gpus[p] for q in self.quotas_of[p])
-        return min(bound, max(0, self.before[p] - self.n[p]) + max(0, starts))
+        starts = np.where(self.covers[p], self.left // self.gpus[p, None], MOST).min(axis=-1)
+        return np.minimum(bound, np.maximum(0, self.before[p] - self.n[p]) + np.maximum(0, starts))
 
-    def room(self, p: int) -> int:
-        """Return the GPUs that are free or on instances that may still be opened."""
-        return self.free[p] + max(0, self.more(p)) * self.gpus[p]
+    def room(self, p: Any) -> Any:
+        """Return the GPUs that are free or on instances that may still be opened, of a pool or of an array of pools."""
+        return self.free[p] + np.maximum(0, self.more(p)) * self.gpus[p]
 
     def open(self, p: int, count: int = 1) -> None:
         """Open instances, or close them (negative `count`)."""
         started = max(0, self.n[p] + count - self.before[p]) - max(0, self.n[p] - self.before[p])
         self.n[p] += count
         self.free[p] += self.gpus[p] * count
-        for q in self.quotas_of[p]:
-            self.left[q] -= self.gpus[p] * started
+        self.left -= self.gpus[p] * started * self.covers[p]
 
     def put(self, p: int, j: int, count: int) -> None:
         """Place replicas on free GPUs, or take them away (negative `count`)."""
-        rate = self.rate[p][j] * count
+        rate = self.need.rate[p, j] * count
         self.x[p, j] += count
-        self.free[p] -= self.width[p][j] * count
+        self.free[p] -= self.width[p, j] * count
         self.served[j] += rate
         self.load[j, self.zone[p]] += rate
 
@@ -127,7 +127,7 @@ class State:
 
     def zone_would_lack(self, j: int, q: int) -> bool:
         """Return whether a service with one more replica on pool q serves too little without its largest zone."""
-        rest, rate = float(self.rest[j]), self.rate[q][j]
+        rest, rate = float(self.rest[j]), float(self.need.rate[q, j])
         largest = max(float(self.load[j].max()), float(self.load[j, self.zone[q]]) + rate)
         return rest > 0 and float(self.served[j]) + rate - largest < rest - EPS * max(1.0, rest)
 
@@ -138,7 +138,7 @@ class State:
 
     def values(self) -> Floats:
         """Return the values of the step's columns."""
-        program, n = self.program, np.array(self.n)
+        program, n = self.program, self.n
         sums = np.bincount(self.sum_of, self.b, minlength=len(program.sums))
         largest = self.load[list(program.spread)].max(axis=1) / program.spread_unit
         return np.concatenate(
@@ -167,7 +167,7 @@ def plan(problem: Problem, need: Need, program: Program, near: Floats) -> Floats
 def _plan(state: State, near: Floats) -> Floats | None:
     """Construct all steps; None if something does not fit."""
     program = state.program
-    before = [pool.held for pool in state.problem.pools]
+    before = np.array([pool.held for pool in state.problem.pools])
     steps: list[Floats] = []
     for t in range(program.steps):
         # Starting from the replicas of the step before avoids needless moves.
@@ -183,109 +183,96 @@ def _plan(state: State, near: Floats) -> Floats | None:
     return result if bool(satisfied.all() and inside.all()) else None
 
 
-def _step(state: State, t: int, before: list[int], near: Floats) -> bool:
+def _step(state: State, t: int, before: Ints, near: Floats) -> bool:
     """Construct step `t` after `before` instances per pool; return whether everything fits."""
     program, services = state.program, state.problem.services
-    replicas: list[dict[int, int]] = [{} for _ in services]
-    for k in np.flatnonzero(near[program.at_x : program.at_b] > EPS):
-        i, j = program.pairs[k]
-        replicas[int(j)][int(i)] = int(near[program.at_x + k] + EPS)
+    replicas = np.zeros(state.need.rate.shape, dtype=np.int64)
+    replicas[tuple(program.pairs.T)] = near[program.at_x : program.at_b] + EPS
     order = sorted(range(len(services)), key=lambda j: (-services[j].gpus, j))
     for _ in range(RETRIES):
         state.begin(t, before)
-        failed = next((j for j in order if not _place(state, j, replicas[j])), None)
+        failed = next((j for j in order if not _place(state, j, replicas[:, j])), None)
         if failed is None:
             break
         order = [failed, *(j for j in order if j != failed)]  # the service without room goes first
     else:
         return False
-    if not _lay_blocks(state, near[: program.at_u].tolist()):
+    if not _lay_blocks(state, near[: program.at_u]):
         return False
     _close(state)
     return True
 
 
-def _place(state: State, j: int, near: dict[int, int]) -> bool:
-    """Place the cheapest replicas of a service, opening instances; return whether there was room for all of them."""
-    options, pools = _options(state, j)
+def _place(state: State, j: int, near: Ints) -> bool:
+    """Place the cheapest replicas of a service, `near` those per pool, opening instances; return whether all had room."""
+    options, pools, start = _options(state, j, near)
     target = float(state.target[j])
-    if not pools:
+    if not len(pools):
         return target <= EPS and not state.problem.services[j].minimum
-    start, left = np.zeros(len(pools), dtype=np.int64), dict(near)
-    for k, (p, room) in enumerate(zip(pools, options.room.tolist(), strict=True)):
-        start[k] = min(left.get(p, 0), room)
-        left[p] = left.get(p, 0) - int(start[k])
     counts = cover.cheapest(options, start, GOOD * state.usual[j] * target)
     if counts is None:
         return False
     if target > EPS:
         state.usual[j] = float(options.cost @ counts) / target
     for k in np.flatnonzero(counts).tolist():
-        p, count = pools[k], int(counts[k])
-        width = state.width[p][j] * count
+        p, count = int(pools[k]), int(counts[k])
+        width = int(state.width[p, j]) * count
         if state.room(p) < width:
             return False  # pools that share a quota have less room together
-        state.open(p, -(-max(0, width - state.free[p]) // state.gpus[p]))
+        state.open(p, -(-max(0, width - int(state.free[p])) // int(state.gpus[p])))
         state.put(p, j, count)
     return True
 
 
-def _options(state: State, j: int) -> tuple[cover.Options, list[int]]:
+def _options(state: State, j: int, near: Ints) -> tuple[cover.Options, Ints, Ints]:
     """Return the options of a service: of similar pools (type, zone), the cheapest ones that hold all it could need."""
     target, rest, least = float(state.target[j]), float(state.rest[j]), state.problem.services[j].minimum
-    found: list[tuple[float, int, int]] = []  # cost of a replica, pool, room
-    for cell in state.cells_of[j]:
-        enough = max(math.ceil((target + rest) / state.rate[cell[0]][j]), least, 1)
-        width = state.width[cell[0]][j]
-        parts: list[tuple[float, int, int]] = []
-        for p in cell:
-            room = state.room(p) // width
-            held = min(room, (state.free[p] + max(0, state.before[p] - state.n[p]) * state.gpus[p]) // width)
-            if held > 0:
-                parts.append((state.held[p] * width, p, held))
-            if room > held:
-                parts.append((state.started[p] * width, p, room - held))
-        for cost, p, room in sorted(parts):
-            if enough > 0:
-                found.append((cost, p, min(room, enough)))
-                enough -= room
-    pools = [p for _, p, _ in found]
-    zones: dict[int, int] = {}
+    fits = state.need.rate[state.choice, j] > 0
+    pool, starts, cell = state.choice[fits], state.choice_starts[fits], state.cell[fits]
+    rate, width = state.need.rate[pool, j], state.width[pool, j]
+    held = (state.free + np.maximum(0, state.before - state.n) * state.gpus)[pool]
+    room = state.room(np.arange(len(state.n)))[pool] // width
+    held = np.minimum(room, held // width)
+    room = np.where(starts, room - held, held)
+    enough = np.maximum(np.ceil((target + rest) / rate).astype(np.int64), max(least, 1))
+    cheaper = np.cumsum(room) - room  # replicas that the cheaper choices hold, those of other cells included
+    room = np.clip(enough - (cheaper - cheaper[np.searchsorted(cell, cell)]), 0, room)
+    start, taken = np.minimum(near[pool], room), np.zeros_like(near)
+    taken[pool[~starts]] = start[~starts]
+    start[starts] = np.minimum((near - taken)[pool], room)[starts]
+    kept = room > 0
+    pool, start = pool[kept], start[kept]
+    zone = np.unique(state.zone[pool], return_inverse=True)[1]
     options = cover.Options(
-        cost=np.array([cost for cost, _, _ in found]),
-        rate=np.array([state.rate[p][j] for p in pools]),
-        zone=np.array([zones.setdefault(state.zone[p], len(zones)) for p in pools], dtype=np.int64),
-        room=np.array([room for _, _, room in found], dtype=np.int64),
+        cost=(state.choice_price[fits] * width)[kept],
+        rate=rate[kept],
+        zone=zone,
+        room=room[kept],
         target=target,
         rest=rest,
         least=least,
-        zones=len(zones),
+        zones=int(zone.max(initial=-1)) + 1,
     )
-    return options, pools
+    return options, pool, start
 
 
-def _lay_blocks(state: State, fraction: list[float]) -> bool:
+def _lay_blocks(state: State, fraction: Floats) -> bool:
     """Reserve the idle blocks of every group, on free GPUs first; return whether there was room for all of them."""
-    groups, place = state.need.groups, state.need.place
+    groups = state.need.groups
     for g in sorted(range(len(groups)), key=lambda g: (-groups[g].size, len(groups[g].weights))):
-        weights = groups[g].weights
         required = float(groups[g].required[state.t])
         covered = float(state.relief[g] @ state.surplus() + state.weight[g] @ state.b)
-        pools = [p for p in range(len(place)) if place[p] in weights]
-
-        def rank(p: int, weights: dict[int, tuple[int, float]] = weights) -> tuple[bool, float, float, int]:
-            size, weight = weights[place[p]]
-            full = state.free[p] < size
-            return full, state.n[p] - fraction[p] if full else 0.0, state.held[p] / weight, p
-
+        pools, size, weight = state.blocks_of[g]
         while covered < required - EPS * max(1.0, required):
-            for p in sorted(pools, key=rank):
-                size, weight = weights[place[p]]
-                while state.free[p] < size and state.more(p) > 0:
+            full = state.free[pools] < size
+            opened = np.where(full, state.n[pools] - fraction[pools], 0.0)
+            for k in np.lexsort((state.held[pools] / weight, opened, full)).tolist():
+                p, wide = int(pools[k]), int(size[k])
+                while state.free[p] < wide and state.more(p) > 0:
                     state.open(p)
-                if state.free[p] >= size:
-                    state.add_block(p, size, 1)
-                    covered += size * weight
+                if state.free[p] >= wide:
+                    state.add_block(p, wide, 1)
+                    covered += wide * float(weight[k])
                     break
             else:
                 return False
@@ -294,20 +281,20 @@ def _lay_blocks(state: State, fraction: list[float]) -> bool:
 
 def _close(state: State) -> None:
     """Close empty instances, and those whose tenants fit elsewhere. Reopen instances above the stop limit."""
-    price, pools = state.held, range(len(state.held))
-    for p in pools:
-        state.open(p, -max(0, min(state.free[p] // state.gpus[p], state.n[p] - state.least[p])))
+    empty = np.minimum(state.free // state.gpus, state.n - state.least)
+    for p in np.flatnonzero(empty > 0).tolist():
+        state.open(p, -int(empty[p]))
     for _ in range(SWEEPS):
         closed = False
-        for p in sorted(pools, key=lambda p: (-state.free[p] * price[p], -price[p], p)):
+        for p in np.lexsort((-state.held, -state.free * state.held)).tolist():
             while state.n[p] > state.least[p] and _empty_one(state, p):
                 closed = True
         if not closed:
             break
     limit = state.problem.policy.max_stop
     if limit is not None:
-        over = sum(max(0, b - n) for b, n in zip(state.before, state.n, strict=True)) - limit
-        for p in sorted(pools, key=lambda p: state.problem.pools[p].price):
+        over = int(np.maximum(0, state.before - state.n).sum()) - limit
+        for p in np.argsort([pool.price for pool in state.problem.pools], kind="stable").tolist():
             while over > 0 and state.n[p] < state.before[p] and state.more(p) > 0:
                 state.open(p)
                 over -= 1
@@ -328,13 +315,14 @@ def _empty_one(state: State, p: int) -> bool:
 
 
 def _move_replica(state: State, p: int, undo: list[tuple[bool, int, int]]) -> bool:
-    roomy = [q for q, free in enumerate(state.free) if free > 0 and q != p]
-    for j in sorted(np.flatnonzero(state.x[p]).tolist(), key=lambda j: state.width[p][j]):
+    placed = np.flatnonzero(state.x[p])
+    for j in placed[np.argsort(state.width[p, placed], kind="stable")].tolist():
         state.put(p, j, -1)
-        free, rate = state.free, state.rate[p][j]  # no slower pool: surplus may be spare
-        targets = [q for q in roomy if free[q] >= state.width[q][j] and state.rate[q][j] >= rate]
-        targets.sort(key=lambda q: (state.free[q] - state.width[q][j], q))
-        for q in targets:
+        left, rate = state.free - state.width[:, j], state.need.rate[:, j]
+        fits = (left >= 0) & (rate >= rate[p])  # no slower pool: surplus may be spare
+        fits[p] = False
+        targets = np.flatnonzero(fits)
+        for q in targets[np.argsort(left[targets], kind="stable")].tolist():
             if not state.zone_would_lack(j, q):
                 state.put(q, j, 1)
                 undo.append((True, j, q))
@@ -346,10 +334,11 @@ def _move_replica(state: State, p: int, undo: list[tuple[bool, int, int]]) -> bo
 def _move_block(state: State, p: int, undo: list[tuple[bool, int, int]]) -> bool:
     for k in np.flatnonzero((state.program.blocks[:, 0] == p) & (state.b > 0)):
         size = int(state.program.blocks[k, 1])
-        for q in state.alike[state.need.place[p]]:
-            if q != p and state.free[q] >= size:
-                state.add_block(p, size, -1)
-                state.add_block(q, size, 1)
-                undo.append((False, size, q))
-                return True
+        roomy = (state.place == state.place[p]) & (state.free >= size)
+        roomy[p] = False
+        for q in np.flatnonzero(roomy)[:1].tolist():
+            state.add_block(p, size, -1)
+            state.add_block(q, size, 1)
+            undo.append((False, size, q))
+            return True
     return False

@@ -97,54 +97,58 @@ def _divide(options: Options, _near: Ints) -> Ints | None:
     if spread:
         top = max(top, math.ceil(options.target / unit / options.zones - EPS))
     load = np.arange(top + 1)
-    served = np.where(load == 0, 0.0, np.inf) * np.ones((options.zones, 1))  # [zone, load] cost
-    order = np.lexsort((options.cost, options.zone))
-    taken: list[tuple[Ints, Ints, Ints]] = []
-    for rate in rates:
-        most = math.ceil(top * unit / rate - EPS)
-        mine = order[options.rate[order] == rate]
-        price = np.full((options.zones, most + 1), np.inf)  # [zone, replicas]
-        price[:, 0] = 0.0
-        for z in np.unique(options.zone[mine]):
-            here = mine[options.zone[mine] == z]
-            each = np.repeat(options.cost[here], np.minimum(options.room[here], most))[:most]
-            price[z, 1 : len(each) + 1] = np.cumsum(each)
-        left = np.maximum(0, np.ceil(load - np.arange(most + 1)[:, None] * (rate / unit) - EPS)).astype(np.int64)
-        ways = served[:, left] + price[:, :, None]
-        count = ways.argmin(axis=1)
-        served = np.take_along_axis(ways, count[:, None], 1)[:, 0]
-        taken.append((mine, count, left))
+    most = np.ceil(top * unit / rates - EPS).astype(np.int64)
+    prices = _prices(options, rates, most)
+    served = [np.where(load == 0, 0.0, np.inf) * np.ones((options.zones, 1))]  # [zone, load] cost, after each rate
+    left = []  # [replicas, load] load that is left, of each rate
+    for rate, many, price in zip(rates, most, prices, strict=True):
+        taken = np.arange(many + 1)[:, None] * (rate / unit)
+        left.append(np.maximum(0, np.ceil(load - taken - EPS)).astype(np.int64))
+        served.append((served[-1].take(left[-1], axis=1) + price[:, : many + 1, None]).min(axis=1))
     caps = np.unique(np.geomspace(1, top, CAPS).round().astype(np.int64)) if spread else np.array([top])
     need = np.maximum(options.target, options.rest + caps * unit) if spread else np.array([options.target])
     need = np.ceil(need / unit - EPS).astype(np.int64)
     caps, need = caps[caps * options.zones >= need], need[caps * options.zones >= need]
     if not len(caps):
         return None
-    cost = np.full((len(caps), int(need.max()) + 1), np.inf)  # [cap, load of all zones so far]
-    cost[:, 0] = 0.0
-    over = np.where(load <= caps[:, None], 0.0, np.inf)
-    parts = []
-    for z in range(options.zones):
-        before = np.concatenate([np.repeat(cost[:, :1], top, axis=1), cost], axis=1)  # a load beyond the need is free
-        ways = np.lib.stride_tricks.sliding_window_view(before, top + 1, axis=1) + (served[z] + over)[:, None, ::-1]
-        part = ways.argmin(axis=2)
-        cost = np.take_along_axis(ways, part[:, :, None], 2)[:, :, 0]
-        parts.append(top - part)
-    cap = int(cost[np.arange(len(caps)), need].argmin())
+    zone_cost = served[-1][:, None] + np.where(load <= caps[:, None], 0.0, np.inf)  # [zone, cap, load]
+    cost = [np.full((len(caps), int(need.max()) + 1), np.inf)]  # [cap, load of all zones so far], after each zone
+    cost[0][:, 0] = 0.0
+    before = np.maximum(0, np.arange(cost[0].shape[1]) - load[:, None])  # [load here, load]; beyond the need is free
+    for here in zone_cost:
+        cost.append((cost[-1].take(before, axis=1) + here[:, :, None]).min(axis=1))
+    cap = int(cost[-1][np.arange(len(caps)), need].argmin())
     at = int(need[cap])
-    if not np.isfinite(cost[cap, at]):
+    if not np.isfinite(cost[-1][cap, at]):
         return None
+    # Only minima were kept; the choices are found again along the cheapest way alone.
+    order = np.argsort(options.cost, kind="stable")
     result = np.zeros(len(options.cost), dtype=np.int64)
     for z in reversed(range(options.zones)):
-        here = int(parts[z][cap, at])
-        at = max(0, at - here)
-        for mine, count, left in reversed(taken):
-            many = int(count[z, here])
-            here = int(left[many, here])
-            for o in mine[options.zone[mine] == z].tolist():
+        here = int((cost[z][cap, before[:, at]] + zone_cost[z, cap]).argmin())
+        at = int(before[here, at])
+        for k in reversed(range(len(rates))):
+            many = int((served[k][z, left[k][:, here]] + prices[k, z, : most[k] + 1]).argmin())
+            here = int(left[k][many, here])
+            for o in order[(options.zone[order] == z) & (options.rate[order] == rates[k])].tolist():
                 result[o] = min(many, int(options.room[o]))
                 many -= int(result[o])
     return _complete(options, result)  # for the minimum number of replicas
+
+
+def _prices(options: Options, rates: Floats, most: Ints) -> Floats:
+    """Return the cost of the cheapest 0, 1, 2, … replicas of each rate in each zone, as [rate, zone, replicas]."""
+    kind = np.searchsorted(rates, options.rate)
+    group = kind * options.zones + options.zone
+    order = np.lexsort((options.cost, group))
+    each = np.repeat(order, np.minimum(options.room, most[kind])[order])
+    rank = np.arange(len(each)) - np.searchsorted(group[each], group[each])
+    each, rank = each[rank < most.max()], rank[rank < most.max()]
+    price = np.full((len(rates), options.zones, int(most.max()) + 1), np.inf)
+    price[:, :, 0] = 0.0
+    price[kind[each], options.zone[each], rank + 1] = options.cost[each]
+    result: Floats = price.cumsum(axis=2)
+    return result
 
 
 def _unit(rates: Floats, most: float) -> float:

@@ -153,16 +153,19 @@ def solve(
     """
     began = time.perf_counter()
     required = need.compute(problem, kind)
-    built, linear = program.build(problem, required), program.build(problem, required, shared=True)
+    built = program.build(problem, required)
     if stay:
-        built, linear = (program.stay(one, [pool.held for pool in problem.pools]) for one in (built, linear))
+        built = program.stay(built, [pool.held for pool in problem.pools])
         if (built.lower > built.upper).any():  # more is held than a quota allows
             raise InfeasibleError(Conflict((), False))
+    linear, kept = program.with_shared_columns(built, problem.pools)
     relaxed = solver.relax(linear, limit=limit)
     if relaxed.values is None:
         raise explain.infeasible(problem, built, integers=False) if explained else InfeasibleError(Conflict((), False))
-    near = replace(relaxed, values=program.as_columns_of(built, linear, relaxed.values))
-    rounded = solver.integers(built, near, problem, required, quick=quick, thorough=thorough, limit=limit)
+    near = np.zeros(len(built.cost))
+    near[kept] = relaxed.values
+    whole = replace(relaxed, values=near)
+    rounded = solver.integers(built, whole, problem, required, quick=quick, thorough=thorough, limit=limit)
     if rounded.values is None:
         raise explain.infeasible(problem, built, integers=True) if explained else InfeasibleError(Conflict((), False))
     best = solver.search(built, start=rounded.values, bound=relaxed.objective, limit=limit) if exact else None

@@ -36,8 +36,6 @@ class Program:
     """
 
     steps: int
-    columns: int
-    rows: int
     row: Ints
     col: Ints
     val: Floats
@@ -55,13 +53,38 @@ class Program:
     spare: tuple[int, ...]  # services with an h column
     spread: tuple[int, ...]  # services with a y column
     spread_unit: tuple[float, ...]  # unit of y: replicas of this rate, or 1.0 per second
-    at_u: int
-    at_x: int
-    at_b: int
-    at_s: int
-    at_h: int
-    at_y: int
+    at_u: int  # the number of pools
     price_scale: float
+
+    @property
+    def at_x(self) -> int:
+        return 2 * self.at_u
+
+    @property
+    def at_b(self) -> int:
+        return self.at_x + len(self.pairs)
+
+    @property
+    def at_s(self) -> int:
+        return self.at_b + len(self.blocks)
+
+    @property
+    def at_h(self) -> int:
+        return self.at_s + len(self.sums)
+
+    @property
+    def at_y(self) -> int:
+        return self.at_h + len(self.spare)
+
+    @property
+    def columns(self) -> int:
+        """Columns of a step."""
+        return self.at_y + len(self.spread)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a step."""
+        return len(self.row_names)
 
 
 class _Rows:
@@ -72,8 +95,8 @@ class _Rows:
         self.names: list[Name] = []
         self.entries: list[tuple[int, Ints, Floats]] = []  # row, columns, coefficients
         self.earlier: list[tuple[int, Ints, Floats]] = []  # the same, on columns of the step before
-        self.lower: list[Floats] = []
-        self.upper: list[Floats] = []
+        self.least: list[npt.ArrayLike] = []
+        self.most: list[npt.ArrayLike] = []
 
     def add(
         self,
@@ -85,16 +108,24 @@ class _Rows:
     ) -> None:
         """Add least <= terms <= most; a term is (columns, coefficients), `before` one on n of the step before."""
         at = len(self.names)
-        lower, upper = np.full(self.steps, least, dtype=np.float64), np.full(self.steps, most, dtype=np.float64)
         self.entries += [(at, *_term(*term)) for term in terms]
         if before is not None:
-            pools, coefficients = _term(*before)
-            self.earlier.append((at, pools, coefficients))
-            lower[0] -= coefficients @ self.held[pools]
-            upper[0] -= coefficients @ self.held[pools]
+            self.earlier.append((at, *_term(*before)))
         self.names.append(name)
-        self.lower.append(lower)
-        self.upper.append(upper)
+        self.least.append(least)
+        self.most.append(most)
+
+    def bounds(self) -> tuple[Floats, Floats]:
+        """Return the least and the most of all rows of all steps."""
+        found = []
+        for given in (self.least, self.most):
+            table = np.empty((len(given), self.steps))
+            for at, value in enumerate(given):
+                table[at] = value
+            for at, pools, coefficients in self.earlier:
+                table[at, 0] -= coefficients @ self.held[pools]
+            found.append(table.T.ravel())
+        return found[0], found[1]
 
     def triplets(self, columns: int) -> tuple[Ints, Ints, Floats]:
         """Return the matrix of all steps: rows, columns, coefficients."""
@@ -124,12 +155,10 @@ def round_up(values: Floats) -> Floats:
     return result
 
 
-def build(problem: Problem, need: Need, *, shared: bool = False) -> Program:
+def build(problem: Problem, need: Need) -> Program:
     """Build the program of a problem.
 
-    Prices are divided by the largest, so that solver tolerances do not depend on the currency. `shared`: pools that differ only in
-    price, quota, supply or boot time share the columns of their replicas and blocks, those of the cheapest of them. As a linear program
-    that is exact, since their common load can be divided like their instances; it is not in integers, for replicas over several instances.
+    Prices are divided by the largest, so that solver tolerances do not depend on the currency.
     """
     pools, services, policy, steps = problem.pools, problem.services, problem.policy, problem.demand.steps
     count = len(pools)
@@ -137,14 +166,12 @@ def build(problem: Problem, need: Need, *, shared: bool = False) -> Program:
     everywhere = np.arange(count)
     zone = np.unique([f"{p.region}/{p.zone}" for p in pools], return_inverse=True)[1]
     place = np.array(need.place, dtype=np.int64)
-    column_of = stand_ins(pools) if shared else everywhere
-    own = column_of == everywhere
-    pairs = np.argwhere((need.rate > 0) & own[:, None]).astype(np.int64)
+    pairs = np.argwhere(need.rate > 0).astype(np.int64)
     served = need.rate[pairs[:, 0], pairs[:, 1]]
     width = np.array([slot(services[j].gpus, pools[i].gpus) for i, j in pairs.tolist()], dtype=np.float64)
     sums = sorted({(k, size) for group in need.groups for k, (size, _) in group.weights.items()})
     blocks = np.array(
-        [(i, w) for i, where in enumerate(need.place) if own[i] for k, w in sums if k == where], dtype=np.int64
+        [(i, w) for i, where in enumerate(need.place) for k, w in sums if k == where], dtype=np.int64
     ).reshape(-1, 2)
     by_pool, by_service = _positions(pairs[:, 0], count), _positions(pairs[:, 1], len(services))
     zones_of = [np.unique(zone[pairs[mine, 0]]) for mine in by_service]
@@ -162,9 +189,8 @@ def build(problem: Problem, need: Need, *, shared: bool = False) -> Program:
     rows = _Rows(steps, held)
 
     for i, (pool, mine, idle) in enumerate(zip(pools, by_pool, _positions(blocks[:, 0], count), strict=True)):
-        name, alike = Name("capacity", pool.name, f"GPUs of pool {pool.name}"), np.flatnonzero(column_of == i)
-        if len(alike):
-            rows.add(name, (alike, gpus[alike]), (at_x + mine, -width[mine]), (at_b + idle, -blocks[idle, 1]), least=0)
+        name = Name("capacity", pool.name, f"GPUs of pool {pool.name}")
+        rows.add(name, (i, gpus[i]), (at_x + mine, -width[mine]), (at_b + idle, -blocks[idle, 1]), least=0)
     for i, pool in enumerate(pools):
         name = Name("flow", pool.name, f"starts of pool {pool.name}")
         rows.add(name, (at_u + i, 1), (i, -1), least=0, before=(i, 1))
@@ -251,15 +277,14 @@ def build(problem: Problem, need: Need, *, shared: bool = False) -> Program:
     integer = np.ones(columns, dtype=np.bool_)
     integer[at_u:at_x] = integer[at_h:] = False  # starts are integers if instances are
     row, col, val = rows.triplets(columns)
+    row_lower, row_upper = rows.bounds()
     return Program(
         steps=steps,
-        columns=columns,
-        rows=len(rows.names),
         row=row,
         col=col,
         val=val,
-        row_lower=np.array(rows.lower).T.ravel(),
-        row_upper=np.array(rows.upper).T.ravel(),
+        row_lower=row_lower,
+        row_upper=row_upper,
         lower=np.zeros(steps * columns),
         upper=upper.ravel(),
         cost=np.tile(cost, steps),
@@ -273,11 +298,6 @@ def build(problem: Problem, need: Need, *, shared: bool = False) -> Program:
         spread=spread,
         spread_unit=tuple(unit[j] for j in spread),
         at_u=at_u,
-        at_x=at_x,
-        at_b=at_b,
-        at_s=at_s,
-        at_h=at_h,
-        at_y=at_y,
         price_scale=scale,
     )
 
@@ -297,14 +317,34 @@ def stand_ins(pools: tuple[Pool, ...]) -> Ints:
     return np.array([found[key] for key in alike], dtype=np.int64)
 
 
-def as_columns_of(program: Program, shared: Program, values: Floats) -> Floats:
-    """Return the instances, starts and replicas that `values` of a program with shared columns has, as columns of `program`."""
-    table = np.zeros((program.steps, program.columns))
-    given = values.reshape(shared.steps, shared.columns)
-    table[:, : program.at_x] = given[:, : shared.at_x]
-    kept = program.at_x + np.flatnonzero(np.isin(program.pairs[:, 0], shared.pairs[:, 0]))
-    table[:, kept] = given[:, shared.at_x : shared.at_b]
-    return table.ravel()
+def with_shared_columns(program: Program, pools: tuple[Pool, ...]) -> tuple[Program, npt.NDArray[np.bool_]]:
+    """Return the program in which pools that have one stand-in share its columns of replicas and blocks, and which are kept.
+
+    As a linear program that is exact, since the common load of these pools can be divided like their instances; it is not in
+    integers, for replicas over several instances. The first rows of a step are the capacities of the pools, which are added up.
+    """
+    stand_in, steps = stand_ins(pools), program.steps
+    own = stand_in == np.arange(len(pools))
+    kept, kept_rows = np.ones(program.columns, dtype=np.bool_), np.ones(program.rows, dtype=np.bool_)
+    kept[program.at_x : program.at_b] = own[program.pairs[:, 0]]
+    kept[program.at_b : program.at_s] = own[program.blocks[:, 0]]
+    kept_rows[: len(pools)] = own
+    row_of, column_of = np.cumsum(kept_rows) - 1, np.cumsum(kept) - 1
+    row_of[: len(pools)] = row_of[stand_in]
+    inside = kept[program.col % program.columns]
+    row, col = program.row[inside], program.col[inside]
+    part = replace(
+        program,
+        row=row // program.rows * int(kept_rows.sum()) + row_of[row % program.rows],
+        col=col // program.columns * int(kept.sum()) + column_of[col % program.columns],
+        val=program.val[inside],
+        row_names=tuple(name for name, stays in zip(program.row_names, kept_rows.tolist(), strict=True) if stays),
+        pairs=program.pairs[own[program.pairs[:, 0]]],
+        blocks=program.blocks[own[program.blocks[:, 0]]],
+        **{k: getattr(program, k)[np.tile(kept_rows, steps)] for k in ("row_lower", "row_upper")},
+        **{k: getattr(program, k)[np.tile(kept, steps)] for k in ("lower", "upper", "cost", "integer")},
+    )
+    return part, np.tile(kept, steps)
 
 
 def first_step(program: Program) -> Program:

@@ -4,8 +4,9 @@
     resume_after_dump(driver, pids, needs)    after the dump: the dumped tree must resume, even if it has to wait
     resume(driver, pids, needs, …)    after CRIU's restore: check memory → restore all → unlock all
 
-`driver` is a checkpoint.cuda.helper.Helper. PIDs are this process's numbers for the tree's processes. All processes
-are locked before the first is checkpointed, so that none computes on memory that another has offloaded. On any
+`driver` is a checkpoint.cuda.helper.Helper. PIDs are this process's numbers for the tree's processes. Each step is
+taken for all processes at once. All are locked before the first is checkpointed, so that none computes on memory that
+another has offloaded, and every restore of a tree has ended before the first is unlocked. On any
 error, every process is brought back to RUNNING before the error is raised. If that fails, `cuda-stuck` names the
 process, and its tree must be killed. GPU memory is checked before the first restore call, because a process whose
 restore runs out of memory is lost.
@@ -17,28 +18,34 @@ suspend → CRIU dump; CRIU restore → resume → wake.
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
 from checkpoint.compatibility.gpu import Gpu
-from checkpoint.cuda.driver import DeviceMemory, Driver, DriverError, State
+from checkpoint.cuda.driver import STALLED, DeviceMemory, Driver, DriverError, State
+from checkpoint.cuda.gpu_locks import gpu_locks
 from checkpoint.cuda.placement import all_pairs
 from checkpoint.errors import Busy, Failed, HostLacks, Incompatible
 
+log = logging.getLogger("quickthaw")
 T = TypeVar("T")
 LOCK_TIMEOUT_S = 10.0
 MARGIN = 64 << 20
 """Bytes of GPU memory that a restore may need beyond what was freed: contexts are allocated again."""
-LOCK_WAIT_TIMEOUT_S = 300.0
 RESUME_TIMEOUT_S = 60.0
 """How long a resume after a dump waits for the GPU's lock and for free memory, seconds. Then it is tried anyway."""
-LOCKS = Path("/run/quickthaw")
+RESTORE_TIMEOUT_S = 60.0
+RESTORE_SLOWEST = 100 << 20
+"""Timeout of a process's restore in seconds; each RESTORE_SLOWEST bytes of the tree's GPU memory add one. Measured: 5 GB/s."""
+ONE_BY_ONE = "QUICKTHAW_CUDA_ONE_BY_ONE"
+"""Environment variable: 1 moves the processes of a tree one after the other, for a driver that fails otherwise."""
 MULTI_GPU_SINCE: tuple[int, ...] | None = None
 """The first driver version that checkpoints processes which share memory between GPUs (NCCL, CUDA IPC); None: no version is known to."""
 PARALLEL_FLAGS = (
@@ -74,6 +81,11 @@ def holders(driver: Driver, pids: Iterable[int]) -> list[int]:
         raise Failed(
             "cuda-query-failed", f"the driver did not report which processes use CUDA: {error.result}"
         ) from error
+
+
+def _nodes(driver: Driver) -> dict[str, Path]:
+    """Return the device file of each GPU by uuid, where NVML knows it."""
+    return {device.uuid: Path(device.node) for device in _ask(driver.devices) if device.node}
 
 
 def free_memory(driver: Driver) -> dict[str, int]:
@@ -125,9 +137,8 @@ def suspend(
     try:
         for pid in found:
             _expect(driver, pid, State.RUNNING)
-            _step("lock", pid, driver.lock, int(lock_timeout_s * 1000))
-        for pid in found:
-            _step("checkpoint", pid, driver.checkpoint)
+        _each(found, lambda pid: _step("lock", pid, driver.lock, int(lock_timeout_s * 1000)))
+        _each(found, lambda pid: _step("checkpoint", pid, driver.checkpoint))
         after = free_memory(driver)
         if not used:
             # NVML uses the host's process numbers, so in a container only the freed memory shows which GPUs were used.
@@ -163,9 +174,9 @@ def resume_after_dump(
     """
     limit = time.monotonic() + timeout_s
     with contextlib.ExitStack() as locks:
-        # Busy, or no folder for locks: resume without the locks.
-        with contextlib.suppress(Busy, Failed):
-            locks.enter_context(_gpu_locks(lock_folders, needs.memory, timeout_s))
+        # Busy, no folder for locks, or no answer from the driver: resume without the locks.
+        with contextlib.suppress(Busy, Failed, HostLacks):
+            locks.enter_context(gpu_locks(lock_folders, needs.memory, _nodes(driver), timeout_s))
         while time.monotonic() < limit:
             try:
                 check_memory(driver, needs, margin=0)
@@ -204,71 +215,57 @@ def resume(
     if not found:
         return []
     where = dict(pairs)
-    with _gpu_locks(lock_folders, {where.get(uuid, uuid) for uuid in needs.memory}):
+    with gpu_locks(lock_folders, {where.get(uuid, uuid) for uuid in needs.memory}, _nodes(driver)):
         check_memory(driver, needs, pairs)
         here = list(free_memory(driver)) if pairs else []
-        _restore_all(driver, found, all_pairs(pairs, needs.gpus, here))
+        limit_s = RESTORE_TIMEOUT_S + sum(needs.memory.values()) / RESTORE_SLOWEST
+        _restore_all(driver, found, all_pairs(pairs, needs.gpus, here), limit_s)
     return found
 
 
-def _restore_all(driver: Driver, found: Sequence[int], pairs: Sequence[tuple[str, str]]) -> None:
+def _restore_all(driver: Driver, found: Sequence[int], pairs: Sequence[tuple[str, str]], limit_s: float) -> None:
+    def restore(pid: int) -> None:
+        _step("restore", pid, driver.restore, list(pairs), limit_s)
+
     try:
         for pid in found:
             _expect(driver, pid, State.CHECKPOINTED)
-        for pid in found:
-            _step("restore", pid, driver.restore, list(pairs))
-        for pid in found:
-            _step("unlock", pid, driver.unlock)
+        try:
+            _each(found, restore)
+        except Failed as refused:
+            # A driver that does not restore several at once leaves those that it refused as they were.
+            left = [pid for pid in found if driver.state(pid) is State.CHECKPOINTED]
+            if len(found) < 2 or STALLED in str(refused) or not left:
+                raise
+            log.warning("%s; restoring one process after the other", refused)
+            for pid in left:
+                restore(pid)
+            for pid in found:
+                _expect(driver, pid, State.LOCKED)
+        _each(found, lambda pid: _step("unlock", pid, driver.unlock))
     except Incompatible:
         raise  # out of memory: the driver brings the process back no more (cuda-checkpoint #44), nor does the tree run without it
     except BaseException as error:
+        if STALLED in str(error):  # a second try would take as long
+            raise Failed("cuda-stuck", f"{error}; end the engine") from error
         _undo(driver, found, error, pairs)
         raise
 
 
-@contextlib.contextmanager
-def _gpu_locks(folders: Iterable[Path], gpus: Iterable[str], timeout_s: float | None = None) -> Iterator[None]:
-    """Lock GPUs for one restore: if two restores both found the memory free, one replica would be lost.
+def _each(pids: Sequence[int], step: Callable[[int], None]) -> None:
+    """Call `step` for each process, all at once; wait until every call has ended, then raise the first error.
 
-    A folder that is not writable is skipped if another one is. Raises Busy (gpu-busy), Failed (gpu-lock-failed).
+    An interrupt waits for them, too: a process whose state is on its way cannot be brought back.
     """
-    fds: list[int] = []
-    timeout_s = LOCK_WAIT_TIMEOUT_S if timeout_s is None else timeout_s
-    limit = time.monotonic() + timeout_s
-    try:
-        # The same order in every process prevents deadlocks.
-        for uuid in sorted(gpus):
-            refused: OSError | None = None
-            opened = 0
-            for folder in folders:
-                try:
-                    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-                    fd = os.open(folder / f"gpu-{uuid}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                except OSError as error:
-                    refused = error
-                    continue
-                fds.append(fd)
-                opened += 1
-                _lock(fd, uuid, limit, timeout_s)
-            if not opened and refused:
-                raise Failed(
-                    "gpu-lock-failed", f"cannot lock GPU {uuid} for a restore: {refused}; make the folder writable"
-                )
-        yield
-    finally:
-        for fd in fds:
-            os.close(fd)
-
-
-def _lock(fd: int, uuid: str, limit: float, timeout_s: float) -> None:
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > limit:
-                raise Busy("gpu-busy", f"another restore has been using GPU {uuid} for {timeout_s:.0f} s") from None
-            time.sleep(0.005)
+    if len(pids) < 2 or os.environ.get(ONE_BY_ONE) == "1":
+        for pid in pids:
+            step(pid)
+        return
+    with ThreadPoolExecutor(len(pids)) as pool:
+        calls = [pool.submit(step, pid) for pid in pids]
+        wait(calls)
+    for call in calls:
+        call.result()
 
 
 def check_memory(driver: Driver, needs: Needs, pairs: Sequence[tuple[str, str]] = (), margin: int = MARGIN) -> None:
@@ -410,30 +407,43 @@ def check_released(pids: Sequence[int], prefix: str = "/dev/nvidia") -> None:
 def bring_to_running(driver: Driver, pids: Sequence[int], pairs: Sequence[tuple[str, str]] = ()) -> dict[int, str]:
     """Bring every process to RUNNING from any state; return those that failed, each with the reason.
 
-    A process that has ended needs nothing. Each step is tried once: a driver that refuses it would refuse it again.
+    All at once, then those that failed one after the other. A process that has ended needs nothing.
     """
-    stuck = {}
-    for pid in pids:
-        try:
-            # At most CHECKPOINTED → LOCKED → RUNNING.
-            for _ in range(3):
-                state = driver.state(pid)
-                if state is None or state is State.RUNNING:
-                    break
-                if state is State.CHECKPOINTED:
-                    driver.restore(pid, list(pairs))
-                elif state is State.LOCKED:
-                    driver.unlock(pid)
-                else:
-                    stuck[pid] = f"is {state.name}"
-                    break
-            else:
-                stuck[pid] = "did not reach RUNNING"
-        except DriverError as error:
-            stuck[pid] = error.result
-        except HostLacks as error:
-            stuck[pid] = str(error)
+    stuck: dict[int, str] = {}
+
+    def bring(pid: int) -> None:
+        if why := _why_not_running(driver, pid, pairs):
+            stuck[pid] = why
+        else:
+            stuck.pop(pid, None)
+
+    _each(pids, bring)
+    # After a call that never returned, there is no second try: it would take as long.
+    if len(pids) > 1 and not any(STALLED in why for why in stuck.values()):
+        for pid in sorted(stuck):
+            bring(pid)
     return stuck
+
+
+def _why_not_running(driver: Driver, pid: int, pairs: Sequence[tuple[str, str]]) -> str:
+    """Bring one process to RUNNING; return why it is not, or ""."""
+    try:
+        # At most CHECKPOINTED → LOCKED → RUNNING.
+        for _ in range(3):
+            state = driver.state(pid)
+            if state is None or state is State.RUNNING:
+                return ""
+            if state is State.CHECKPOINTED:
+                driver.restore(pid, list(pairs))
+            elif state is State.LOCKED:
+                driver.unlock(pid)
+            else:
+                return f"is {state.name}"
+        return "did not reach RUNNING"
+    except DriverError as error:
+        return error.result
+    except HostLacks as error:
+        return str(error)
 
 
 def _undo(driver: Driver, pids: Sequence[int], cause: BaseException, pairs: Sequence[tuple[str, str]] = ()) -> None:

@@ -30,6 +30,12 @@ class State(enum.Enum):
     RESTORING = 5
 
 
+MOVE_TIMEOUT_S = 900.0
+"""Timeout of checkpoint and restore, which move GPU memory. At the measured 1.4 to 5 GB/s it suffices for a terabyte."""
+STALLED = "QUICKTHAW_STALLED"
+"""The `result` of a call that exceeded its timeout, or whose helper died; the helper was killed."""
+
+
 class DriverError(Exception):
     """A call that the driver refused; `result` is the driver's name for the error, such as CUDA_ERROR_ILLEGAL_STATE."""
 
@@ -41,7 +47,7 @@ class DriverError(Exception):
 class DeviceMemory(msgspec.Struct, frozen=True):
     """Memory of one GPU in bytes, with `uuid` (`GPU-…`) and product name.
 
-    `mig`: it is divided into slices (multi-instance GPU).
+    `mig`: it is divided into slices (multi-instance GPU). `node`: its device file, or "" if NVML does not know it.
     """
 
     uuid: str
@@ -49,6 +55,7 @@ class DeviceMemory(msgspec.Struct, frozen=True):
     free: int
     total: int
     mig: bool = False
+    node: str = ""
 
 
 class Driver(Protocol):
@@ -78,10 +85,10 @@ class Driver(Protocol):
     def checkpoint(self, pid: int) -> None:
         """Move the process's GPU memory into its host memory and release the GPU."""
 
-    def restore(self, pid: int, pairs: list[tuple[str, str]]) -> None:
+    def restore(self, pid: int, pairs: list[tuple[str, str]], limit_s: float = MOVE_TIMEOUT_S) -> None:
         """Move a process back to its GPUs, or to others.
 
-        `pairs` maps (old uuid, new uuid), and must name all of its GPUs or none.
+        `pairs` maps (old uuid, new uuid), and must name all of its GPUs or none. `limit_s`: how long a helper waits for it.
         """
 
     def unlock(self, pid: int) -> None:
@@ -146,7 +153,14 @@ class RealDriver:
             memory.free,
             memory.total,
             self._divided(handle),
+            self._node(handle),
         )
+
+    def _node(self, handle: Any) -> str:
+        try:
+            return f"/dev/nvidia{self._nvml.nvmlDeviceGetMinorNumber(handle)}"
+        except self._nvml.NVMLError:
+            return ""
 
     def _divided(self, handle: Any) -> bool:
         try:
@@ -187,7 +201,7 @@ class RealDriver:
     def checkpoint(self, pid: int) -> None:
         self._call(self._cuda.cuCheckpointProcessCheckpoint, pid, None)
 
-    def restore(self, pid: int, pairs: list[tuple[str, str]]) -> None:
+    def restore(self, pid: int, pairs: list[tuple[str, str]], limit_s: float = MOVE_TIMEOUT_S) -> None:
         arguments = None
         if pairs:
             arguments = self._cuda.CUcheckpointRestoreArgs()

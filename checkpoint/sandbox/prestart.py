@@ -1,8 +1,9 @@
 """Prestart helper processes, so that they are ready when their owner has finished importing.
 
-The helpers are the init of the first sandbox and the page server of the first restore. A command that will need them
-calls `start` first of all. `take_init` and `take_page_server` return the prestarted helper, or start a new one. An
-unused helper exits when its control socket closes: a page server at `settled`, any helper when its owner ends.
+The helpers are the init of the first sandbox, the page server of the first restore, and on a host with a GPU the one that
+calls the CUDA driver, whose initialisation takes up to a second. A command that will need them calls `start` first of
+all. `take_init` and `take_page_server` return the prestarted helper, or start a new one. An unused helper exits when its
+control socket closes: a page server at `settled`, any helper when its owner ends.
 
 Prestarted helpers are forked: the owner has no threads yet, and a fork saves each helper an interpreter's start and
 half of its imports (20 to 30 ms of CPU time, which the owner's own imports need). Later helpers are spawned, because
@@ -94,7 +95,7 @@ class Forked:
 Started = tuple[Child, socket.socket]
 
 _PR_SET_NAME = 15
-_INIT, _PAGE_SERVER = "checkpoint.sandbox.init", "checkpoint.lazy_pages.main"
+_INIT, _PAGE_SERVER, _CUDA = "checkpoint.sandbox.init", "checkpoint.lazy_pages.main", "checkpoint.cuda.helper"
 """The modules of the helpers. Each has a `main(control_fd)` that returns an exit code."""
 _PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from {} import main; sys.exit(main(int(sys.argv[2])))"
 _PACKAGES = str(Path(__file__).resolve().parents[2])
@@ -102,6 +103,8 @@ _END_LIMIT_S = 5.0
 _SYS_CLOSE_RANGE, _MOST_FDS = 436, (1 << 32) - 1  # the same on every architecture
 _init: list[Started] = []
 _page_server: list[Started] = []
+_cuda: list[Started] = []
+NVIDIA = Path("/dev/nvidiactl")
 
 
 def _fork(name: str, module: str) -> Started:
@@ -164,13 +167,15 @@ def _spawn(module: str) -> Started:
 
 
 def start() -> None:
-    """Prestart one helper of each kind, and tune this interpreter for a fast start.
+    """Prestart one helper of each kind that this host may need, and tune this interpreter for a fast start.
 
     The thread switch interval drops from 5 ms to 0.5 ms, because the restoring thread waits for the interpreter
     after every other wait. Garbage collection is off until `settled`.
     """
     _init.append(_fork("quickthaw-outer", _INIT))
     _page_server.append(_fork("quickthaw-pages", _PAGE_SERVER))
+    if NVIDIA.exists():
+        _cuda.append(_fork("quickthaw-cuda", _CUDA))
     gc.disable()
     sys.setswitchinterval(0.0005)
 
@@ -197,12 +202,15 @@ def end_start_phase() -> None:
 
 
 def end_unused() -> None:
-    """End the start phase as `end_start_phase` does, and an unused init too."""
+    """End the start phase as `end_start_phase` does, and an unused init and CUDA helper too."""
     end_start_phase()
-    while _init:
-        process, ours = _init.pop()
-        ours.close()
-        end(process)
+    for unused in (_init, _cuda):
+        while unused:
+            process, ours = unused.pop()
+            ours.close()
+            if unused is _cuda:
+                process.kill()  # it may be initialising the driver, for seconds
+            end(process)
 
 
 def end(process: Child) -> None:
@@ -235,3 +243,8 @@ def take_init() -> Started:
 def take_page_server() -> Started:
     """Return the prestarted page server, or start a new one."""
     return _take(_page_server) or _spawn(_PAGE_SERVER)
+
+
+def take_cuda_helper() -> Started | None:
+    """Return the prestarted helper of the CUDA driver, if there is one."""
+    return _take(_cuda)

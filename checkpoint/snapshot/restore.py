@@ -24,6 +24,7 @@ from checkpoint.criu.binary import Criu
 from checkpoint.criu.pagemap import PAGE
 from checkpoint.cuda import checkpoint as cuda
 from checkpoint.cuda.driver import Driver
+from checkpoint.cuda.gpu_locks import LOCKS
 from checkpoint.errors import CheckpointError, Failed, HostLacks
 from checkpoint.files import private_folder, replacing
 from checkpoint.lazy_pages.client import DownloadingImages, PageServer, server_config
@@ -51,7 +52,7 @@ def gpu_locks(library: Library) -> tuple[Path, ...]:
 
     One is for this host, one for containers that share the state folder.
     """
-    return (cuda.LOCKS, library.home / "run")
+    return (LOCKS, library.home / "run")
 
 
 def check_page_size(size: int = mmap.PAGESIZE) -> None:

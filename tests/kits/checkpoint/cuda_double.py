@@ -328,7 +328,7 @@ class Double:
         signal_and_wait(pid, FILLED, lambda: not locked_bytes(pid))
         return pages
 
-    def restore(self, pid: int, pairs: list[tuple[str, str]]) -> None:
+    def restore(self, pid: int, pairs: list[tuple[str, str]], limit_s: float = 0.0) -> None:
         with self._call("restore", pid):
             with self._locked():
                 record = self._move(pid, State.CHECKPOINTED, State.LOCKED)

@@ -92,6 +92,56 @@ def test_helpers_keep_nothing_of_their_owner_open_and_end_with_it(owner: subproc
     assert all(ended(pid) for pid in helpers)
 
 
+# An owner on a host with a GPU, whose driver takes a while to initialise.
+GPU_OWNER = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from checkpoint.cuda import helper
+from checkpoint.sandbox import prestart
+
+class Driver:
+    def __init__(self):
+        time.sleep(0.5)
+    def version(self):
+        return f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')}"
+
+helper.REAL, prestart.NVIDIA = "__main__:Driver", Path("/dev/null" if sys.argv[2] == "gpu" else "/dev/none")
+prestart.start()
+print(*(process.pid for process, _ in prestart._cuda), flush=True)
+if sys.argv[3] == "used":
+    time.sleep(0.6)  # the command's imports
+    with helper.Helper(helper.REAL) as first:
+        ready = time.monotonic()
+        print(first.version(), flush=True)
+        assert time.monotonic() - ready < 0.4, "initialised meanwhile"
+        print(prestart.take_cuda_helper())
+else:
+    prestart.end_unused()
+"""
+
+
+@pytest.mark.parametrize("use", ["used", "unused"])
+def test_the_cuda_drivers_helper_initialises_from_the_first_moment_on(use: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", GPU_OWNER, str(ROOT), "gpu", use],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "1"},
+        check=False,
+    )
+    pid, *answers = done.stdout.splitlines()
+    assert answers == ([f"{pid} None", "None"] if use == "used" else []), done.stderr
+    assert ended(int(pid))
+
+
+def test_without_a_gpu_no_helper_of_its_driver_starts() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", GPU_OWNER, str(ROOT), "none", "unused"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+
+
 def test_a_forked_child_has_the_interface_of_popen() -> None:
     pid = os.fork()
     if not pid:

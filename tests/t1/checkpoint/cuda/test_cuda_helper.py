@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -83,8 +84,8 @@ def test_a_helper_ends_with_its_owner(helper: Helper) -> None:
     helper.version()
     pid = helper.pid
     assert pid is not None
-    assert helper._socket is not None
-    helper._socket.close()  # as the kernel does when the owner dies
+    assert helper._process is not None
+    helper._process.socket.shutdown(socket.SHUT_RDWR)  # as the kernel does when the owner dies
     wait_until(lambda: not alive(pid))
 
 
@@ -133,7 +134,7 @@ def test_an_unknown_factory_is_refused() -> None:
 def test_an_unknown_operation_is_refused(children: Children) -> None:
     from tests.kits.checkpoint.cuda_double import Double
 
-    assert "error" in _answer(Double(str(children.folder)), ["_record", 1])
+    assert "error" in _answer(Double(str(children.folder)), "_record", [1])
 
 
 def test_a_gpus_uuid_is_converted_to_bytes() -> None:

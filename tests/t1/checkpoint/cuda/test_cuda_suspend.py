@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from checkpoint.cuda import checkpoint as cuda
+from checkpoint.cuda import gpu_locks
 from checkpoint.cuda.checkpoint import (
     Needs,
     check_released,
@@ -44,11 +45,9 @@ def test_suspend_and_resume(children: Children, driver: Double, pids: list[int],
     assert resume(driver, tree, needs, lock_folders=[tmp_path / "locks"]) == pids
     for pid in pids:
         children.wait_running(pid)
-    a, b = pids
-    assert children.calls() == [
-        *[("lock", a), ("lock", b), ("checkpoint", a), ("checkpoint", b)],
-        *[("restore", a), ("restore", b), ("unlock", a), ("unlock", b)],
-    ]
+    assert sorted(children.calls()[:2]) == [("lock", pid) for pid in pids]
+    steps = ("lock", "checkpoint", "restore", "unlock")
+    assert [operation for operation, _ in children.calls()] == [step for step in steps for _ in pids]
 
 
 def test_a_tree_without_cuda_needs_nothing(children: Children, driver: Double) -> None:
@@ -159,12 +158,13 @@ def test_a_failed_resume_frees_the_others(
     children: Children, driver: Double, pids: list[int], tmp_path: Path, operation: str, which: int
 ) -> None:
     _, needs = suspend(driver, pids)
-    children.faults({"op": operation, "pid": pids[which], "result": "CUDA_ERROR_UNKNOWN"})
+    fault = {"op": operation, "pid": pids[which], "result": "CUDA_ERROR_UNKNOWN"}
+    children.faults(*[fault] * (2 if operation == "restore" else 1))  # a refused restore is tried once more
     with pytest.raises(Failed) as caught:
         resume(driver, pids, needs, lock_folders=[tmp_path])
     assert caught.value.code == f"cuda-{operation}-failed"
     for pid in pids:
-        children.wait_running(pid)  # the second attempt of bring_to_running succeeds
+        children.wait_running(pid)  # the next attempt, of bring_to_running, succeeds
 
 
 def test_a_lack_of_gpu_memory_is_refused_before_anything_is_lost(
@@ -189,12 +189,13 @@ def test_running_out_of_memory_later_names_the_lost_process(
     children: Children, driver: Double, pids: list[int], tmp_path: Path
 ) -> None:
     suspend(driver, pids)
-    children.start(TOTAL - (1 << 20))
+    children.start(TOTAL - (2 << 20))
     with pytest.raises(Incompatible) as caught:
         resume(driver, pids, Needs(2, {}), lock_folders=[tmp_path])
     assert caught.value.code == "gpu-memory-short"
-    assert f"process {pids[1]}" in str(caught.value)
-    assert ("unlock", pids[0]) not in children.calls(), "the tree will be ended, and must not run until then"
+    lost = pids[0] if children.state(pids[0]) == "FAILED" else pids[1]
+    assert f"process {lost}" in str(caught.value)
+    assert "unlock" not in dict(children.calls()), "the tree will be ended, and must not run until then"
 
 
 def test_another_number_of_processes_is_refused(children: Children, driver: Double, pids: list[int]) -> None:
@@ -216,9 +217,9 @@ def test_a_process_that_was_never_suspended_is_refused(
 def test_restores_on_one_gpu_are_serialised(
     children: Children, driver: Double, pids: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "LOCK_WAIT_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(gpu_locks, "LOCK_WAIT_TIMEOUT_S", 0.05)
     _, needs = suspend(driver, pids)
-    with cuda._gpu_locks([tmp_path], [GPU0]), pytest.raises(Busy, match="gpu-busy"):
+    with gpu_locks.gpu_locks([tmp_path], [GPU0]), pytest.raises(Busy, match="gpu-busy"):
         resume(driver, pids, needs, lock_folders=[tmp_path])
     assert children.states(pids) == ["CHECKPOINTED"] * 2
     resume(driver, pids, needs, lock_folders=[tmp_path])
@@ -272,12 +273,12 @@ def test_restores_of_containers_with_a_shared_state_folder_are_serialised(
     shared.mkdir(parents=True)
     with (shared / f"gpu-{GPU0}.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(Busy, match="gpu-busy"), cuda._gpu_locks([mine, shared], needs.memory, 0.2):
+        with pytest.raises(Busy, match="gpu-busy"), gpu_locks.gpu_locks([mine, shared], needs.memory, timeout_s=0.2):
             pass
     # An unwritable folder is no reason to refuse if another one is writable.
     resume(driver, [pid], needs, lock_folders=[Path("/proc/none"), shared])
     children.wait_running(pid)
-    with pytest.raises(Failed, match="gpu-lock-failed"), cuda._gpu_locks([Path("/proc/none")], needs.memory):
+    with pytest.raises(Failed, match="gpu-lock-failed"), gpu_locks.gpu_locks([Path("/proc/none")], needs.memory):
         pass
 
 

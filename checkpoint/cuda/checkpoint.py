@@ -30,7 +30,7 @@ import msgspec
 
 from checkpoint.compatibility.gpu import Gpu
 from checkpoint.cuda.driver import STALLED, DeviceMemory, Driver, DriverError, State
-from checkpoint.cuda.gpu_locks import gpu_locks
+from checkpoint.cuda.gpu_locks import LOCKS, gpu_locks
 from checkpoint.cuda.placement import all_pairs
 from checkpoint.errors import Busy, Failed, HostLacks, Incompatible
 

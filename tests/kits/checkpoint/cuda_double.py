@@ -251,7 +251,7 @@ class Double:
 
     @contextlib.contextmanager
     def _underway(self, operation: str, pid: int, **fields: Any) -> Iterator[None]:
-        """Mark a process's record while its state moves."""
+        """Mark a process's record while its state moves, to the memory of `target` if that is given."""
         concurrent = self._settings().get("concurrent", "parallel")
         turns = {"parallel": fcntl.LOCK_SH, "one-by-one": fcntl.LOCK_EX}.get(concurrent, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file = self.folder / f"{pid}.json"
@@ -260,9 +260,11 @@ class Double:
                 held.enter_context(self._locked("moves", turns))
             except BlockingIOError:
                 raise DriverError(concurrent) from None
-            with self._locked():
-                write(file, {**self._record(pid), "mover": os.getpid(), **fields})
             try:
+                with self._locked():
+                    write(file, {**self._record(pid), "mover": os.getpid(), **fields})
+                    if "target" in fields:
+                        self._check_room(pid)
                 yield
             finally:
                 with self._locked(), contextlib.suppress(DriverError):  # it may have ended
@@ -343,8 +345,6 @@ class Double:
                 raise DriverError("CUDA_ERROR_INVALID_VALUE")
             memory = {where.get(uuid, uuid): size for uuid, size in record["memory"].items()}
             with self._underway("restore", pid, target=memory):
-                with self._locked():
-                    self._check_room(pid)
                 if driver_thread(pid):
                     self._empty_copy(pid)
                 else:

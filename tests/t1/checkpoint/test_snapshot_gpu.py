@@ -176,7 +176,12 @@ def test_the_driver_finds_absent_pages_if_the_tree_goes_on_early(rig, monkeypatc
     )
     servers = []
     monkeypatch.setattr(restore_module, "server_config", lambda *given, fill, **more: server_config(*given, **more))
-    monkeypatch.setattr(restore_module, "_fill", lambda pages, *_: servers.append(pages))
+
+    def left_out(pages, limit_s, spans):
+        servers.append(pages)
+        spans["fill"] = 0.0
+
+    monkeypatch.setattr(restore_module, "_fill", left_out)
     with pytest.raises(Failed, match="EFAULT"), restored(library, snapshot, driver):
         pass
     servers[0].close()

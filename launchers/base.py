@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ from launchers.given_options import first, given_options, is_option
 from launchers.options.as_given import why_as_given
 from launchers.options.front import BLANKED, SSL_FILES, TAKEN_OVER
 from launchers.options.known import KnownOptions
+from launchers.options.reload import quantized
 from launchers.readiness import PATIENCE_S, Probe, healthy, wait_until
 
 if TYPE_CHECKING:
@@ -371,6 +373,15 @@ class Engine(abc.ABC):
 
         Called if nothing is trimmed. A no-op for engines whose canary records them.
         """
+
+    def unsafe_reload(self, command: EngineCommand, folder: Path | None, installed: EngineFacts) -> str:
+        """Return why this engine's own reload of weights that a GPU has lost may leave some out, in one line, or "".
+
+        `command` is the engine's whole command line, `folder` its model. Quantized layers keep what they made of the
+        weights in tensors that no reload writes, at addresses that captured graphs contain.
+        """
+        found = quantized(command.arguments, folder)
+        return f"{found}: kernels keep what they computed of quantized weights" if found else ""
 
     @abc.abstractmethod
     def reload_weights(self, client: Client, model: str) -> None:

@@ -20,6 +20,7 @@ from launchers.errors import EngineFailed
 from launchers.given_options import config_words, given_options, last
 from launchers.options.front import SSL
 from launchers.options.known import SGLANG
+from launchers.options.reload import draft_weights
 from launchers.readiness import status_of
 
 if TYPE_CHECKING:
@@ -225,6 +226,13 @@ class Sglang(Engine):
             log.info("no --enable-memory-saver with expandable_segments:True; the driver carries the GPU memory")
             return ()
         return ("--enable-memory-saver",)
+
+    def unsafe_reload(self, command: EngineCommand, folder: Path | None, installed: EngineFacts) -> str:
+        """As for every engine. SGLang's reload reads the target's path for a draft model, too (weight_updater.py)."""
+        drafts = draft_weights(command.arguments, folder)
+        if drafts and last(given_options(command.arguments), "speculative-draft-model-path") not in ("", command.model):
+            return f"{drafts}: SGLang reloads a draft model from the model's own folder"
+        return super().unsafe_reload(command, folder, installed)
 
     def offload(self, client: Client, command: EngineCommand, excluded: bool) -> bool:
         """Release the KV cache, and the weights too if the snapshot excludes them (`excluded`).

@@ -25,6 +25,7 @@ from launchers.errors import EngineFailed
 from launchers.given_options import given_options
 from launchers.options.front import SSL, UDS
 from launchers.options.known import VLLM
+from launchers.options.reload import draft_weights, model_config
 
 if TYPE_CHECKING:
     from checkpoint.compatibility.engine import EngineFacts
@@ -44,6 +45,15 @@ CONTROL_MIDDLEWARE = "quickthaw_engine.vllm_control.ControlMiddleware"
 
 _EXPANDABLE_SLEEP = (0, 32)
 """The tested release that suspends expandable segments for its sleep mode (vllm/device_allocator/cumem.py)."""
+
+
+_KEEPS_DRAFTS = (0, 32)
+"""The tested release that keeps parameters of a draft model across its sleep, by _KEEP."""
+_KEEP, ALL_DRAFTS = "--sleep-preserve-parameter-names", "draft.*"
+
+
+def _release(installed: EngineFacts) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", installed.version)[:2])
 
 
 class Vllm(Engine):
@@ -244,13 +254,33 @@ class Vllm(Engine):
 
         Not with expandable segments and a vLLM older than 0.32, which may refuse to start with both.
         """
-        if has_flag(command, "--enable-sleep-mode", "--no-enable-sleep-mode"):
+        if has_flag(command, "--no-enable-sleep-mode"):
             return ()
-        version = tuple(int(number) for number in re.findall(r"\d+", installed.version)[:2])
-        if version < _EXPANDABLE_SLEEP and expandable_segments(environment):
+        given = has_flag(command, "--enable-sleep-mode")
+        if not given and _release(installed) < _EXPANDABLE_SLEEP and expandable_segments(environment):
             log.info("no --enable-sleep-mode with expandable_segments:True; the driver carries the GPU memory")
             return ()
-        return ("--enable-sleep-mode",)
+        drafts = (
+            _release(installed) >= _KEEPS_DRAFTS
+            and not has_flag(command, _KEEP)
+            and draft_weights(command.arguments, None)
+        )
+        return (*([] if given else ["--enable-sleep-mode"]), *([_KEEP, ALL_DRAFTS] if drafts else []))
+
+    def unsafe_reload(self, command: EngineCommand, folder: Path | None, installed: EngineFacts) -> str:
+        """As for every engine. vLLM's reload skips the draft model, which then drafts in vain (vllm-project/vllm#52479).
+
+        From 0.32 on its sleep keeps the draft's parameters in host memory, if `gpu_arguments` asked for it.
+        """
+        drafts = draft_weights(command.arguments, folder)
+        if drafts and ALL_DRAFTS not in given_options(command.arguments).get(_KEEP.lstrip("-"), ()):
+            return f"{drafts}: this vLLM reloads no weights of a draft model"
+        if _release(installed) < _KEEPS_DRAFTS and "kv_lora_rank" in model_config(folder):
+            return "this vLLM computes parts of latent attention from its weights, and not again"
+        if {"vision_config", "audio_config"} & model_config(folder).keys():
+            # NVIDIA-NeMo/RL#2631: garbage about images after a reload, where a canary in text may be right.
+            return "a model of images or sound was seen to lose parts, which no canary in text shows"
+        return super().unsafe_reload(command, folder, installed)
 
     def offload(self, client: Client, command: EngineCommand, excluded: bool) -> bool:
         """Put vLLM to sleep: level 2 drops weights and KV cache, level 1 keeps the weights in host memory.

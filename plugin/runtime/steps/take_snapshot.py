@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint import disk
-from checkpoint.errors import Busy, CheckpointError, HostLacks, Incompatible
+from checkpoint.errors import Busy, CheckpointError, HostLacks, Incompatible, Integrity
 from checkpoint.sandbox import process_tree
 from checkpoint.snapshot import dump
 from checkpoint.snapshot.manifest import FORMAT, Answer, Snapshot
@@ -298,6 +298,8 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
     if replica.snapshot is not None and (differs := replica.snapshot.canary.difference(again)):
         log.warning("after its own dump the engine %s; the snapshot is removed", differs)
         _drop(replica, "canary-differs: after its own dump")
+        if asleep or weight_bytes:  # what was reloaded is not what it had
+            raise NotResumed(Integrity("canary-differs", f"it {differs}"))
 
 
 def _weight_layout(answers: Path) -> dict[str, Path]:
@@ -364,6 +366,11 @@ def _free_memory(driver: Driver) -> dict[str, int]:
 def _excludes_weights(replica: StartContext, client: Client, gpu: bool) -> bool:
     """Return True if the snapshot excludes the weights: as configured, or (`auto`) the faster way as measured on this host."""
     configured = replica.settings.weights
+    if gpu and configured != "included" and (why := _unsafe(replica)):
+        log.log(
+            logging.WARNING if configured == "excluded" else logging.INFO, "weights included: reload-unsafe: %s", why
+        )
+        return False
     if configured != "auto":
         return configured == "excluded"
     if not can_reload(replica.settings.command):
@@ -392,6 +399,12 @@ def _excludes_weights(replica: StartContext, client: Client, gpu: bool) -> bool:
     chosen = "excluded" if reload_s < carry_s else "included"
     log.info("weights %s: %s, and reloading them took %.2f s", chosen, estimate, reload_s)
     return chosen == "excluded"
+
+
+def _unsafe(replica: StartContext) -> str:
+    """Return why the engine's own reload may not bring back all weights that a GPU has lost, or "". Raises CheckpointError."""
+    path = replica.weights.path
+    return replica.engine.unsafe_reload(replica.command, Path(path) if path else None, replica.identity.engine)
 
 
 def _signer(replica: StartContext) -> Callable[[bytes], bytes] | None:

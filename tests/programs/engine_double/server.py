@@ -190,6 +190,8 @@ def handler(engine, ask, options):
         def answer(self, path, query, body):
             if self.refused(path) if engine == "sglang" else path.startswith("/v1") and self.without_key():
                 return ({"error": "Unauthorized"}, 401)
+            if path == "/spoil":
+                return ({"spoilt": ask("spoil")},)
             if path == "/fetch":
                 return (fetch(body["url"]) if "url" in body else {"again": fetch_again()},)
             text = body.get("prompt") or body.get("text") or body.get("input")

@@ -93,6 +93,8 @@ class Worker:
         self.armed = None
         self.fired_at = None
         self.model_name = options.get("served-model-name", options["model"])
+        self.draft = bytearray(os.urandom(4096)) if "speculative-config" in options else bytearray()
+        self.keeps_draft = options.get("sleep-preserve-parameter-names") == "draft.*"
         load_plugins(engine)
         if "random-seed" in options or "seed" in options:
             random.seed(7)
@@ -163,6 +165,8 @@ class Worker:
             raise RuntimeError("Sleep mode is not enabled")
         if level == 2:
             self.release(["weights", "kv_cache"])
+            if not self.keeps_draft:  # nor does its reload read it again
+                self.draft[:] = bytes(len(self.draft))
         else:
             self.away |= {"weights", "kv_cache"}
 
@@ -206,12 +210,18 @@ class Worker:
             "pid": os.getpid(),
             "calls": self.calls,
             "away": sorted(self.away),
+            "draft": zlib.crc32(self.draft) if any(self.draft) else 0,
             "fired": self.fired_at,
             "environment": sorted(os.environ),
             "values": values(),
             "all_values": sorted(os.environ.values()),
             "argv": sys.argv,
         }
+
+    def spoil(self):
+        """Damage the weights, as an incomplete reload does."""
+        self.model_runner.model.tensors[0].memory[:8] = bytes(8)
+        return True
 
     def arm(self, seconds):
         """Set a time-out on the monotonic clock, as engines do."""

@@ -32,6 +32,7 @@ from checkpoint.compatibility.gpu import Gpu
 from checkpoint.cuda.driver import STALLED, DeviceMemory, Driver, DriverError, State
 from checkpoint.cuda.gpu_locks import LOCKS, gpu_locks
 from checkpoint.cuda.placement import all_pairs
+from checkpoint.cuda.several import probe
 from checkpoint.errors import Busy, Failed, HostLacks, Incompatible
 
 log = logging.getLogger("quickthaw")
@@ -306,7 +307,7 @@ def refuse_multi_gpu(driver: Driver, used: Collection[str]) -> None:
         return
     version = _ask(driver.version)
     if MULTI_GPU_SINCE is None or tuple(int(n) for n in version.split(".") if n.isdigit()) < MULTI_GPU_SINCE:
-        raise multi_gpu_refusal(f"the engine uses {len(used)} GPUs, and driver {version}")
+        raise multi_gpu_refusal(f"the engine uses {len(used)} GPUs", probe(version, {}, driver))
 
 
 def refuse_mig(devices: Iterable[DeviceMemory], own: Collection[str]) -> None:
@@ -333,11 +334,11 @@ def mig_refusal(subject: str) -> Incompatible:
     )
 
 
-def refuse_parallel(arguments: Mapping[str, Sequence[Sequence[str]]]) -> None:
+def refuse_parallel(arguments: Mapping[str, Sequence[Sequence[str]]], probed: Callable[[], str] = lambda: "") -> None:
     """Raise Incompatible (multi-gpu) by the command line alone, before an engine is started for an impossible snapshot.
 
     `arguments` are normalised by checkpoint.compatibility.launch_options. Options in the file given by `--config`
-    count too, unless the command line overrides them.
+    count too, unless the command line overrides them. `probed` returns what this machine has (several.probe).
     """
     given = {flag.lstrip("-"): values[-1][0] for flag, values in arguments.items() if values and values[-1]}
     source = {flag.lstrip("-"): flag for flag in arguments}
@@ -346,7 +347,7 @@ def refuse_parallel(arguments: Mapping[str, Sequence[Sequence[str]]]) -> None:
             given[name], source[name] = value, f"{name} in {given['config']}"
     for name in PARALLEL_FLAGS:
         if name in given and given[name] not in ("0", "1"):
-            raise multi_gpu_refusal(f"{source[name]} {given[name]} uses several GPUs, and the CUDA driver")
+            raise multi_gpu_refusal(f"{source[name]} {given[name]} uses several GPUs", probed())
 
 
 def _config_file(path: str | None) -> dict[str, str]:
@@ -367,11 +368,12 @@ def _config_file(path: str | None) -> dict[str, str]:
     return {str(name).replace("_", "-"): str(value) for name, value in found.items()}
 
 
-def multi_gpu_refusal(subject: str) -> Incompatible:
-    """Build the error for several GPUs, with a remedy that works today."""
+def multi_gpu_refusal(subject: str, probed: str = "") -> Incompatible:
+    """Build the error for several GPUs, with what was probed and a remedy that works today."""
+    found = f" (probed: {probed})" if probed else ""
     return Incompatible(
         "multi-gpu",
-        f"{subject} cannot checkpoint memory shared between GPUs; "
+        f"{subject}, and no test has passed that checkpoints memory shared between them{found}; "
         "the engine starts cold, each rank reads the lazy mount, and --snapshot-store shares compiled code between hosts",
     )
 

@@ -64,6 +64,9 @@ class Driver(Protocol):
     def version(self) -> str:
         """Return the kernel driver's version, such as 580.159.03."""
 
+    def finds(self, name: str) -> bool:
+        """Return whether the driver has this entry point."""
+
     def devices(self) -> list[DeviceMemory]:
         """List every GPU, with its currently free memory."""
 
@@ -137,6 +140,15 @@ class RealDriver:
         except self._nvml.NVMLError as error:
             self._refused(error)
         return str(found)
+
+    def finds(self, name: str) -> bool:
+        newest = self._call(self._cuda.cuDriverGetVersion)
+        try:
+            return bool(int(self._call(self._cuda.cuGetProcAddress, name.encode(), newest, 0) or 0))
+        except DriverError as error:
+            if error.result in ("CUDA_ERROR_NOT_FOUND", "CUDA_ERROR_INVALID_VALUE"):
+                return False
+            raise
 
     def devices(self) -> list[DeviceMemory]:
         try:

@@ -224,6 +224,9 @@ class Helper:
     def version(self) -> str:
         return str(self._call("version"))
 
+    def finds(self, name: str) -> bool:
+        return bool(self._call("finds", name))
+
     def devices(self) -> list[DeviceMemory]:
         return [msgspec.convert(d, ready(DeviceMemory)) for d in self._call("devices")]
 
@@ -249,7 +252,7 @@ class Helper:
 
 # The process
 
-OPERATIONS = ("version", "devices", "usage", "state", "lock", "checkpoint", "restore", "unlock")
+OPERATIONS = ("version", "finds", "devices", "usage", "state", "lock", "checkpoint", "restore", "unlock")
 
 
 def _answer(driver: Driver, operation: str, arguments: Sequence[Any]) -> dict[str, Any]:

@@ -280,7 +280,7 @@ class Replica:
     def multi_gpu(self) -> bool:
         """Return True if no driver can checkpoint this launch (several GPUs, or a MIG slice). Log it once, with the remedy."""
         if self._multi_gpu is None:
-            self._multi_gpu = compatibility.multi_gpu(self.settings, self.identity)
+            self._multi_gpu = compatibility.multi_gpu(self.settings, self.identity, self.driver)
         return self._multi_gpu
 
     def _restore_failed(self, name: str, error: Exception, again: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from plugin.runtime import way_out
 
 if TYPE_CHECKING:
     from checkpoint.criu.binary import Criu
+    from checkpoint.cuda.driver import Driver
     from checkpoint.snapshot.library import Library
     from checkpoint.snapshot.manifest import Snapshot
     from plugin.runtime.config import LaunchSettings
@@ -78,15 +80,22 @@ def snapshot_name(settings: LaunchSettings, here: CurrentIdentity) -> str:
     return f"{settings.engine}-{slug}-{here.key[:10]}"
 
 
-def multi_gpu(settings: LaunchSettings, here: CurrentIdentity) -> bool:
-    """Return True if no driver can checkpoint this launch (several GPUs, or a MIG slice), and log it with the remedy."""
+def multi_gpu(settings: LaunchSettings, here: CurrentIdentity, driver: Callable[[], Driver | None]) -> bool:
+    """Return True if no driver can checkpoint this launch (several GPUs, or a MIG slice).
+
+    Log it, with what `driver` and the engine's packages have of what it needs, and with the remedy.
+    """
     from checkpoint.cuda.checkpoint import refuse_parallel, refuse_slice
+    from checkpoint.cuda.several import probe
 
     if here.host.gpus:
         try:
             path = last(given_options(settings.command.arguments), "config")
             # In place of the file's path the identity holds its digest, but `refuse_parallel` reads the file.
-            refuse_parallel({**here.arguments, "--config": ((path,),)} if path else here.arguments)
+            refuse_parallel(
+                {**here.arguments, "--config": ((path,),)} if path else here.arguments,
+                lambda: probe(here.host.driver, here.engine.packages, driver()),
+            )
             refuse_slice(settings.environment.get("CUDA_VISIBLE_DEVICES"))
         except Incompatible as error:
             log.warning("no snapshots: %s", error)

@@ -148,7 +148,7 @@ def configure(folder: Path, **settings: Any) -> None:
 
     `checkpoint`, `restore`: (seconds, bytes per second) of such a call. `concurrent`: what becomes of a move while another
     is under way: "parallel" (the default), "one-by-one" (it waits), or the error that refuses it. `memory`: bytes by GPU of
-    each process that `TreeDouble` finds.
+    each process that `TreeDouble` finds. `entry_points`: names that `finds` knows.
     """
     file = folder / "settings.json"
     write(file, (json.loads(file.read_text()) if file.exists() else {}) | settings)
@@ -282,6 +282,10 @@ class Double:
     def version(self) -> str:
         with self._call("version"):
             return "580.159.03"
+
+    def finds(self, name: str) -> bool:
+        with self._call("finds"):
+            return name in self._settings().get("entry_points", ())
 
     def devices(self) -> list[DeviceMemory]:
         with self._call("devices"), self._locked():

@@ -267,6 +267,7 @@ def test_several_gpus_are_refused_with_a_remedy(gpu_rig, tmp_path, caplog):
         assert replica.tracker.phase is Phase.SERVING and answer(replica)
     (line,) = [r.getMessage() for r in caplog.records if "multi-gpu" in r.getMessage()]
     assert "--tensor-parallel-size 2" in line and "--snapshot-store" in line
+    assert "probed: driver 580.159.03, CUDA IPC needs 610; CustomStorage missing; NCCL unknown" in line
     assert replica.library.names() == []
     assert not (gpu_rig.gpu / "calls").exists() or replica._cuda.changes() == []
     # The remedy works: its compiled code is in the store.

@@ -338,7 +338,7 @@ def refuse_parallel(arguments: Mapping[str, Sequence[Sequence[str]]], probed: Ca
     """Raise Incompatible (multi-gpu) by the command line alone, before an engine is started for an impossible snapshot.
 
     `arguments` are normalised by checkpoint.compatibility.launch_options. Options in the file given by `--config`
-    count too, unless the command line overrides them. `probed` returns what this machine has (several.probe).
+    count too, unless the command line overrides them. `probed` returns what this machine has (checkpoint.cuda.several).
     """
     given = {flag.lstrip("-"): values[-1][0] for flag, values in arguments.items() if values and values[-1]}
     source = {flag.lstrip("-"): flag for flag in arguments}

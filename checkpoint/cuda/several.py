@@ -1,7 +1,7 @@
 """What several GPUs would need, probed on this machine: the driver, its entry points, and the engine's NCCL.
 
 No launch on several GPUs is snapshotted yet, whatever is found: no test has passed on such a machine
-(checkpoint.MULTI_GPU_SINCE). What each version allows, by its own documents, is in docs/gpu.md.
+(MULTI_GPU_SINCE of checkpoint.cuda.checkpoint). What each version allows, by its own documents, is in docs/gpu.md.
 """
 
 from __future__ import annotations

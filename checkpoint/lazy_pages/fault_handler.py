@@ -79,6 +79,9 @@ class FaultHandler:
         residency = ResidencyBitmap.open(str(config["downloading"])) if config.get("downloading") else None
         self.planner = Planner(self.images_dir, residency)
         self.images = self.planner.images
+        if self.fill:
+            for pid, image in self.images.items():
+                self.filler.expect(pid, image.runs, self.planner.source(image))
         self.zeros = zero_source()
         self.working_set = self.load_working_set(str(config["working_set"] or ""))
         wake = self.waker.wake

@@ -175,3 +175,98 @@ def test_there_are_as_many_threads_as_processors_up_to_a_limit(fill, monkeypatch
         one.add(space())
         assert len(one._threads) == threads
         one.stop()
+
+
+@pytest.fixture
+def expecting(monkeypatch):
+    """A filler that knows a process, which CRIU has not made yet, once it has mapped ahead what it can."""
+    made = []
+
+    def run(source, processors=2):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _: range(processors))
+        one = Filler(threading.Event().set)
+        made.append(one)
+        one.expect(7, RUNS, source)
+        limit = time.monotonic() + LIMIT_S
+        while processors > 1 and (one._jobs[0].unmapped or one._mapping):
+            assert time.monotonic() < limit
+            time.sleep(0.001)
+        return one
+
+    yield run
+    for one in made:
+        one.stop()
+        for thread in one._threads:
+            thread.join(LIMIT_S)
+
+
+def fill_up(one, *spaces):
+    for each in spaces:
+        one.add(each)
+    found, limit = [], time.monotonic() + LIMIT_S
+    while len(found) < len(spaces):
+        assert time.monotonic() < limit
+        found += one.collect()
+        time.sleep(0.001)
+    return found
+
+
+class CountingSource(Source):
+    def __init__(self, memory=SIZE, code=0):
+        super().__init__(code)
+        self.memory, self.mapped = memory, []
+
+    def resident(self, offset, length):
+        return offset < self.memory
+
+    def populate(self, offset, length):
+        self.mapped.append((offset, length))
+        return self.code
+
+
+def test_pages_are_mapped_before_the_process_is_there_and_once(expecting, monkeypatch):
+    kernel, source = Kernel(monkeypatch), CountingSource()
+    one = expecting(source)
+    ahead = list(source.mapped)
+    assert sum(length for _, length in ahead) == SIZE
+    assert not kernel.placed and not one.collect()
+    assert [size for _, size in fill_up(one, space(source=source))] == [SIZE]
+    assert source.mapped == ahead
+    assert len(kernel.placed) == SIZE // PAGE
+
+
+def test_what_needs_a_disk_is_only_requested_ahead(expecting, monkeypatch):
+    kernel, source = Kernel(monkeypatch), CountingSource(memory=SIZE // 2)
+    one = expecting(source)
+    assert source.mapped and all(offset < source.memory for offset, _ in source.mapped)
+    assert source.advised
+    fill_up(one, space(source=source))
+    assert sum(length for _, length in source.mapped) == SIZE
+    assert len(kernel.placed) == SIZE // PAGE
+
+
+def test_one_processor_is_left_to_criu(expecting, monkeypatch):
+    kernel, source = Kernel(monkeypatch), CountingSource()
+    one = expecting(source, processors=1)
+    time.sleep(0.05)
+    assert not source.mapped
+    fill_up(one, space(source=source))
+    assert len(kernel.placed) == SIZE // PAGE
+
+
+def test_a_damaged_image_is_found_before_the_process_is_there(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(2))
+    woken = threading.Event()
+    one = Filler(woken.set)
+    one.expect(7, RUNS, CountingSource(code=errno.EIO))
+    assert woken.wait(LIMIT_S)
+    with pytest.raises(OSError, match="while pages-1.img was read"):
+        one.collect()
+
+
+def test_another_process_than_the_expected_one_is_filled(expecting, monkeypatch):
+    """A fork has pages of its own, and a process that never comes is waited for by nobody."""
+    kernel = Kernel(monkeypatch)
+    one = expecting(CountingSource())
+    assert [each.pid for each, _ in fill_up(one, space(2))] == [8]
+    assert len(kernel.placed) == SIZE // PAGE

@@ -88,7 +88,8 @@ def plan_steps(plan: Plan, other: Plan | None, labels: list[str]) -> Callable[[A
         pools = plan.problem.pools
         for gpu in sorted({pool.gpu for pool in pools}):
             held = sum(plan.instances[:, i] * pool.gpus for i, pool in enumerate(pools) if pool.gpu == gpu)
-            axis.bar(at, held, bottom=bottom, width=0.9, label=gpu)
+            if np.any(held):
+                axis.bar(at, held, bottom=bottom, width=0.9, label=gpu)
             bottom = bottom + held
         unused = np.array([plan.unused(t) for t in range(len(at))])
         axis.bar(at, unused, bottom=bottom - unused, width=0.9, fill=False, hatch="//", linewidth=0, label="idle")
@@ -130,10 +131,14 @@ def frontier(points: list[Result], names: list[str]) -> Callable[[Any], None]:
                 )
             axis.set_xlabel("cost, $")
             axis.set_ylabel(label)
-            axis.set_yscale("symlog", linthresh=1.0)
-            axis.set_ylim(bottom=0, top=max(1.0, axis.get_ylim()[1]))  # below 1 s the scale is linear, without ticks
+            if min(getattr(r, value) for r in points) < 1.0:  # below 1 s the scale is linear, without ticks
+                axis.set_yscale("symlog", linthresh=1.0)
+                axis.set_ylim(bottom=0, top=max(1.0, axis.get_ylim()[1]))
+            else:
+                axis.set_yscale("log")
             axis.yaxis.set_major_formatter("{x:g}")
-            axis.grid(alpha=0.3)
+            axis.yaxis.set_minor_formatter("")
+            axis.grid(alpha=0.3, which="both")
             axis.legend()
 
     return draw

@@ -121,10 +121,12 @@ def when(plan: Plan, t: int) -> str:
         return "now"
     if plan.problem.demand.begin is None:
         return f"in {duration_text(seconds)}"
-    moment = datetime.fromtimestamp(plan.problem.demand.begin + seconds, UTC)
-    last = plan.problem.demand.begin + (len(plan.instances) - 1) * plan.problem.step_seconds
-    day = datetime.fromtimestamp(last, UTC).date() != datetime.fromtimestamp(plan.problem.demand.begin, UTC).date()
-    return moment.strftime("%a %H:%M" if day else "%H:%M")
+    first = round(plan.problem.demand.begin / 60) * 60.0
+    begin, moment, last = (
+        datetime.fromtimestamp(first + s, UTC)
+        for s in (0.0, seconds, (len(plan.instances) - 1) * plan.problem.step_seconds)
+    )
+    return moment.strftime("%H:%M" if begin.date() == last.date() else "%a %H:%M")
 
 
 def _held(plan: Plan, t: int) -> dict[str, int]:
@@ -294,7 +296,7 @@ def _solved(plan: Plan) -> str:
         over += f", ${beside:.2f} of it beside $/h: starts (switching_cost) and spot instances that are lost"
     if plan.exact_cost is None:
         return (
-            f"${plan.cost:.2f} {over}; the linear program, which no plan undercuts, ${plan.relaxed_cost:.2f}: gap at most "
+            f"${plan.cost:.2f} {over}; no plan costs less than ${plan.bound:.2f}: gap at most "
             f"{_gap(plan):.2%}{'; --exact looks for a better one' if _gap(plan) > LOOSE else ''}; solved in {took}"
         )
     if plan.proven:

@@ -98,7 +98,8 @@ def compose(path: Path, given: Answers, ask: Ask) -> tuple[str, Problem]:
         missing.lacks(
             "--gpu", f"which GPU or instance type, such as {offers[0].gpu},boot=180s? Prices are known of {known}"
         )
-    pools = [text for machine in machines for text in _pools(machine, given.regions, offers, missing)]
+    largest = max((int(m["gpus"]) for m in models if m.get("gpus", "").isdecimal()), default=1)
+    pools = [text for machine in machines for text in _pools(machine, given.regions, offers, largest, missing)]
     trace = given.trace
     if trace is None and not all("demand" in model for model in models):
         answer = ask(
@@ -142,41 +143,54 @@ def _near(named: str, offers: list[Offer]) -> str:
     return f" (did you mean {' or '.join(found)}?)" if found else ""
 
 
-def _pools(machine: Words, regions: tuple[str, ...], offers: list[Offer], missing: _Missing) -> list[str]:
-    """Return the pools of one GPU type, one in each region."""
+def _pools(machine: Words, regions: tuple[str, ...], offers: list[Offer], largest: int, missing: _Missing) -> list[str]:
+    """Return the pools of one GPU or instance type, such as `H100` or `8xH100`: one in each region, of each instance on offer.
+
+    Instances with fewer GPUs than the largest replica has are left out where others are on offer.
+    """
     named = machine[""]
-    option = f"--gpu {named}"
-    able = [o for o in offers if named in (o.instance, o.gpu) and machine.get("instance", o.instance) == o.instance]
-    near = "" if able else _near(named, offers)
+    count = re.fullmatch(r"(\d+)x(.+)", named)
+    machine = {"gpus": count[1]} | machine if count else dict(machine)
+    gpu = count[2] if count else named
+    able = [o for o in offers if named == o.instance or gpu == o.gpu]
+    able = [o for o in able if machine.get("instance", o.instance) == o.instance]
+    if "gpus" in machine:
+        able = [o for o in able if str(o.gpus) == machine["gpus"]]
+    able = [o for o in able if o.gpus >= largest] or able
+    near = "" if able else _near(gpu, offers)
     found = []
     for region in (machine.get("region"),) if "region" in machine else regions or ("",):
-        own = dict(machine)
-        offer = next((o for o in able if o.region in ("", region)), None)
-        if offer is not None:
-            own = {"instance": offer.instance, "gpus": str(offer.gpus), "price": f"{offer.price:g}"} | own
-            own = ({"memory": f"{offer.memory:g}GiB"} if offer.memory else {}) | own
-        missing.want(own, "gpus", f"{named}: GPUs of an instance{near}", option + ",gpus=…", "count")
-        missing.want(own, "price", f"{named}: price of an instance, $/h{near}", option + ",price=…", "price")
-        question = f"{named}: how long an instance takes until a container can start (times, separated by spaces)"
-        missing.want(own, "boot", question, option + ",boot=…", "duration")
-        machine |= {key: own[key] for key in ("gpus", "price", "boot") if key in own}
-        gpu = offer.gpu if offer is not None else named
-        name = "-".join(part for part in (own.get("instance", named).lower(), region, own.get("zone")) if part)
-        priced = f"  # {offer.source}" if offer is not None and own.get("price") == f"{offer.price:g}" else ""
-        lines = [f"  - name: {_word(name)}"]
-        lines += (
-            [f"    instance: {_word(own['instance'])}  # the nodes' label, for --emit"] if "instance" in own else []
-        )
-        lines += [f"    gpu: {_word(gpu)}", f"    gpus: {own.get('gpus')}"]
-        lines += [f"    memory: {own['memory']}  # a GPU"] if "memory" in own else []
-        lines += [f"    region: {_word(region)}"] if region else []
-        lines += [f"    zone: {_word(own['zone'])}"] if "zone" in own else []
-        lines += [f"    price: {own.get('price')} $/h{priced}".replace(" $/h $/h", " $/h")]
-        lines += [f"    boot: {_times(own.get('boot', ''))}  # samples; the {0.9:.0%} quantile counts"]
-        lines += [f"    quota: {own['quota']}  # instances" if "quota" in own else "    # quota: 4  # instances"]
-        lines += ["    held: 0  # instances now"]
-        found.append("\n".join(lines) + "\n")
+        here: list[Offer | None] = [o for o in able if o.region in ("", region)]
+        for offer in here[: 1 if "price" in machine else None] or [None]:
+            own = dict(machine)
+            if offer is not None:
+                own = {"instance": offer.instance, "gpus": str(offer.gpus), "price": f"{offer.price:g}"} | own
+                own = ({"memory": f"{offer.memory:g}GiB"} if offer.memory else {}) | own
+            option = f"--gpu {named}"
+            missing.want(own, "gpus", f"{named}: GPUs of an instance{near}", option + ",gpus=…", "count")
+            missing.want(own, "price", f"{named}: price of an instance, $/h{near}", option + ",price=…", "price")
+            question = f"{named}: how long an instance takes until a container can start (times, separated by spaces)"
+            missing.want(own, "boot", question, option + ",boot=…", "duration")
+            answered = ("boot",) if offer is not None else ("gpus", "price", "boot")
+            machine |= {key: own[key] for key in answered if key in own}
+            found.append(_pool(own, named, gpu if offer is None else offer.gpu, region or "", offer))
     return found
+
+
+def _pool(own: Words, named: str, gpu: str, region: str, offer: Offer | None) -> str:
+    """Return the entry of one pool."""
+    name = "-".join(part for part in (own.get("instance", named).lower(), region, own.get("zone")) if part)
+    priced = f"  # {offer.source}" if offer is not None and own.get("price") == f"{offer.price:g}" else ""
+    lines = [f"  - name: {_word(name)}"]
+    lines += [f"    instance: {_word(own['instance'])}  # the nodes' label, for --emit"] if "instance" in own else []
+    lines += [f"    gpu: {_word(gpu)}", f"    gpus: {own.get('gpus')}"]
+    lines += [f"    memory: {own['memory']}  # a GPU"] if "memory" in own else []
+    lines += [f"    region: {_word(region)}"] if region else []
+    lines += [f"    zone: {_word(own['zone'])}"] if "zone" in own else []
+    lines += [f"    price: {own.get('price')} $/h{priced}".replace(" $/h $/h", " $/h")]
+    lines += [f"    boot: {_times(own.get('boot', ''))}  # samples; the {0.9:.0%} quantile counts"]
+    lines += [f"    quota: {own['quota']}  # instances" if "quota" in own else "    # quota: 4  # instances"]
+    return "\n".join([*lines, "    held: 0  # instances now"]) + "\n"
 
 
 def _measured(reader: Callable[..., Value], model: str) -> tuple[Value | None, str]:

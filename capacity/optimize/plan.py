@@ -214,7 +214,7 @@ def _read(
         shadows=shadows,
         seconds=seconds,
         proven=best is not None and best.proven,
-        bound=(linear if best is None else best.objective if best.proven else best.bound) * scale,
+        bound=(max(linear, rounded.bound) if best is None else best.objective if best.proven else best.bound) * scale,
     )
 
 

@@ -187,4 +187,17 @@ def test_a_time_of_tomorrow_has_its_day():
     read = problem(LEAST)
     late = replace(read, demand=replace(read.demand, begin=1_767_600_000.0 + 14 * 3600))  # 2026-01-05 22:00, four steps
     assert report.when(solve(late), 3) == "Tue 01:00"
+    almost = replace(read, demand=replace(read.demand, begin=1_767_600_000.0 - 2.0))  # where a trace ends
+    assert report.when(solve(almost), 1) == "09:00"
     assert report.when(solve(replace(late, demand=replace(late.demand, begin=1_767_600_000.0))), 3) == "11:00"
+
+
+def test_the_gap_of_a_small_plan_is_the_one_that_was_proved(capsys):
+    """The linear program holds 1/8 of an instance here: as a bound it says 700 %."""
+    from rich.console import Console
+
+    chosen = solve(problem(LEAST.replace("gpus: 8, rate: 1", "gpus: 1, rate: 9").replace("[3, 5, 5, 2]", "[3]")))
+    assert chosen.relaxed_cost < chosen.cost / 4
+    assert chosen.bound == pytest.approx(chosen.cost, rel=1e-4)
+    report.print_plan(Console(width=200), chosen, None, explain=False)
+    assert f"no plan costs less than ${chosen.cost:.2f}: gap at most 0.00%" in capsys.readouterr().out

@@ -69,6 +69,23 @@ def test_one_model_two_types_and_a_trace(tmp_path):
     typed("init", file, *words, "--trace", tmp_path / "week.csv", "--force")
 
 
+@pytest.mark.parametrize(
+    ("named", "gpus", "wanted"),
+    [
+        ("L40S,boot=60s", 1, [("g6e.48xlarge", "L40S", 8), ("g6e.12xlarge", "L40S", 4), ("g6e.xlarge", "L40S", 1)]),
+        ("L40S,boot=60s", 4, [("g6e.48xlarge", "L40S", 8), ("g6e.12xlarge", "L40S", 4)]),
+        ("4xL40S,boot=60s", 1, [("g6e.12xlarge", "L40S", 4)]),
+        ("L40S,boot=60s,price=9", 1, [("g6e.48xlarge", "L40S", 8)]),
+        ("8xB300,boot=60s,price=60", 1, [("8xB300", "B300", 8)]),
+    ],
+)
+def test_each_instance_on_offer_that_holds_a_replica_is_a_pool(tmp_path, named, gpus, wanted):
+    file = tmp_path / "p.yaml"
+    model = f"chat,gpus={gpus},rate=3/s,cold=97s,restored=2s,demand=2,peak=3"
+    typed("init", file, "--model", model, "--gpu", named)
+    assert [(p.instance, p.gpu, p.gpus) for p in load(file).pools] == wanted
+
+
 def test_everything_that_is_missing_is_named_in_one_run(tmp_path):
     said = typed("init", tmp_path / "p.yaml", "--model", "chat", "--gpu", "B300", code=2).stderr.splitlines()
     wanted = ("gpus=", "price=", "boot=", "gpus=", "rate=", "demand=", "cold=", "restored=")
@@ -136,7 +153,6 @@ def test_questions_in_a_terminal(tmp_path):
     answers = {
         "A model": "/models/chat",
         "A GPU": "8xB300",
-        "8xB300: GPUs": "8",
         "8xB300: price": "60",
         "8xB300: how long": "170s 190s",
         "A CSV": "",

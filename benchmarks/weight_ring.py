@@ -2,6 +2,7 @@
 
     python benchmarks/weight_ring.py MODEL [--runs 5] [--threads N] [--json]             any Python with quickthaw: the fill rate
     ENGINE_PYTHON benchmarks/weight_ring.py MODEL --device cuda [--runs 5] [--json]      one with torch: to the device as well
+    python benchmarks/weight_ring.py --engine sglang [--runs 5] [--json]      restores of a real engine with and without it
 
 MODEL is a folder of safetensors files, which are read once before. All ways alternate in one run; the figures are medians in GB/s:
 
@@ -10,6 +11,9 @@ MODEL is a folder of safetensors files, which are read once before. All ways alt
 - ring: the ring, with a reader that frees each slot at once.
 - device: from the ring into tensors on the device, by the engine's own code: `taken` with all slots filled before, as after a
   restore; `pinned` the same bytes from one pinned slot, which no ring can beat; `record` is the search for the layout.
+
+With --engine: the demo's engine of `make setup` with the demo's model. The figures are seconds from the command to the first
+token of a waiting request, restored from a snapshot without weights: `ring`, and `own`, the engine's own reload.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from plugin.runtime.weight_ring.feed import WeightFeed  # noqa: E402
 from plugin.runtime.weight_ring.ring import SLOT_BYTES, THREADS, Ring, Source  # noqa: E402
 
 STREAM_LIMIT_S = 60.0
+COLD_LIMIT_S, RESTORE_LIMIT_S = 900.0, 120.0
 
 
 def files_of(model: Path) -> list[Path]:
@@ -155,6 +160,73 @@ def device_rates(model: Path, device: str = "cuda", runs: int = 5) -> dict[str, 
     return {way: statistics.median(rates) / 1e9 for way, rates in found.items()} | {"bytes": total}
 
 
+def restore_seconds(engine: str, runs: int = 5) -> dict[str, list[float]]:
+    """Return seconds to the first token by `ring` and `own`, of `runs` restores each, in turn. The first restore of all, by `own`,
+    records the working set and does not count. Raises MeasureError.
+    """
+    from checkpoint.snapshot.library import Library
+    from plugin.bench.client import Command, free_port, waiting_client
+    from plugin.bench.presets import preset
+    from plugin.runtime.config import state_home
+    from plugin.runtime.weight_ring.feed import OFF
+
+    chosen, name, found = preset(engine, state_home()), "weight-ring-benchmark", {"ring": [], "own": []}
+    library = Library(state_home())
+    texts = set()
+
+    def start(way: str, limit_s: float) -> float:
+        port = free_port()
+        argv = [
+            sys.executable,
+            "-m",
+            "plugin.launch",
+            "--no-rehearse",
+            "--weights",
+            "excluded",
+            "--snapshot-name",
+            name,
+        ]
+        argv += [
+            "--engine-python",
+            str(chosen.python),
+            engine,
+            *chosen.arguments,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ]
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"} | chosen.environment
+        command = Command(argv, env, Path(folder, "log"), ROOT)
+        if library.has(name):
+            (library.path(name) / OFF).unlink(missing_ok=True) if way == "ring" else (library.path(name) / OFF).touch()
+        process = command.start()
+        try:
+            answer = waiting_client(port, str(chosen.model), command.began, limit_s, process)
+        finally:
+            command.stop()
+        if limit_s == COLD_LIMIT_S:
+            return answer.first_s
+        texts.add(answer.text)
+        if ("GB taken in" in command.log.read_text()) != (way == "ring"):
+            raise SystemExit(f"not restored by {way}:\n{command.log.read_text()[-2000:]}")
+        return answer.first_s
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            start("own", COLD_LIMIT_S)
+            start("own", RESTORE_LIMIT_S)
+            for _ in range(runs):
+                for way, seconds in found.items():
+                    seconds.append(start(way, RESTORE_LIMIT_S))
+        finally:
+            if library.has(name):
+                library.remove(name)
+    if len(texts) != 1:
+        raise SystemExit(f"the answers differ: {texts}")
+    return found
+
+
 def _take(holder: Any, snapshot: Path, control: Path, where: Any) -> float:
     with WeightFeed(PhaseTracker()) as feed:
         if not feed.begin(snapshot, "", None) or feed.ring is None or not feed.ring.wait_ahead(STREAM_LIMIT_S):
@@ -184,12 +256,24 @@ def _synchronize(where: Any) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument(
+        "--engine", choices=("vllm", "sglang"), help="restores of this engine with and without the ring"
+    )
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", help="measure into tensors on this device, too")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
+    if given.engine:
+        seconds = restore_seconds(given.engine, given.runs)
+        if given.json:
+            print(json.dumps(seconds))
+        for way, some in seconds.items() if not given.json else ():
+            print(f"{given.engine} {way:5} {statistics.median(some):.2f} s ({min(some):.2f} - {max(some):.2f})")
+        return
+    if given.model is None:
+        parser.error("MODEL or --engine is required")
     found = {"fill": fill_rates(given.model, given.runs, given.threads)}
     if given.device:
         found["device"] = device_rates(given.model, given.device, given.runs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import errno
 import itertools
 import mmap
 import os
@@ -22,6 +23,8 @@ SLOT_BYTES = 32 << 20
 SLOTS = 8
 THREADS = 8
 _MADV_HUGEPAGE = 14
+_LOOK, _ADVISE = 2 << 20, 128 << 10
+"""Bytes for each look whether they are in the page cache, and for each advice: the kernel reads no more at once (read_ahead_kb)."""
 
 
 class Source:
@@ -35,6 +38,23 @@ class Source:
         if found != size:
             self.close()
             raise OSError(0, f"it has {found} bytes, where the snapshot's engine read {size}", self.path)
+
+    def warm(self, offset: int, size: int) -> bool:
+        """Have the kernel read a part that is not in the page cache; return False where the file system does not say what is.
+
+        Raises OSError.
+        """
+        for at in range(offset, offset + size, _LOOK):
+            try:
+                os.preadv(self.fd, [bytearray(1)], at, os.RWF_NOWAIT)
+            except BlockingIOError:
+                for part in range(at, min(at + _LOOK, offset + size), _ADVISE):
+                    os.posix_fadvise(self.fd, part, _ADVISE, os.POSIX_FADV_WILLNEED)
+            except OSError as error:
+                if error.errno == errno.EOPNOTSUPP:
+                    return False
+                raise
+        return True
 
     def close(self) -> None:
         """Close the file."""
@@ -81,6 +101,8 @@ class Ring:
             threading.Thread(target=self._work, name=f"weights-{number}", daemon=True)
             for number in range(min(wanted, self.count))
         ]
+        if self.count > self.slots:
+            self._threads.append(threading.Thread(target=self._warm, name="weights-warm", daemon=True))
 
     def start(self) -> None:
         """Begin to read."""
@@ -150,11 +172,33 @@ class Ring:
                 self.error = self.error or f"weights-unreadable: {error.filename}: {error.strerror or error}"
                 self._state.notify_all()
         finally:
+            self._leave()
+
+    def _warm(self) -> None:
+        """When the ring is full and nobody takes from it, bring what follows into the page cache."""
+        try:
             with self._state:
-                self._users -= 1
-                last = self._closed and not self._users
-            if last:
-                self._release()
+                self._state.wait_for(lambda: len(self._filled) >= self.slots or self._closed or self.error)
+            begin, at = self.slots * self.slot_bytes, 0
+            for file, offset, size in self._segments:
+                skip = min(size, max(0, begin - at))
+                for part in range(skip, size if file != ZEROS else 0, self.slot_bytes):
+                    if self._closed or self._freed or self.error:
+                        return
+                    if not self._sources[file].warm(offset + part, min(self.slot_bytes, size - part)):
+                        return
+                at += size
+        except OSError:
+            pass  # whoever reads it finds the same error, and says so
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        with self._state:
+            self._users -= 1
+            last = self._closed and not self._users
+        if last:
+            self._release()
 
     def _take(self) -> int | None:
         """Return the number of the next slot to fill, once it is free; None when nothing is left to do."""

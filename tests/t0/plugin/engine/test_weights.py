@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import struct
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,3 +249,62 @@ def test_a_damaged_or_missing_layout_and_missing_files_are_one_line(checkpoint_d
     assert not feed.WeightFeed(PhaseTracker()).begin(folder, "", None)
     codes = [record.getMessage().split(": ")[1] for record in caplog.records]
     assert codes == ["weights-unreadable", "weights-unreadable", "weights-layout"]
+
+
+class OnDevice(Tensor):
+    device = SimpleNamespace(type="cuda")
+
+
+class Layer:
+    """A module with buffers, what was computed from parameters, a KV cache, and tensors in containers."""
+
+    def __init__(self):
+        self._parameters = {"w": OnDevice(Q)}
+        self.buffer, self.computed, self.inside = OnDevice(V), OnDevice(K), OnDevice(UP)
+        self.kv_cache = [OnDevice(GATE)]
+        self.lora = ({"a": [self.inside]},)
+        self.view_of_parameter = self._parameters["w"]
+        self.on_host = Tensor(NORM)
+
+    def parameters(self):
+        return iter(self._parameters.values())
+
+    def buffers(self):
+        return iter([self.buffer])
+
+    def modules(self):
+        return [self]
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A device without torch; return a function that lets vLLM's allocator hold tensors under a tag."""
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(Tensor=Tensor))
+    monkeypatch.setattr(weights, "_DeviceStorage", weights._HostStorage)
+
+    def allocator(**tags):
+        held = {
+            tensor.data_ptr(): SimpleNamespace(handle=(0, tensor.nbytes()), tag=tag)
+            for tag, tensors in tags.items()
+            for tensor in tensors
+        }
+        module = SimpleNamespace(CuMemAllocator=SimpleNamespace(instance=SimpleNamespace(pointer_to_data=held)))
+        monkeypatch.setitem(sys.modules, "vllm.device_allocator.cumem", module)
+
+    return allocator
+
+
+def test_on_a_gpu_what_vllms_sleep_drops_is_lost_and_nothing_else(device):
+    layer = Layer()
+    weight, inside = layer._parameters["w"], layer.inside
+    device(weights=[weight, layer.buffer, layer.computed, inside], kv_cache=layer.kv_cache)
+    lost = [storage.address for storage in weights.lost([layer])]
+    assert set(lost) == {weight.data_ptr(), layer.computed.data_ptr(), inside.data_ptr()}, "vLLM saves the buffers"
+    assert lost == [storage.address for storage in weights.lost([layer, layer])], "each once, in a fixed order"
+    device(weights=[weight], kv_cache=[*layer.kv_cache, layer.computed, inside])
+    assert [storage.address for storage in weights.lost([layer])] == [weight.data_ptr()]
+
+
+def test_computed_tensors_are_declined_where_no_allocator_tells_which_are_lost(device, control_dir, checkpoint_dir):
+    weights.record([Layer()], [str(checkpoint_dir)])
+    assert "weights-computed" in layout.collect(control_dir)

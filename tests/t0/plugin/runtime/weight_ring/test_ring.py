@@ -1,8 +1,11 @@
 """The ring carries the stream byte by byte, in any cut, keeps to its memory, and reports what it cannot read."""
 
+import ctypes
+import mmap
 import os
 import random
 import threading
+import time
 
 import pytest
 
@@ -117,3 +120,34 @@ def test_a_stalled_read_keeps_its_files_until_it_ends(stream, monkeypatch):
     go_on.set()
     ring._threads[0].join(5.0)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def cached(path):
+    """Return how many bytes of a file are in the page cache."""
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        at = libc.mmap(None, ctypes.c_size_t(size), mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), ctypes.c_size_t(0))
+        pages = (ctypes.c_ubyte * (size // mmap.PAGESIZE))()
+        assert not libc.mincore(ctypes.c_void_p(at), ctypes.c_size_t(size), pages)
+        libc.munmap(ctypes.c_void_p(at), ctypes.c_size_t(size))
+    return sum(page & 1 for page in pages) * mmap.PAGESIZE
+
+
+def test_what_follows_a_full_ring_comes_into_the_page_cache(tmp_path):
+    path, size = tmp_path / "file", 8 << 20
+    path.write_bytes(random.Random(1).randbytes(size))
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
+    if cached(path):
+        pytest.skip("this file system keeps its files in memory")
+    ring = Ring({0: Source(path, size)}, [(0, 0, 5), (ZEROS, 0, 1 << 20), (0, 5, size - 5)], 2, 1 << 20, 1)
+    ring.start()
+    limit = time.monotonic() + 10
+    while cached(path) < size:
+        assert time.monotonic() < limit, cached(path)
+        time.sleep(0.01)
+    assert not ring.ended, "it was not read"
+    ring.close()

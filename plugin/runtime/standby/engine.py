@@ -104,13 +104,10 @@ def leave(replica: RestoreContext, running: Running, frozen: Frozen) -> None:
 
 def _begin_weights(replica: RestoreContext, frozen: Frozen, feed: WeightFeed) -> None:
     """Begin to read weights that the engine dropped, while its GPU state comes back."""
-    snapshot, weights = replica.snapshot, replica.weights
+    snapshot = replica.snapshot
     if snapshot is not None and frozen.on_gpu is not None and frozen.on_gpu.offloaded and frozen.on_gpu.excluded:
-        place = model_place(snapshot, weights, replica.settings.named)
-        if weights.in_place:
-            feed.begin(replica.library.path(snapshot.name), place, weights.path)
-        else:
-            feed.begin_later(replica.library.path(snapshot.name), place, weights.mount)
+        place = model_place(snapshot, replica.weights, replica.settings.named)
+        restore_snapshot.begin_weights(replica, snapshot.name, place, feed)
 
 
 def memory_held(running: Running) -> int:

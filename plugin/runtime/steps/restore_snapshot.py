@@ -64,7 +64,7 @@ def _run(replica: RestoreContext, name: str, served: bool, feed: WeightFeed) -> 
         check_folder(replica.library.path(name), replica.settings.trust_keys)
     recorded = replica.check_identity(snapshot)
     place = model_place(snapshot, replica.weights, replica.settings.named)
-    ringed = snapshot.weights == "excluded" and _begin_weights(replica, name, place, feed)
+    ringed = snapshot.weights == "excluded" and begin_weights(replica, name, place, feed)
     mounted = replica.weights.mounted()
     shown = binds(replica.settings, replica.weights, mounted, place)
     replica.spans = {"identity": time.monotonic() - began}
@@ -131,7 +131,7 @@ def _run(replica: RestoreContext, name: str, served: bool, feed: WeightFeed) -> 
         restore_rates.remember(replica.settings.home, snapshot.image_bytes, took_s, replica.on_gpu)
 
 
-def _begin_weights(replica: RestoreContext, name: str, place: str, feed: WeightFeed) -> bool:
+def begin_weights(replica: RestoreContext, name: str, place: str, feed: WeightFeed) -> bool:
     """Begin to read the excluded weights; return whether the engine needs no mount for them.
 
     Their ring reads a model's own files, or else the mount. The mount is made in a thread: it prefetches what the last load
@@ -143,7 +143,7 @@ def _begin_weights(replica: RestoreContext, name: str, place: str, feed: WeightF
     if weights.in_place:
         threading.Thread(target=weights.mount, name="weights", daemon=True).start()
     else:
-        feed.begin_later(folder, place, weights.mount)
+        feed.begin_later(folder, place, lambda: weights.mount() or weights.path)
     return False
 
 

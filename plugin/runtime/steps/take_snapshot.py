@@ -220,7 +220,8 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
         excluded = _excludes_weights(replica, client, gpu)
         kv_bytes = 0
         if settings.trim:
-            control.exclude_weights(sandbox.control_dir, replica.weights.engine_path if excluded else None)
+            model = replica.weights.engine_path if replica.weights.path else ""
+            control.exclude_weights(sandbox.control_dir, model if excluded else None)
             when_idle(lambda: engine.trim(client), lambda: replica.stop_requested)
             control.exclude_weights(sandbox.control_dir, None)
             if driver is not None and gpu:

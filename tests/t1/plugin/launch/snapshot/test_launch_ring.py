@@ -12,7 +12,9 @@ import pytest
 
 import launchers
 from checkpoint.criu.binary import Criu
+from checkpoint.cuda import checkpoint as cuda
 from checkpoint.host_memory import Room
+from checkpoint.sandbox.sandbox import Sandbox
 from plugin.runtime.capabilities import Capabilities
 from plugin.runtime.config import LaunchSettings, state_home
 from plugin.runtime.phases import Phase, PhaseTracker
@@ -21,7 +23,10 @@ from plugin.runtime.steps.model_mount import Weights
 from plugin.runtime.weight_ring import feed
 from plugin.runtime.weight_ring.ring import Ring
 from tests.kits.launch_rig import WEIGHT_BYTES
+from tests.t1.plugin.launch.snapshot.test_launch_gpu import answer as gpu_answer
+from tests.t1.plugin.launch.snapshot.test_launch_gpu import gpu_rig
 
+__all__ = ["gpu_rig"]
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]
 TAKEN = "weights: 0.00 GB taken"
 OWN = "the engine read its weights itself"
@@ -215,14 +220,73 @@ def test_bytes_that_answer_otherwise_are_read_again_and_the_ring_is_used_no_more
     assert not replica.library.health(replica.snapshot.name).failures
 
 
-def test_the_weights_are_read_while_criu_restores(replica_of):
+def until(monkeypatch, done):
+    """Let the last of eight slots wait for an event: a restore that waited for the weights would not end."""
+    whole = Ring._fill
+
+    def fill(self, number):
+        whole(self, number)
+        if number == 7:
+            assert done.wait(30.0)
+
+    monkeypatch.setattr(feed, "SLOT_BYTES", WEIGHT_BYTES // 8)
+    monkeypatch.setattr(Ring, "_fill", fill)
+
+
+def after(monkeypatch, owner, name):
+    """Return an event that is set once `owner.name` has been called."""
+    done, original = threading.Event(), getattr(owner, name)
+
+    def called(*arguments, **named):
+        found = original(*arguments, **named)
+        done.set()
+        return found
+
+    monkeypatch.setattr(owner, name, called)
+    return done
+
+
+def test_the_weights_are_read_while_criu_restores(replica_of, monkeypatch):
     cold = replica_of("vllm")
     cold.start()
+    expected = answer(cold)
     cold.stop(5.0)
+    until(monkeypatch, after(monkeypatch, Sandbox, "wait_criu"))
     replica = replica_of("vllm")
     replica.start()
+    assert answer(replica) == expected and own_reloads(replica) == 0
     work = {one.name: one for one in replica.tracker.work}
-    assert work["weights-ahead"].at_s < work["criu"].until_s, "the reading begins before CRIU has ended"
-    assert work["weights-ahead"].at_s < work["criu"].at_s + work["criu"].took_s
+    assert work["weights"].at_s < work["criu"].at_s and work["weights"].beside(work["criu"]) > 0.9 * work["criu"].took_s
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_on_a_gpu_the_weights_are_read_beside_criu_the_pages_and_the_driver(gpu_rig, monkeypatch, engine):
+    cold = gpu_rig(engine, weights="excluded")
+    cold.start()
+    expected, before = gpu_answer(cold), own_reloads(cold)
+    cold.standby()
+    cold.start()
+    assert cold.resting.continued and gpu_answer(cold) == expected and own_reloads(cold) == before
+    assert "weights-ahead" in {one.name for one in cold.tracker.work}, "out of standby, too"
+    cold.stop(5.0)
+    until(monkeypatch, after(monkeypatch, cuda, "resume"))
+    replica = gpu_rig(engine, weights="excluded")
+    replica.start()
+    assert replica.restored and gpu_answer(replica) == expected and own_reloads(replica) == 0
+    work = {one.name: one for one in replica.tracker.work}
     (waking,) = [span for span in replica.tracker.timeline if span.phase is Phase.WAKING]
-    assert work["weights-ahead"].until_s < waking.at_s, "all that fits is in the ring before the engine asks"
+    assert work["weights"].at_s < work["criu"].at_s < work["fill"].at_s < work["cuda"].at_s < waking.at_s
+    for part in ("criu", "fill", "cuda"):
+        assert work["weights"].beside(work[part]) > 0.9 * work[part].took_s, (part, work)
+
+
+def test_a_launch_killed_while_its_ring_fills_leaves_nothing(launch_rig):
+    launch_rig.engine = "vllm"
+    answer = launch_rig.take("--weights", "excluded")
+    started = launch_rig.start("--weights", "excluded")
+    started.wait_for("restoring")
+    started.process.kill()
+    started.process.wait(10)
+    assert launch_rig.watch.gone() == set()
+    with launch_rig.running("--weights", "excluded") as started:
+        assert started.ask() == answer and TAKEN in started.ours()

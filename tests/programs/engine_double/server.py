@@ -104,11 +104,16 @@ def level(query):
     return int(next((p.partition("=")[2] for p in query.split("&") if p.startswith("level=")), "1"))
 
 
+def tags_of(query):
+    return [value for name, _, value in (part.partition("=") for part in query.split("&")) if name == "tags"]
+
+
 DEVELOPER = (
     {
         "/reset_prefix_cache": lambda ask, query, body: b"true",
         "/collective_rpc": lambda ask, query, body: str(ask("collective_rpc", body["method"])).encode(),
         "/sleep": lambda ask, query, body: str(ask("sleep", level(query))).encode(),
+        "/wake_up": lambda ask, query, body: str(ask("wake_up", tags_of(query))).encode(),
     }
     if os.environ.get("VLLM_SERVER_DEV_MODE") == "1"
     else {}
@@ -213,7 +218,9 @@ def handler(engine, ask, options):
                         None,
                         *({"1": {"rank": 7}, str(i): {"rank": 1}} for i in greedy_choices(prompt)),
                     ]
-                return ({"id": f"cmpl-{uuid.uuid4().hex}", "model": name, "choices": [choice]},)
+                whole = {"id": f"cmpl-{uuid.uuid4().hex}", "model": name, "choices": [choice]}
+                streamed = body.get("stream") and "chat" not in path
+                return (b"data: %s\n\ndata: [DONE]\n\n" % json.dumps(whole).encode() if streamed else whole,)
             if path.endswith("/load_lora_adapter"):
                 return ({"success": True}, 400 if body.get("lora_name") == "bad" else 200)
             if engine == "sglang":

@@ -30,7 +30,7 @@ from plugin.runtime.signals import unwind  # noqa: E402
 WORK = click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder of gpu_unpack.py; state and models go here.")
 OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the figures.")
 ENGINE = click.option("--engine", type=click.Choice(["vllm", "sglang"]), required=True)
-BUDGET = click.option("--budget", "budget_s", type=Duration(1.0), default="8m", show_default=True, help="A step that would end later is not begun.")
+BUDGET = click.option("--budget", "budget_s", type=Duration(1.0), default="8m", show_default=True, help="What would end later is not begun.")
 LAYERS = {"model": 32, "small": 4}
 
 
@@ -112,8 +112,10 @@ def tests(work: Path, out: Path, limit_s: float) -> int:
     """Run tests/gpu with the real driver and a small model of random numbers; their report is OUT/tests.xml."""
     out.mkdir(parents=True, exist_ok=True)
     model = random_model(work.absolute(), "small", sys.executable)
-    environment = {**os.environ, "QUICKTHAW_GPU_PYTHON": sys.executable, "QUICKTHAW_GPU_MODEL": str(model), "QUICKTHAW_HOME": str(work.absolute() / "home")}
-    argv = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-o", "timeout=300", f"--junitxml={out.absolute() / 'tests.xml'}", "tests/gpu"]
+    environment = {**os.environ, "QUICKTHAW_GPU_PYTHON": sys.executable, "QUICKTHAW_GPU_MODEL": str(model)}
+    environment["QUICKTHAW_HOME"] = str(work.absolute() / "home")
+    argv = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--junitxml={out.absolute() / 'tests.xml'}"]
+    argv += ["-o", "timeout=300", "tests/gpu"]
     with (out / "tests.txt").open("wb") as log:  # a report is written at the end only; each line of this as its test ends
         process = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:

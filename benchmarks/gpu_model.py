@@ -1,6 +1,6 @@
-"""Write a Llama of random numbers in bfloat16: ENGINE_PYTHON benchmarks/gpu_model.py FOLDER TOKENIZER [--layers 32] [--device cuda].
+"""Write a Llama of random numbers in bfloat16: PYTHON benchmarks/gpu_model.py FOLDER TOKENIZER [--layers 32] [--device cuda].
 
-With 32 layers 7.4 billion parameters, 14.8 GB in files of one sixth of the layers. Needs torch and safetensors. A folder that is whole is kept.
+With 32 layers 7.4 billion parameters, 14.8 GB in six files. Needs torch and safetensors. A folder that is whole is kept.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Make the folder that `benchmarks/gpu.py run` needs on a machine with a GPU and without network: engine, quickthaw's needs, CRIU, tokenizer.
+"""Make the folder that `benchmarks/gpu.py run` needs on a machine with a GPU and no network: engine, quickthaw's needs, CRIU, tokenizer.
 
-That machine has PyTorch 2.11 for CUDA 13 and what is listed in `THERE` (seen 2026-11-17). Each engine is the newest release for that PyTorch
-which was seen to work, with what it imports to serve a Llama in bfloat16 on a Hopper GPU, and no more.
+That machine has `THERE` (seen 2026-11-17). Each engine is a release for that PyTorch, with what it imports to serve a Llama in bfloat16
+on a Hopper GPU, and no more: vLLM's was seen to work on one, SGLang's is the newest for it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,28 @@ PYTHON = "3.12"
 PLATFORMS = ("_2_17", "_2_24", "_2_26", "_2_27", "_2_28", "_2_31", "_2_34", "_2_35", "2014", "1")
 LIMIT = 64 << 20
 """Bytes that may travel, the working tree with them."""
-THERE = ("torch 2.11.0+cu130", "triton 3.6.0", "numpy", "cuda-bindings", "nvidia-ml-py", "psutil", "pytest", "nvcc and a C compiler")
+THERE = "torch 2.11.0+cu130, triton 3.6.0, numpy, cuda-bindings, nvidia-ml-py, psutil, pytest, nvcc and a C compiler"
 
-_QUICKTHAW = ("blake3==1.0.11", "httptools==0.9.0", "msgspec==0.23.0", "obstore", "pytest-timeout", "starlette==1.10.0", "zstandard", "xxhash")
-_SERVER = (
-    "annotated-types==0.8.0", "fastapi==0.136.3", "jiter==0.19.0", "openai==2.6.1", "openai-harmony==0.0.8", "partial-json-parser==0.2.1.1.post7",
-    "prometheus-fastapi-instrumentator==8.1.0", "pybase64==1.5.1", "pydantic==2.14.4", "pydantic-core==2.50.5", "python-multipart==0.0.34",
-    "pyzmq==27.3.0", "setproctitle==1.3.8", "sniffio==1.3.1", "distro==1.9.0", "typing-inspection==0.4.5", "uvicorn==0.54.0", "watchfiles==1.3.0",
-    "compressed-tensors==0.17.0", "loguru==0.7.3", "llguidance==1.7.6", "xgrammar==0.2.3", "apache-tvm-ffi==0.1.9",
-)  # fmt: skip
+_QUICKTHAW = "blake3==1.0.11 httptools==0.9.0 msgspec==0.23.0 obstore pytest-timeout starlette==1.10.0 zstandard xxhash"
+_SERVER = """
+annotated-types==0.8.0 fastapi==0.136.3 jiter==0.19.0 openai==2.6.1 openai-harmony==0.0.8 partial-json-parser==0.2.1.1.post7
+prometheus-fastapi-instrumentator==8.1.0 pybase64==1.5.1 pydantic==2.14.4 pydantic-core==2.50.5 python-multipart==0.0.34
+pyzmq==27.3.0 setproctitle==1.3.8 sniffio==1.3.1 distro==1.9.0 typing-inspection==0.4.5 uvicorn==0.54.0 watchfiles==1.3.0
+compressed-tensors==0.17.0 loguru==0.7.3 llguidance==1.7.6 xgrammar==0.2.3 apache-tvm-ffi==0.1.9
+"""
+_VLLM = """
+vllm==0.24.0 cachetools==8.0.2 cbor2==6.3.0 diskcache==5.6.3 jmespath==1.1.0 lark==1.2.2
+model-hosting-container-standards==0.1.16 python-json-logger==4.2.0
+"""
+_SGLANG = """
+sglang==0.5.17 sglang-kernel==0.4.5 torch_memory_saver==0.0.10 flashinfer-python==0.6.15.post1 transformers==5.12.1
+tokenizers==0.22.2 cffi==2.1.1 pycparser==3.12 dill==0.4.1 gguf==0.19.0 interegular==0.3.3 jsonschema==4.26.0
+jsonschema-specifications==2025.9.1 orjson==3.13.0 referencing==0.37.0 rpds-py==2026.9.1 soundfile==0.13.1
+"""
+
+
+def _all(*lists: str) -> tuple[str, ...]:
+    return tuple(" ".join(lists).split())
 
 
 @dataclass(frozen=True)
@@ -53,32 +66,25 @@ _HOLLOW = 'def __getattr__(name):\n    if name.startswith("__"):\n        raise 
 _COMMON = r"\.(a|h|hpp|cuh|pyi|pxd)$|/include/|/tests?/|(^|/)share/|\.dist-info/licenses/"
 ENGINES = {
     "vllm": Engine(
-        (
-            "vllm==0.24.0", "cachetools==8.0.2", "cbor2==6.3.0", "diskcache==5.6.3", "jmespath==1.1.0", "lark==1.2.2",
-            "model-hosting-container-standards==0.1.16", "python-json-logger==4.2.0", *_SERVER, *_QUICKTHAW,
-        ),
-        rf"{_COMMON}|vllm/vllm-rs$|_vllm_fa2_C|deep_gemm/_C\.cpython-3(10|11|13|14)|third_party/(fmha_sm100|deep_gemm/include)",
+        _all(_VLLM, _SERVER, _QUICKTHAW),
+        rf"{_COMMON}|vllm/vllm-rs$|_vllm_fa2_C|deep_gemm/_C\.cpython-3(10|11|13|14)|third_party/fmha_sm100",
         without="no FlashInfer, no FlashAttention 2, no DeepGEMM",
     ),
     "sglang": Engine(
-        (
-            "sglang==0.5.17", "sglang-kernel==0.4.5", "torch_memory_saver==0.0.10", "flashinfer-python==0.6.15.post1", "transformers==5.12.1",
-            "tokenizers==0.22.2", "cffi==2.1.1", "pycparser==3.12", "dill==0.4.1", "gguf==0.19.0", "interegular==0.3.3", "jsonschema==4.26.0",
-            "jsonschema-specifications==2025.9.1", "orjson==3.13.0", "referencing==0.37.0", "rpds-py==2026.9.1", "soundfile==0.13.1",
-            *_SERVER, *_QUICKTHAW,
-        ),
-        r"\.(a|pyi|pxd)$|^sgl_kernel/(sm100/|infllm_ops|flash_ops|flashmla_ops)|^lib/|^lib64/|^bin/|^_mscclpp|multimodal/_core|server/_core|grpc/_core"
-        r"|flashinfer/data/(cutlass|cccl|spdlog)|multimodal_gen/|_cu12\.abi3|_hook_mode_(torch|preload)\.abi3|\.dist-info/licenses/",
+        _all(_SGLANG, _SERVER, _QUICKTHAW),
+        r"\.(a|pyi|pxd)$|^sgl_kernel/(sm100/|infllm_ops|flash_ops|flashmla_ops)|^lib/|^lib64/|^bin/|^_mscclpp"
+        r"|(multimodal|server|grpc)/_core|flashinfer/data/(cutlass|cccl|spdlog)|multimodal_gen/|_cu12\.abi3"
+        r"|_hook_mode_(torch|preload)\.abi3|\.dist-info/licenses/",
         (("IPython/__init__.py", ""), ("IPython/display.py", _HOLLOW)),
         without="no FlashAttention 3 (--attention-backend triton), no FlashInfer kernels, no gRPC server",
     ),
-}  # fmt: skip
+}
 
 
 @click.command()
 @click.option("--engine", type=click.Choice(list(ENGINES)), required=True)
-@click.option("--to", "target", type=click.Path(path_type=Path), default=Path("build/gpu"), show_default=True, help="An ignored folder of the checkout.")
-@click.option("--wheels", type=click.Path(path_type=Path), help="Keep downloaded wheels here. Default: a temporary folder beside the target.")
+@click.option("--to", "target", type=click.Path(path_type=Path), default=Path("build/gpu"), show_default=True, help="An ignored folder.")
+@click.option("--wheels", type=click.Path(path_type=Path), help="Keep the wheels here.")
 def prepare(engine: str, target: Path, wheels: Path | None) -> None:
     """Download an engine's wheels, cut them down, and write TARGET/ENGINE, which travels to the machine with the GPU."""
     one, folder = ENGINES[engine], target / engine

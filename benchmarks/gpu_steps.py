@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SNAPSHOT = "gpu"
 ARGUMENTS = {
     "vllm": ("--gpu-memory-utilization", "0.5", "--max-model-len", "4096"),
-    "sglang": ("--mem-fraction-static", "0.5", "--context-length", "4096", "--attention-backend", "triton", "--sampling-backend", "pytorch"),
-}  # fmt: skip
+    "sglang": tuple("--mem-fraction-static 0.5 --context-length 4096 --attention-backend triton --sampling-backend pytorch".split()),
+}
 SLEEPS = {"vllm": "--enable-sleep-mode", "sglang": "--enable-memory-saver"}
 MODEL_FLAGS = {"vllm": "--model", "sglang": "--model-path"}
 ENVIRONMENT = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "PYTHONUNBUFFERED": "1"}
@@ -187,7 +187,8 @@ class Run:
         if SNAPSHOT not in Library(state_home()).names():
             raise measure.MeasureError(f"no snapshot; the log ends: {command.log.read_text(errors='replace')[-600:]}")
         snapshot = Library(state_home()).load(SNAPSHOT)
-        about = {"images GB": round(snapshot.image_bytes / 1e9, 3), "weights": snapshot.weights, "processes with a context": snapshot.gpu.processes}
+        about: dict[str, Any] = {"images GB": round(snapshot.image_bytes / 1e9, 3), "weights": snapshot.weights}
+        about["processes with a context"] = snapshot.gpu.processes
         self.figures.know(snapshot=about | {span.phase: span.took_s for span in snapshot.timeline})
 
     def _wakes(self, port: int, expected: str, row: str) -> None:

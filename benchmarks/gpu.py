@@ -27,10 +27,14 @@ from plugin.bench.presets import Preset  # noqa: E402
 from plugin.options import Duration  # noqa: E402
 from plugin.runtime.signals import unwind  # noqa: E402
 
-WORK = click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder of gpu_unpack.py; state and models go here.")
+WORK = click.option(
+    "--work", type=click.Path(path_type=Path), required=True, help="Folder of gpu_unpack.py; state and models go here."
+)
 OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the figures.")
 ENGINE = click.option("--engine", type=click.Choice(["vllm", "sglang"]), required=True)
-BUDGET = click.option("--budget", "budget_s", type=Duration(1.0), default="8m", show_default=True, help="What would end later is not begun.")
+BUDGET = click.option(
+    "--budget", "budget_s", type=Duration(1.0), default="8m", help="What would end later is not begun."
+)
 LAYERS = {"model": 32, "small": 4}
 
 
@@ -43,7 +47,14 @@ def main() -> None:
 def random_model(work: Path, name: str, python: str) -> Path:
     """Return the folder of a model of random numbers, made if it is not there. Raises CalledProcessError."""
     folder = work / "models" / name
-    argv = [python, str(ROOT / "benchmarks" / "gpu_model.py"), str(folder), str(work / "tokenizer"), "--layers", str(LAYERS[name])]
+    argv = [
+        python,
+        str(ROOT / "benchmarks" / "gpu_model.py"),
+        str(folder),
+        str(work / "tokenizer"),
+        "--layers",
+        str(LAYERS[name]),
+    ]
     subprocess.run(argv, check=True)
     return folder
 
@@ -57,7 +68,9 @@ def random_model(work: Path, name: str, python: str) -> Path:
 @click.option("--alones", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--wakes", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--double", is_flag=True, help="Use the doubles of the engine and of the driver: no GPU.")
-def run(engine: str, work: Path, out: Path, budget_s: float, restores: int, alones: int, wakes: int, double: bool) -> int:
+def run(
+    engine: str, work: Path, out: Path, budget_s: float, restores: int, alones: int, wakes: int, double: bool
+) -> int:
     """Measure an engine: restored, by phase, from standby, alone, and by its own sleep mode, on one model in one run."""
     from benchmarks.gpu_steps import ARGUMENTS, MODEL_FLAGS, SNAPSHOT, GpuBench, Run, steps
 
@@ -74,7 +87,9 @@ def run(engine: str, work: Path, out: Path, budget_s: float, restores: int, alon
             model = random_model(work, "model", sys.executable)
             arguments = (MODEL_FLAGS[engine], str(model), *ARGUMENTS[engine])
             preset, program = Preset(engine, Path(sys.executable), model, arguments, {}), ("-m", "plugin.launch")
-        options = ("--no-mount", "--weights", "excluded") if double else ("--no-mount",)  # the double's are too few for a ring
+        options = (
+            ("--no-mount", "--weights", "excluded") if double else ("--no-mount",)
+        )  # the double's are too few for a ring
         bench = GpuBench(preset, SNAPSHOT, work / "logs", 300.0, options, program)
         steps(Run(engine, bench, figures, restores, alones, wakes, double))
     finally:
@@ -101,7 +116,10 @@ def doubles(engine: str, work: Path) -> tuple[Preset, tuple[str, ...]]:
         "QUICKTHAW_SHARED_STEP": "1",
         "PYTHONPATH": str(ROOT),
     }
-    return Preset(engine, python, folder, (MODEL_FLAGS[engine], str(folder)), variables), ("-m", "tests.programs.gpu_launch")
+    return Preset(engine, python, folder, (MODEL_FLAGS[engine], str(folder)), variables), (
+        "-m",
+        "tests.programs.gpu_launch",
+    )
 
 
 @main.command()
@@ -114,9 +132,19 @@ def tests(work: Path, out: Path, limit_s: float) -> int:
     model = random_model(work.absolute(), "small", sys.executable)
     environment = {**os.environ, "QUICKTHAW_GPU_PYTHON": sys.executable, "QUICKTHAW_GPU_MODEL": str(model)}
     environment["QUICKTHAW_HOME"] = str(work.absolute() / "home")
-    argv = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--junitxml={out.absolute() / 'tests.xml'}"]
+    argv = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={out.absolute() / 'tests.xml'}",
+    ]
     argv += ["-o", "timeout=300", "tests/gpu"]
-    with (out / "tests.txt").open("wb") as log:  # a report is written at the end only; each line of this as its test ends
+    with (out / "tests.txt").open(
+        "wb"
+    ) as log:  # a report is written at the end only; each line of this as its test ends
         process = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
             code = process.wait(limit_s)

@@ -18,10 +18,16 @@ SCALE = 0.02
 def shapes(layers: int, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of every tensor."""
     heads, kv = hidden // HEAD * HEAD, max(1, KV_HEADS * hidden // HIDDEN) * HEAD
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, hidden), "model.norm.weight": (hidden,)}
+    found: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (VOCABULARY, hidden),
+        "model.norm.weight": (hidden,),
+    }
     for layer in range(layers):
         name = f"model.layers.{layer}"
-        found |= {f"{name}.self_attn.{part}_proj.weight": (size, hidden) for part, size in (("q", heads), ("k", kv), ("v", kv))}
+        found |= {
+            f"{name}.self_attn.{part}_proj.weight": (size, hidden)
+            for part, size in (("q", heads), ("k", kv), ("v", kv))
+        }
         found[f"{name}.self_attn.o_proj.weight"] = (hidden, heads)
         found |= {f"{name}.mlp.{part}_proj.weight": (intermediate, hidden) for part in ("gate", "up")}
         found[f"{name}.mlp.down_proj.weight"] = (hidden, intermediate)
@@ -53,7 +59,9 @@ def config(layers: int, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE) 
     }
 
 
-def write(folder: Path, tokenizer: Path, layers: int, device: str, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE) -> None:
+def write(
+    folder: Path, tokenizer: Path, layers: int, device: str, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE
+) -> None:
     """Write the model. The same seed makes the same numbers on the same kind of device."""
     import torch
     from safetensors.torch import save_file
@@ -75,7 +83,9 @@ def write(folder: Path, tokenizer: Path, layers: int, device: str, hidden: int =
         save_file({key: tensor.cpu() for key, tensor in tensors.items()}, str(folder / name), {"format": "pt"})
         index |= dict.fromkeys(tensors, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    (folder / "config.json").write_text(json.dumps(config(layers, hidden, intermediate)))  # last: the folder is whole then
+    (folder / "config.json").write_text(
+        json.dumps(config(layers, hidden, intermediate))
+    )  # last: the folder is whole then
 
 
 if __name__ == "__main__":

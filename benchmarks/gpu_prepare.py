@@ -83,7 +83,14 @@ ENGINES = {
 
 @click.command()
 @click.option("--engine", type=click.Choice(list(ENGINES)), required=True)
-@click.option("--to", "target", type=click.Path(path_type=Path), default=Path("build/gpu"), show_default=True, help="An ignored folder.")
+@click.option(
+    "--to",
+    "target",
+    type=click.Path(path_type=Path),
+    default=Path("build/gpu"),
+    show_default=True,
+    help="An ignored folder.",
+)
 @click.option("--wheels", type=click.Path(path_type=Path), help="Keep the wheels here.")
 def prepare(engine: str, target: Path, wheels: Path | None) -> None:
     """Download an engine's wheels, cut them down, and write TARGET/ENGINE, which travels to the machine with the GPU."""
@@ -127,7 +134,16 @@ def tree_bytes(repository: Path) -> int:
 
 def download(wheels: tuple[str, ...], folder: Path) -> None:
     """Fetch wheels for that machine's Python without what they need. Raises CalledProcessError."""
-    argv = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
+    argv = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-qq",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--only-binary=:all:",
+    ]
     argv += ["--python-version", PYTHON, "--implementation", "cp", "-d", str(folder)]
     for name in PLATFORMS:
         argv += ["--platform", f"manylinux{name}_x86_64"]
@@ -137,7 +153,7 @@ def download(wheels: tuple[str, ...], folder: Path) -> None:
 def pack(engine: Engine, wheels: Path, target: Path) -> dict[str, int | str]:
     """Write an engine's site-packages as an archive; return the bytes by wheel. Raises LookupError for a wheel that is missing."""
     dropped: Callable[[str], bool] = lambda name: re.search(engine.left_out, name) is not None  # noqa: E731
-    found: dict[str, int | str] = {"without": engine.without}
+    found: dict[str, int | str] = {"needs there": THERE, "without": engine.without}
     with lzma.open(target, "wb", preset=6) as out, tarfile.open(fileobj=out, mode="w|") as archive:
         for wheel in (wheel_of(name, wheels) for name in engine.wheels):
             found[wheel.name] = add_wheel(archive, wheel, dropped)
@@ -174,7 +190,9 @@ def _carry_criu(target: Path) -> None:
     if not (folder / self_contained.BINARY).exists():
         raise LookupError(f"{folder} is no self-contained CRIU; run: quickthaw setup criu")
     with tarfile.open(target, "w:xz") as archive:
-        archive.add(folder, "criu", filter=lambda one: None if one.name.startswith(f"criu/{self_contained.LICENSES}") else one)
+        archive.add(
+            folder, "criu", filter=lambda one: None if one.name.startswith(f"criu/{self_contained.LICENSES}") else one
+        )
 
 
 def _carry_tokenizer(target: Path) -> None:

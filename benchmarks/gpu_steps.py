@@ -25,7 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 SNAPSHOT = "gpu"
 ARGUMENTS = {
     "vllm": ("--gpu-memory-utilization", "0.5", "--max-model-len", "4096"),
-    "sglang": tuple("--mem-fraction-static 0.5 --context-length 4096 --attention-backend triton --sampling-backend pytorch".split()),
+    # What its carried kernels are (benchmarks/gpu_prepare.py): FlashAttention 3 for SGLang alone is larger than what may travel.
+    "sglang": (
+        *("--mem-fraction-static", "0.5", "--context-length", "4096"),
+        *("--attention-backend", "triton", "--sampling-backend", "pytorch"),
+    ),
 }
 SLEEPS = {"vllm": "--enable-sleep-mode", "sglang": "--enable-memory-saver"}
 MODEL_FLAGS = {"vllm": "--model", "sglang": "--model-path"}
@@ -71,16 +75,22 @@ class Run:
         """Return how long a start may take: what is left, less the time to write and stop."""
         return max(5.0, min(self.bench.limit_s, self.figures.left_s - 5.0))
 
-    def start(self, kind: str, run: str, port: int, *more: str, **environment: str) -> tuple[measure.Command, measure.FirstToken]:
+    def start(
+        self, kind: str, run: str, port: int, *more: str, **environment: str
+    ) -> tuple[measure.Command, measure.FirstToken]:
         """Start a command and wait for the first answer; on a failure it is stopped, and the end of its log is in the error."""
         command = self.bench.command(kind, port, run)
-        command = measure.Command([*command.argv, *more], {**command.environment, **environment}, command.log, command.cwd)
+        command = measure.Command(
+            [*command.argv, *more], {**command.environment, **environment}, command.log, command.cwd
+        )
         try:
             process = command.start()
             return command, measure.waiting_client(port, self.model, command.began, self.limit_s(), process)
         except measure.MeasureError as error:
             command.stop()
-            raise measure.MeasureError(f"{error}; its log ends: {command.log.read_text(errors='replace')[-600:]}") from error
+            raise measure.MeasureError(
+                f"{error}; its log ends: {command.log.read_text(errors='replace')[-600:]}"
+            ) from error
         except BaseException:
             command.stop()
             raise
@@ -89,15 +99,28 @@ class Run:
 
     def probe(self) -> None:
         """Write down what this machine is."""
-        facts: dict[str, Any] = {"engine": self.engine, "cores": len(os.sched_getaffinity(0)), "kernel": os.uname().release}
+        facts: dict[str, Any] = {
+            "engine": self.engine,
+            "cores": len(os.sched_getaffinity(0)),
+            "kernel": os.uname().release,
+        }
         facts["memory GiB"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30), 1)
         code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in ('torch', '{self.engine}')}}))"
         for name, argv in (
-            ("gpu", ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,pcie.link.gen.current", "--format=csv,noheader"]),
+            (
+                "gpu",
+                [
+                    "nvidia-smi",
+                    "--query-gpu=name,driver_version,memory.total,pcie.link.gen.current",
+                    "--format=csv,noheader",
+                ],
+            ),
             ("versions", [str(self.bench.preset.python), "-c", code]),
         ):
             try:
-                facts[name] = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+                facts[name] = subprocess.run(
+                    argv, capture_output=True, text=True, timeout=60, check=True
+                ).stdout.strip()
             except (OSError, subprocess.SubprocessError) as error:
                 facts[name] = f"not known: {error}"
         self.figures.know(**facts)
@@ -108,7 +131,9 @@ class Run:
         if not self.on_double:
             argv += ["--device", "cuda"]
         python = sys.executable if self.on_double else argv[0]  # the double's interpreter has no quickthaw beside it
-        done = subprocess.run([python, *argv[1:]], cwd=ROOT, capture_output=True, text=True, timeout=self.limit_s(), check=False)
+        done = subprocess.run(
+            [python, *argv[1:]], cwd=ROOT, capture_output=True, text=True, timeout=self.limit_s(), check=False
+        )
         if done.returncode:
             raise measure.MeasureError(f"weight_ring.py: {(done.stdout + done.stderr)[-600:]}")
         self.figures.know(**{f"ring {part}": rates for part, rates in json.loads(done.stdout.splitlines()[-1]).items()})
@@ -137,7 +162,9 @@ class Run:
             try:
                 replica = self._replica(port)
                 if "restoring" not in [span["phase"] for span in replica["timeline"]]:
-                    raise measure.MeasureError(f"it started cold; its log ends: {command.log.read_text(errors='replace')[-600:]}")
+                    raise measure.MeasureError(
+                        f"it started cold; its log ends: {command.log.read_text(errors='replace')[-600:]}"
+                    )
                 row = RESTORED if number else f"{RESTORED}, the first time"
                 self.figures.add(row, answer.first_s, answer.text, _phases(replica))
                 if number == self.restores:
@@ -174,7 +201,9 @@ class Run:
             raise NotHere("SGLang has no snapshots of its own")
         code = "import importlib.util as u, sys; sys.exit(0 if u.find_spec('vllm') and u.find_spec('vllm.snapshot') else 3)"
         if subprocess.run([str(self.bench.preset.python), "-c", code], timeout=120, check=False).returncode:
-            raise NotHere("this vLLM has no `vllm snapshot`; releases that have it need a newer PyTorch than this machine's")
+            raise NotHere(
+                "this vLLM has no `vllm snapshot`; releases that have it need a newer PyTorch than this machine's"
+            )
         raise NotHere("`vllm snapshot` takes models by their hub name only, and there is no network")
 
     # Parts of steps
@@ -229,7 +258,11 @@ class Run:
         release = "/release_memory_occupation"
         cache = {"tags": ["kv_cache"]}
         return [
-            ("SGLang's release of the KV cache, awake", lambda: post(release, cache), lambda: post("/resume_memory_occupation", cache)),
+            (
+                "SGLang's release of the KV cache, awake",
+                lambda: post(release, cache),
+                lambda: post("/resume_memory_occupation", cache),
+            ),
             ("SGLang's release of all, awake", lambda: post(release, {"tags": ["kv_cache", "weights"]}), resume_all),
         ]
 

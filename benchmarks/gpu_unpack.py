@@ -19,9 +19,7 @@ def unpack(carried: Path, folder: Path) -> Path:
         return python
     folder.mkdir(parents=True, exist_ok=True)
     venv.create(folder / "venv", clear=True, symlinks=True)
-    site = Path(
-        sysconfig.get_path("purelib", "venv", {"base": str(folder / "venv"), "platbase": str(folder / "venv")})
-    )
+    site = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder / "venv"), "platbase": str(folder / "venv")}))
     with tarfile.open(carried / "site.tar.xz") as archive:
         archive.extractall(site, filter="data")
     # After the carried packages, so that those come first where both have one.

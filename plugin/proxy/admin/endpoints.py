@@ -101,7 +101,8 @@ def pool_document(pool: ReplicaPool) -> dict[str, Any]:
                     {"phase": s.phase, "at_s": round(s.at_s, 4), "took_s": round(s.took_s, 4)} for s in replica.spans
                 ],
                 "work": [
-                    {"name": w.name, "at_s": round(w.at_s, 4), "took_s": round(w.took_s, 4)} for w in replica.tracker.work
+                    {"name": w.name, "at_s": round(w.at_s, 4), "took_s": round(w.took_s, 4)}
+                    for w in replica.tracker.work
                 ],
             }
             for replica in pool.replicas.values()

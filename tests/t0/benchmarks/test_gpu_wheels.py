@@ -39,7 +39,9 @@ def library(*fat_binaries):
     code = (bytes(8)).join(fat_binaries)
     names = b"\0.nv_fatbin\0.shstrtab\0"
     table = 64 + len(code) + len(names)
-    head = b"\x7fELF\x02\x01\x01".ljust(0x28, b"\0") + struct.pack("<Q", table) + bytes(10) + struct.pack("<HHH", 64, 3, 2)
+    head = (
+        b"\x7fELF\x02\x01\x01".ljust(0x28, b"\0") + struct.pack("<Q", table) + bytes(10) + struct.pack("<HHH", 64, 3, 2)
+    )
     headers = [(0, 0, 0, 0, 0, 0), (1, 1, 0, 0, 64, len(code)), (12, 3, 0, 0, 64 + len(code), len(names))]
     sections = b"".join(struct.pack("<IIQQQQ", *header).ljust(64, b"\0") for header in headers)
     return head.ljust(64, b"\0") + code + names + sections
@@ -63,7 +65,9 @@ def test_of_flash_attention_one_head_size_and_format_stay():
     assert BF16 in slim and other in slim and HALF not in slim and HEAD_64 not in slim
 
 
-@pytest.mark.parametrize("data", [b"", b"text", b"\x7fELF\x02" + bytes(100), library(fat_binary(entry(MACHINE_CODE, 90, b"x" * 64)))[:140]])
+@pytest.mark.parametrize(
+    "data", [b"", b"text", b"\x7fELF\x02" + bytes(100), library(fat_binary(entry(MACHINE_CODE, 90, b"x" * 64)))[:140]]
+)
 def test_what_is_no_whole_library_is_refused_or_untouched(data):
     try:
         assert slim_library(data) == data

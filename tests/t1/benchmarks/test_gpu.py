@@ -31,10 +31,28 @@ def script(launch_rig):
     (work / "home" / "criu").symlink_to(state_home() / "criu")
 
     def start(engine, *options):
-        words = ["--double", "--engine", engine, "--work", work, "--out", out, "--restores", "1", "--alones", "1", *options]
+        words = [
+            "--double",
+            "--engine",
+            engine,
+            "--work",
+            work,
+            "--out",
+            out,
+            "--restores",
+            "1",
+            "--alones",
+            "1",
+            *options,
+        ]
         argv = [sys.executable, "benchmarks/gpu.py", "run", *map(str, words)]
         return subprocess.Popen(
-            argv, cwd=REPO, env=launch_rig.env(PYTHONPATH=None), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            argv,
+            cwd=REPO,
+            env=launch_rig.env(PYTHONPATH=None),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
 
     start.out = out
@@ -58,9 +76,23 @@ def test_every_way_is_in_the_table(script, engine):
     said = process.communicate(timeout=110)[0]
     assert process.returncode == 0, said
     found = figures(script)
-    assert found["rows"].keys() >= {"first start through quickthaw", STANDBY, "restored", "alone, warm caches", *OWN[engine]}
+    assert found["rows"].keys() >= {
+        "first start through quickthaw",
+        STANDBY,
+        "restored",
+        "alone, warm caches",
+        *OWN[engine],
+    }
     assert len(found["rows"][STANDBY]) == 2 and len(found["answers"]) == 1
-    assert found["phases"]["restored"].keys() >= {"restoring", "waking", "verifying", "(criu)", "(fill)", "(cuda)", "(weights)"}
+    assert found["phases"]["restored"].keys() >= {
+        "restoring",
+        "waking",
+        "verifying",
+        "(criu)",
+        "(fill)",
+        "(cuda)",
+        "(weights)",
+    }
     assert found["facts"]["snapshot"]["processes with a context"] == 1
     assert {how.split()[0] for how in found["steps"].values()} <= {"done", "not"}, found["steps"]
     table = (script.out / TABLE).read_text()
@@ -87,4 +119,7 @@ def test_what_does_not_fit_into_the_time_is_not_begun(script):
     process = script("sglang", "--budget", "2s", "--wakes", "1")
     process.communicate(timeout=60)
     found = figures(script)
-    assert found["steps"]["the engine alone"].startswith(("not begun", "failed")) and "alone, warm caches" not in found["rows"]
+    assert (
+        found["steps"]["the engine alone"].startswith(("not begun", "failed"))
+        and "alone, warm caches" not in found["rows"]
+    )

@@ -32,6 +32,7 @@ from checkpoint.compatibility.gpu import Gpu
 from checkpoint.cuda.driver import STALLED, DeviceMemory, Driver, DriverError, State
 from checkpoint.cuda.gpu_locks import LOCKS, gpu_locks
 from checkpoint.cuda.placement import all_pairs
+from checkpoint.cuda.processes import Areas, added, anonymous_areas
 from checkpoint.cuda.several import probe
 from checkpoint.errors import Busy, Failed, HostLacks, Incompatible
 
@@ -111,14 +112,15 @@ def suspend(
     released: Callable[[Sequence[int]], None] | None = None,
     visible: Sequence[str] | None = None,
     awake: Mapping[str, int] | None = None,
+    gained: dict[int, Areas] | None = None,
 ) -> tuple[list[int], Needs]:
     """Take every CUDA process among `pids` off the GPU; return them, and what resuming them needs.
 
     `visible`: uuids of the GPUs that the tree may use (None: every GPU); other GPUs are ignored, because other
     programs change their free memory. `awake`: free bytes by uuid while the engine held all of its memory, if it has
-    offloaded some since; a replica will reload it. Does nothing if no process holds a context. `released` is called
-    last, with all `pids`, to check that CRIU can dump (see `check_released`); an exception it raises undoes the
-    suspension, like any error.
+    offloaded some since; a replica will reload it. `gained` receives, by process, the memory that the driver has put its
+    state into. Does nothing if no process holds a context. `released` is called last, with all `pids`, to check that CRIU
+    can dump (checkpoint.cuda.processes.check_released); an exception it raises undoes the suspension, like any error.
 
     Raises Incompatible (multi-gpu, gpu-mig), Failed (cuda-lock-timeout, cuda-lock-failed, cuda-checkpoint-failed,
     cuda-stuck …), HostLacks.
@@ -135,11 +137,18 @@ def suspend(
     refuse_multi_gpu(driver, used)
     own = used or (before.keys() if visible is None else before.keys() & set(visible))
     refuse_mig(devices, own)
+
+    def checkpoint(pid: int) -> None:
+        before = anonymous_areas(pid)
+        _step("checkpoint", pid, driver.checkpoint)
+        if gained is not None:
+            gained[pid] = added(before, anonymous_areas(pid))
+
     try:
         for pid in found:
             _expect(driver, pid, State.RUNNING)
         _each(found, lambda pid: _step("lock", pid, driver.lock, int(lock_timeout_s * 1000)))
-        _each(found, lambda pid: _step("checkpoint", pid, driver.checkpoint))
+        _each(found, checkpoint)
         after = free_memory(driver)
         if not used:
             # NVML uses the host's process numbers, so in a container only the freed memory shows which GPUs were used.
@@ -376,34 +385,6 @@ def multi_gpu_refusal(subject: str, probed: str = "") -> Incompatible:
         f"{subject}, and no test has passed that checkpoints memory shared between them{found}; "
         "the engine starts cold, each rank reads the lazy mount, and --snapshot-store shares compiled code between hosts",
     )
-
-
-def nvidia_files(pid: int, prefix: str = "/dev/nvidia") -> list[str]:
-    """List the GPU device files that a process has open. CRIU refuses to dump them."""
-    found = set()
-    try:
-        with os.scandir(f"/proc/{pid}/fd") as entries:
-            for entry in entries:
-                try:
-                    target = str(Path(entry.path).readlink())
-                except OSError:
-                    continue  # closed meanwhile
-                if target.startswith(prefix):
-                    found.add(target)
-    except OSError:
-        return []  # ended meanwhile
-    return sorted(found)
-
-
-def check_released(pids: Sequence[int], prefix: str = "/dev/nvidia") -> None:
-    """Raise Failed (gpu-handle-open) while a process still has a GPU's device file open (mostly by NVML)."""
-    for pid in pids:
-        if files := nvidia_files(pid, prefix):
-            name = Path(f"/proc/{pid}/comm").read_text().strip() if Path(f"/proc/{pid}/comm").exists() else "gone"
-            raise Failed(
-                "gpu-handle-open",
-                f"process {pid} ({name}) still has {', '.join(files)} open; shut down NVML in it first",
-            )
 
 
 def bring_to_running(driver: Driver, pids: Sequence[int], pairs: Sequence[tuple[str, str]] = ()) -> dict[int, str]:

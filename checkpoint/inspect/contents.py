@@ -7,9 +7,8 @@ second from page cache.
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -19,6 +18,7 @@ import xxhash
 
 from checkpoint.criu.images import Message, messages, nested, number, text
 from checkpoint.criu.pagemap import PAGE, read_page_map
+from checkpoint.cuda.processes import recorded
 from checkpoint.errors import Integrity
 from checkpoint.store.chunking import page_hashes
 
@@ -26,11 +26,17 @@ LARGE = 32 << 20
 """A private anonymous mapping with at least this many dumped bytes counts as `large`: buffers, pools, arenas. Weights
 are distinguished if the engine reported their addresses (Snapshot.weight_areas), because its allocator may have put
 them into the heap."""
-KINDS = ("weights", "heap", "stack", "anonymous", "large", "private file", "shared", "other")
+GPU_STATE, WEIGHTS, PINNED, HUGE = "GPU state", "weights", "pinned", "huge pages"
+"""`GPU state`: what the CUDA driver has put into host memory (checkpoint.cuda.processes). `pinned`: locked in memory
+(mlock). `huge pages`: of hugetlbfs, or with the advice to use them. `heap`: malloc's, of every thread. What fits several of
+these counts as the first one named here."""
 _LARGEST = 6  # areas listed of each process
 _NAMED = 8 << 20
 """Areas from this many bytes on get a line of their own in the text."""
 
+_ARENA = 64 << 20
+"""glibc gives each thread's arena whole parts of this size, of which it makes the beginning accessible."""
+_MAP_LOCKED, _MAP_HUGETLB, _MADV_HUGEPAGE = 0x2000, 0x40000, 1 << 14
 # Bits of VmaEntry.status, see criu/include/image.h.
 _STACK, _HEAP, _FILE_PRIVATE, _FILE_SHARED, _ANON_SHARED, _ANON_PRIVATE, _SYSVIPC, _MEMFD = (
     1 << bit for bit in (1, 5, 6, 7, 8, 9, 10, 14)
@@ -82,8 +88,8 @@ class Contents(msgspec.Struct):
     """A snapshot's memory.
 
     `page`: page size in bytes. `between_processes`: bytes of pages that several processes have, beyond the first
-    copy. `shared_memory`: files of /dev/shm with the bytes they occupy. `other`: bytes of all other files of the
-    snapshot.
+    copy. `image_files`: bytes of the images that hold no pages; with `total` they are the manifest's `image_bytes`.
+    `shared_memory`: files of /dev/shm with the bytes they occupy. `other`: bytes of all other files of the snapshot.
     """
 
     page: int
@@ -91,6 +97,7 @@ class Contents(msgspec.Struct):
     between_processes: int
     processes: list[Process]
     shared: dict[str, Share]
+    image_files: int
     shared_memory: dict[str, int]
     other: int
 
@@ -105,7 +112,7 @@ def inspect(folder: Path, weights: Places | None = None) -> Contents:
     """Read the images of a snapshot folder (which contains `images/` and optionally `shm/`).
 
     `weights`: a manifest's `weight_areas`; pages wholly inside them count as weights instead of by their mapping's
-    kind. Raises Integrity if images are missing or garbled.
+    kind, as the driver's areas do beside the images. Raises Integrity if images are missing or garbled.
     """
     images = folder / "images"
     try:
@@ -120,6 +127,7 @@ class _Reader:
     def __init__(self, images: Path, weights: Places) -> None:
         self.weights = weights
         self.images = images
+        self.driver = recorded(images)
         self.files = {
             number(m, 2): text(reg, 6) for m in self._optional("files.img") for reg in nested(m, 3)
         }  # FileEntry.id → RegFileEntry.name
@@ -145,15 +153,14 @@ class _Reader:
             if f"{pid}" in maps:
                 processes.append(self._process(pid, parent, threads, maps[f"{pid}"][1], sums[f"{pid}"]))
         shared = {name: self._share(sums[name], 0, len(hashes[name])) for name in maps if name.startswith("shmem-")}
-        total = Share()
-        for share in [p.total for p in processes] + list(shared.values()):
-            total.add(share)
+        total = _sum([p.total for p in processes] + list(shared.values()))
         return Contents(
             page=PAGE,
             total=total,
             between_processes=between * PAGE,
             processes=processes,
             shared=shared,
+            image_files=sum(f.lstat().st_size for f in self.images.rglob("*") if f.is_file()) - total.bytes,
             shared_memory=_occupied(folder / "shm"),
             other=sum(f.lstat().st_size for f in folder.rglob("*") if f.is_file() and not _counted(f, folder)),
         )
@@ -175,21 +182,19 @@ class _Reader:
                 area.dumped.add(self._share(sums, (offset + at - start) // PAGE, inside // PAGE))
                 at += inside
         kinds: dict[str, Share] = {}
-        total = Share()
         for area in areas:
             if area.kind == "anonymous" and area.dumped.bytes >= LARGE:
                 area.kind = "large"
             if area.dumped.bytes:
                 kinds.setdefault(area.kind, Share()).add(area.dumped)
-                total.add(area.dumped)
         largest = sorted((a for a in areas if a.dumped.bytes), key=lambda a: (-a.dumped.bytes, a.start))[:_LARGEST]
         return Process(
             pid=pid,
             parent=parent,
             name=next((text(tc, 6) for core in self._optional(f"core-{pid}.img") for tc in nested(core, 3)), ""),
             threads=threads,
-            total=total,
-            kinds={kind: kinds[kind] for kind in KINDS if kind in kinds},
+            total=_sum(kinds.values()),
+            kinds=_by_size(kinds),
             largest=largest,
         )
 
@@ -197,17 +202,35 @@ class _Reader:
         (memory,) = messages(self.images / f"mm-{pid}.img")
         main_stack = number(memory, 5)  # mm_start_stack; VmaEntry.status marks only growing stacks
         areas = []
+        hidden: dict[int, int] = {}
+        """End by start of mappings that are not accessible."""
         for vma in nested(memory, 14):
             start, end, status = number(vma, 1), number(vma, 2), number(vma, 7)
             file = self.files.get(number(vma, 4), "") if status & (_FILE_PRIVATE | _FILE_SHARED) else ""
             kind = "stack" if start <= main_stack < end else _kind(status)
+            if number(vma, 6) & _MAP_LOCKED:
+                kind = PINNED
+            elif number(vma, 6) & _MAP_HUGETLB or number(vma, 9) & _MADV_HUGEPAGE:
+                kind = HUGE
+            if not number(vma, 5):
+                hidden[start] = end
             areas.append(Area(kind, start, end - start, Share(), file))
-        return _with_weights(sorted(areas, key=lambda area: area.start), self.weights.get(str(pid), ()))
+        for area in areas:
+            end = area.start + area.mapped
+            if area.kind == "anonymous" and not area.start % _ARENA and hidden.get(end) == area.start + _ARENA:
+                area.kind = "heap"
+        areas.sort(key=lambda area: area.start)
+        areas = _split(areas, [(start, end - start) for start, end in self.driver.get(str(pid), ())], GPU_STATE)
+        return _split(areas, self.weights.get(str(pid), ()), WEIGHTS)
 
 
-def _with_weights(areas: list[Area], weights: Sequence[tuple[int, int]]) -> list[Area]:
-    """Split the areas where whole pages of weights begin and end; keep their order."""
-    whole = [(-(-start // PAGE) * PAGE, (start + size) // PAGE * PAGE) for start, size in weights]
+def _by_size(kinds: Mapping[str, Share]) -> dict[str, Share]:
+    return dict(sorted(kinds.items(), key=lambda item: -item[1].bytes))
+
+
+def _split(areas: list[Area], places: Sequence[tuple[int, int]], kind: str) -> list[Area]:
+    """Split the areas where whole pages of `places`, (address, bytes), begin and end, and give these a kind; keep their order."""
+    whole = [(-(-start // PAGE) * PAGE, (start + size) // PAGE * PAGE) for start, size in places]
     found: list[Area] = []
     for area in areas:
         at, end = area.start, area.start + area.mapped
@@ -217,7 +240,7 @@ def _with_weights(areas: list[Area], weights: Sequence[tuple[int, int]]) -> list
                 continue
             if at < low:
                 found.append(Area(area.kind, at, low - at, Share(), area.file))
-            found.append(Area("weights", low, high - low, Share(), area.file))
+            found.append(Area(kind, low, high - low, Share(), area.file))
             at = high
         if at < end:
             found.append(Area(area.kind, at, end - at, Share(), area.file))
@@ -261,9 +284,15 @@ def _running(flags: npt.NDArray[np.bool_]) -> _Counts:
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(flags, dtype=np.int64)])
 
 
+def _sum(shares: Iterable[Share]) -> Share:
+    total = Share()
+    for share in shares:
+        total.add(share)
+    return total
+
+
 def _counted(file: Path, folder: Path) -> bool:
-    name = str(file.relative_to(folder))
-    return name.startswith("shm/") or re.fullmatch(r"images/pages-\d+\.img", name) is not None
+    return str(file.relative_to(folder)).startswith(("shm/", "images/"))
 
 
 def _occupied(folder: Path) -> dict[str, int]:
@@ -295,12 +324,19 @@ def render(contents: Contents) -> list[str]:
     for process in contents.processes:
         for kind, share in process.kinds.items():
             by_kind.setdefault(kind, Share()).add(share)
-    lines += [row(f"all {kind}", by_kind[kind], part(by_kind[kind].bytes)) for kind in KINDS if kind in by_kind]
+    lines += [row(f"all {kind}", share, part(share.bytes)) for kind, share in _by_size(by_kind).items()]
+    lines += [row("all shared", share, part(share.bytes)) for share in [_sum(contents.shared.values())] if share.bytes]
     lines.append(row("all memory", contents.total))
+    lines.append(
+        f"{'the rest of the images':<34}{contents.image_files / 1e6:>10.1f}{'':>24}registers, mappings, descriptors"
+    )
+    lines.append(f"{'the images':<34}{(contents.total.bytes + contents.image_files) / 1e6:>10.1f}")
     lines.append(f"{'of it equal in several processes':<34}{'':>10}{'':>10}{contents.between_processes / 1e6:>12.1f}")
     files = sum(contents.shared_memory.values())
     lines.append(f"{'shared memory files':<34}{files / 1e6:>10.1f}{'':>24}{len(contents.shared_memory)} in /dev/shm")
-    lines.append(f"{'other files':<34}{contents.other / 1e6:>10.1f}{'':>24}registers, descriptors, compiled code")
+    lines.append(
+        f"{'other files':<34}{contents.other / 1e6:>10.1f}{'':>24}compiled code, temporary files, the manifest"
+    )
     return lines
 
 

@@ -42,6 +42,15 @@ def inner_numbers(pids: Sequence[int]) -> list[int]:
     return numbers
 
 
+def inner_number(pid: int) -> int:
+    """Return a process's number inside its PID namespace; its own number if it has ended."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("NSpid:"):
+                return int(line.split()[-1])
+    return pid
+
+
 def _tasks(pid: int) -> list[Path]:
     """List a process's threads, none if it has ended."""
     try:

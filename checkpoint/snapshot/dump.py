@@ -18,9 +18,11 @@ from checkpoint import disk
 from checkpoint.criu import host_state
 from checkpoint.criu.binary import Criu
 from checkpoint.cuda import checkpoint as cuda
+from checkpoint.cuda import processes as gpu_processes
 from checkpoint.cuda.driver import Driver
+from checkpoint.cuda.processes import Areas, check_released
 from checkpoint.files import private_folder
-from checkpoint.sandbox.process_tree import inner_numbers, private_bytes, processes
+from checkpoint.sandbox.process_tree import inner_number, inner_numbers, private_bytes, processes
 from checkpoint.sandbox.sandbox import CACHE_DIR, TMP_DIR, Sandbox
 from checkpoint.snapshot import dump_check, free_space, manifest
 from checkpoint.snapshot.library import Library
@@ -109,10 +111,14 @@ def take(
         script.chmod(0o700)
         mapped = _mapped_cache_files(pids)
         suspended: list[int] = []
+        gained: dict[int, Areas] = {}
         needs = cuda.Needs()
         if driver:
-            suspended, needs = cuda.suspend(driver, pids, released=cuda.check_released, visible=visible, awake=awake)
+            suspended, needs = cuda.suspend(
+                driver, pids, released=check_released, visible=visible, awake=awake, gained=gained
+            )
         try:
+            gpu_processes.record(gained, {pid: inner_number(pid) for pid in gained}, images, draft.name)
             # Check again: the driver has now moved GPU memory into host memory of the processes.
             wanted = private_bytes(pids) + shared
             free_space.check_disk(library.folder, wanted)

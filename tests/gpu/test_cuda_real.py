@@ -13,14 +13,13 @@ from checkpoint.cuda.checkpoint import (
     Needs,
     bring_to_running,
     check_memory,
-    check_released,
     holders,
-    nvidia_files,
     resume,
     suspend,
 )
 from checkpoint.cuda.driver import DriverError, State
 from checkpoint.cuda.helper import Helper
+from checkpoint.cuda.processes import check_released, nvidia_files
 from checkpoint.errors import Failed, Incompatible
 from tests.kits.checkpoint.gpu import Torch, skip_reason, torch_skip_reason
 

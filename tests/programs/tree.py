@@ -5,6 +5,7 @@ and memory with known contents.
 Reads one JSON line per request on port 8000: {"op": "count"} → {"count": n}, one higher each time, …
 """
 
+import ctypes
 import json
 import mmap
 import multiprocessing as mp
@@ -43,6 +44,12 @@ def main():
     private = mmap.mmap(-1, megabytes << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
     for offset in range(0, len(ballast), 4096):
         ballast[offset : offset + 8] = private[offset : offset + 8] = offset.to_bytes(8, "little")
+    pinned = mmap.mmap(-1, 1 << 16, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    place = (ctypes.c_char * len(pinned)).from_buffer(pinned)
+    if ctypes.CDLL(None).mlock(place, ctypes.c_size_t(len(pinned))):
+        raise OSError("mlock")
+    for offset in range(0, len(pinned), 4096):
+        pinned[offset : offset + 8] = (offset + 1).to_bytes(8, "little")
     deleted = tempfile.TemporaryFile()
     deleted.write(b"still here")
     deleted.flush()
@@ -80,6 +87,7 @@ def main():
                 for memory in (ballast, private)
                 for o in range(0, len(memory), 4096)
             )
+            wrong += sum(int.from_bytes(pinned[o : o + 8], "little") != o + 1 for o in range(0, len(pinned), 4096))
             return {"wrong": wrong, "bytes": len(ballast)}
         if op == "deleted":
             deleted.seek(0)
@@ -89,8 +97,6 @@ def main():
         if op == "random":
             return {"random": random.random()}
         if op == "uring":
-            import ctypes
-
             libc = ctypes.CDLL(None, use_errno=True)
             return {"result": libc.syscall(425, 8, 0), "errno": ctypes.get_errno()}
         if op == "say":

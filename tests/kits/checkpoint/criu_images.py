@@ -36,8 +36,13 @@ def image(path: Path, entries: Iterable[bytes]) -> None:
     )
 
 
-def vma(start: int, pages: int, status: int, file: int = 0) -> Field:
-    return 14, message((1, start), (2, start + pages * PAGE), (3, 0), (4, file), (5, 3), (6, 0x22), (7, status), (8, 1))
+def vma(
+    start: int, pages: int, status: int, file: int = 0, access: int = 3, flags: int = 0x22, advice: int = 0
+) -> Field:
+    end = start + pages * PAGE
+    return 14, message(
+        (1, start), (2, end), (3, 0), (4, file), (5, access), (6, flags), (7, status), (8, 1), (9, advice)
+    )
 
 
 def process(

@@ -16,6 +16,7 @@ import pytest
 
 from checkpoint.criu.binary import Criu
 from checkpoint.errors import Failed, HostLacks
+from checkpoint.inspect import contents
 from checkpoint.lazy_pages.client import PageServer, server_config
 from checkpoint.sandbox.process_tree import processes
 from checkpoint.sandbox.sandbox import CACHE_DIR, Bind, Sandbox, SandboxConfig
@@ -97,6 +98,9 @@ def test_all_processes_leave_the_gpu_for_the_dump_and_resume(rig):
     assert snapshot.gpu.processes == 1
     assert snapshot.gpu.memory[GPU0] >= 1 << 20
     assert library.load("tree").gpu == snapshot.gpu
+    found = contents.inspect(library.path("tree"))
+    assert found.total.bytes + found.image_files == snapshot.image_bytes
+    assert found.processes[0].kinds["pinned"].bytes == 1 << 16
     assert ask(sandbox, op="count")["count"] == 2
     with restored(library, snapshot, driver) as replica:
         assert replica.pages is None

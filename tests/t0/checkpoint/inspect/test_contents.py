@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint.criu.images import decode, messages, nested, number, text
+from checkpoint.cuda.processes import AREAS_FILE
 from checkpoint.errors import Integrity
 from checkpoint.inspect import contents
 from checkpoint.inspect.contents import inspect, render
+from checkpoint.snapshot.dump import image_bytes
 from tests.kits.checkpoint.criu_images import ANON_PRIVATE, FILE_PRIVATE, HEAP, PAGE, image, message, process, vma
 
 pytestmark = pytest.mark.t0
@@ -105,6 +107,61 @@ def test_weights_are_recognised_in_any_mapping(snapshot: Path) -> None:
     assert found.kinds["weights"].bytes + found.kinds["heap"].bytes == server.kinds["heap"].bytes
     assert shares(found.total) == shares(server.total)
     assert inspect(snapshot, weights={"20": [(heap.start, PAGE)]}).processes[0].kinds == server.kinds
+
+
+def test_the_drivers_memory_is_told_from_the_engines(snapshot: Path) -> None:
+    (snapshot / "images" / AREAS_FILE).write_text(f'{{"20": [[{0x51000}, {0x53000}], [{0x54000}, {0x70000}]]}}')
+    server, worker = inspect(snapshot).processes
+    assert {kind: shares(s) for kind, s in worker.kinds.items()} == {"GPU state": (3, 1, 1), "anonymous": (1, 0, 1)}
+    assert [(area.kind, area.start) for area in worker.largest] == [
+        ("GPU state", 0x51000),
+        ("anonymous", 0x53000),
+        ("GPU state", 0x54000),
+    ]
+    assert "GPU state" not in server.kinds
+    (snapshot / "images" / AREAS_FILE).write_text("{")
+    with pytest.raises(Integrity, match="image-garbled"):
+        inspect(snapshot)
+
+
+def test_pinned_memory_huge_pages_and_every_threads_heap_have_a_name(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    image(images / "pstree.img", [message((1, 10), (2, 0), (5, 10))])
+    arena = 0x7F00_0000_0000
+    rest = (64 << 20) // PAGE - 2
+    process(
+        images,
+        10,
+        "engine",
+        [
+            vma(0x10000, 2, ANON_PRIVATE, flags=0x2022),
+            vma(0x20000, 3, ANON_PRIVATE, advice=1 << 14),
+            vma(0x30000, 1, ANON_PRIVATE, flags=0x40022),
+            vma(arena, 2, ANON_PRIVATE),
+            vma(arena + 2 * PAGE, rest, ANON_PRIVATE, access=0),
+            vma(arena * 2, 2, ANON_PRIVATE),
+            vma(arena * 2 + 2 * PAGE, 4, ANON_PRIVATE, access=0),
+        ],
+        [(0x10000, [A, B]), (0x20000, [A, B, C]), (0x30000, [D]), (arena, [A, B]), (arena * 2, [C])],
+    )
+    (engine,) = inspect(tmp_path).processes
+    assert {kind: s.bytes // PAGE for kind, s in engine.kinds.items()} == {
+        "huge pages": 4,
+        "pinned": 2,
+        "heap": 2,
+        "anonymous": 1,
+    }
+    assert list(engine.kinds) == ["huge pages", "pinned", "heap", "anonymous"], "the largest first"
+
+
+def test_everything_adds_up_to_the_images_bytes(snapshot: Path) -> None:
+    found = inspect(snapshot)
+    assert found.total.bytes + found.image_files == image_bytes(snapshot / "images")
+    assert found.total.bytes == sum(s.bytes for p in found.processes for s in p.kinds.values())
+    lines = render(found)
+    (line,) = [line for line in lines if line.startswith("the images ")]
+    assert f"{image_bytes(snapshot / 'images') / 1e6:.1f}" in line
 
 
 def test_the_text_names_every_process_and_adds_up(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:

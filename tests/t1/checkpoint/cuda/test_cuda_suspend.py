@@ -13,11 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from checkpoint.cuda import checkpoint as cuda
 from checkpoint.cuda import gpu_locks
 from checkpoint.cuda.checkpoint import (
     Needs,
-    check_released,
     free_memory,
     holders,
     resume,
@@ -25,6 +23,7 @@ from checkpoint.cuda.checkpoint import (
     suspend,
 )
 from checkpoint.cuda.driver import DriverError, State
+from checkpoint.cuda.processes import check_released, nvidia_files
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Incompatible
 from tests.kits.checkpoint.cuda_double import GPU0, TOTAL, Children, Double, write
 
@@ -138,14 +137,14 @@ def test_an_open_device_handle_is_named_and_all_processes_resumed(
 ) -> None:
     file = tmp_path / "nvidiactl"
     with file.open("w"):
-        assert cuda.nvidia_files(os.getpid(), str(file)) == [str(file)]
+        assert nvidia_files(os.getpid(), str(file)) == [str(file)]
         with pytest.raises(Failed) as caught:
             suspend(driver, pids, released=lambda tree: check_released([*tree, os.getpid()], str(file)))
     assert caught.value.code == "gpu-handle-open"
     assert str(file) in str(caught.value)
     for pid in pids:
         children.wait_running(pid)
-    assert cuda.nvidia_files(2**22 - 1) == []
+    assert nvidia_files(2**22 - 1) == []
     check_released([os.getpid(), *pids])
 
 

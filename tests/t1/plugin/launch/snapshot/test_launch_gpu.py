@@ -24,6 +24,7 @@ from checkpoint.cuda import checkpoint as cuda
 from checkpoint.cuda import helper
 from checkpoint.cuda.checkpoint import MARGIN, Needs
 from checkpoint.errors import Failed, Incompatible
+from checkpoint.inspect import contents
 from checkpoint.lazy_pages.client import PageServer
 from checkpoint.snapshot import rehearsal, restore
 from launchers.errors import EngineFailed
@@ -165,12 +166,17 @@ def test_memory_is_offloaded_for_the_dump_and_reloaded_by_engine_and_replicas(gp
         replica.stop(5.0)
 
 
-def test_two_processes_with_contexts_are_moved_and_restored(gpu_rig):
+def test_two_processes_with_contexts_are_moved_and_restored(gpu_rig, caplog):
     cold = gpu_rig("vllm", contexts=2)
-    cold.start()
+    with caplog.at_level(logging.INFO, "quickthaw"):
+        cold.start()
     expected = answer(cold)
     assert cold.snapshot.gpu.processes == 2
     assert cold._cuda.changes()[:4] == ["lock"] * 2 + ["checkpoint"] * 2
+    found = contents.inspect(cold.library.path(cold.snapshot.name), cold.snapshot.weight_areas)
+    assert [p.kinds["GPU state"].bytes >> 20 for p in found.processes if "GPU state" in p.kinds] == [32, 32]
+    assert found.total.bytes + found.image_files == cold.snapshot.image_bytes
+    assert caplog.text.count("32 MiB") == 2
     cold.stop(5.0)
     replica = gpu_rig("vllm", contexts=2)
     replica.start()

@@ -95,8 +95,17 @@ def close_nvml():
             return
 
 
+def _empty_host_cache(torch):
+    """Return PyTorch's function that frees unused pinned host memory; None in a version without one (before 2.5)."""
+    if hasattr(getattr(torch, "accelerator", None), "empty_host_cache"):
+        return torch.accelerator.empty_host_cache
+    return getattr(torch._C, "_host_emptyCache", None)
+
+
 def trim():
-    """Collect garbage, then return the allocator's free pages to the kernel and the CUDA caching allocator's to the driver.
+    """Collect garbage, then return the allocator's free pages to the kernel and the CUDA caching allocators' to the driver.
+
+    Of these, one keeps GPU memory and one pinned host memory, such as what a loader staged the weights in.
 
     The remaining objects are frozen, which excludes them from later collections. A collection just after a restore
     would walk the whole heap and page all of it in before the first token (seen: 435 MB of vLLM's 535 MB API server
@@ -107,5 +116,7 @@ def trim():
     torch = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "cuda") and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+        if empty_host_cache := _empty_host_cache(torch):
+            empty_host_cache()
     if hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)

@@ -1,5 +1,5 @@
-"""What an engine's process releases before a dump: the allocator's free pages to the kernel, the CUDA caching allocator's to the
-driver.
+"""What an engine's process releases before a dump: the allocator's free pages to the kernel, the CUDA caching allocators' to the
+driver, GPU memory and pinned host memory.
 """
 
 import subprocess
@@ -30,20 +30,35 @@ for index, block in enumerate(blocks):
         libc.free(block)
 emptied = []
 cuda = types.SimpleNamespace(is_initialized=lambda: sys.argv[2] == "yes", empty_cache=lambda: emptied.append(1))
+pinned = lambda: emptied.append(2)
+versions = {
+    "2.4": {"_C": types.SimpleNamespace()},
+    "2.5": {"_C": types.SimpleNamespace(_host_emptyCache=pinned), "accelerator": types.SimpleNamespace()},
+    "2.13": {"_C": types.SimpleNamespace(), "accelerator": types.SimpleNamespace(empty_host_cache=pinned)},
+}
 if sys.argv[2] != "none":
-    sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+    sys.modules["torch"] = types.SimpleNamespace(cuda=cuda, **versions[sys.argv[3]])
 class Loop: pass
 loop = Loop(); loop.loop = loop
 gone = weakref.ref(loop); del loop
 before = resident()
 memory.trim()
-print(before - resident() > 40, gone() is None, len(emptied))
+print(before - resident() > 40, gone() is None, *emptied)
 """
 
 
-@pytest.mark.parametrize(("cuda", "emptied"), [("none", 0), ("no", 0), ("yes", 1)])
-def test_free_memory_is_released_and_the_gpus_only_with_a_context(cuda, emptied):
+@pytest.mark.parametrize(
+    ("cuda", "version", "emptied"),
+    [
+        ("none", "2.13", []),
+        ("no", "2.13", []),
+        ("yes", "2.4", ["1"]),
+        ("yes", "2.5", ["1", "2"]),
+        ("yes", "2.13", ["1", "2"]),
+    ],
+)
+def test_free_memory_is_released_and_the_gpus_only_with_a_context(cuda, version, emptied):
     out = subprocess.run(
-        [sys.executable, "-c", CHILD, str(REPO), cuda], capture_output=True, text=True, timeout=30, check=True
+        [sys.executable, "-c", CHILD, str(REPO), cuda, version], capture_output=True, text=True, timeout=30, check=True
     )
-    assert out.stdout.split() == ["True", "True", str(emptied)]
+    assert out.stdout.split() == ["True", "True", *emptied]

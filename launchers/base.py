@@ -406,6 +406,9 @@ class Engine(abc.ABC):
         """
         return False
 
+    def return_memory(self, client: Client) -> None:  # noqa: B027 - most engines keep none
+        """Have the idle engine return host memory that it kept for GPU memory offloaded before. Raises EngineFailed."""
+
     def request_release(self, client: Client, path: str, body: object = None) -> bool:
         """Request a release of GPU memory; return whether the engine granted it.
 

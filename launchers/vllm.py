@@ -298,6 +298,15 @@ class Vllm(Engine):
             return False
         return True
 
+    def return_memory(self, client: Client) -> None:
+        """Empty PyTorch's cache of pinned memory in every worker: a sleep of level 1 had copied the weights there."""
+        try:
+            self._call_workers(client, "quickthaw_return_memory")
+        except EngineFailed as error:
+            if error.code != "engine-refused":
+                raise
+            log.debug("restored from a snapshot that was taken before there was this method: %s", error)
+
     def reload(self, client: Client, model: str, excluded: bool) -> None:
         """Wake the weights first, because the KV cache takes the remaining memory.
 

@@ -5,6 +5,7 @@ MADV_DONTNEED): the addresses stay valid and read as zeros. The engine continues
 allocated, and CRIU finds no pages to write.
 """
 
+import contextlib
 import ctypes
 import gc
 import mmap
@@ -95,11 +96,16 @@ def close_nvml():
             return
 
 
-def _empty_host_cache(torch):
-    """Return PyTorch's function that frees unused pinned host memory; None in a version without one (before 2.5)."""
-    if hasattr(getattr(torch, "accelerator", None), "empty_host_cache"):
-        return torch.accelerator.empty_host_cache
-    return getattr(torch._C, "_host_emptyCache", None)
+def return_host_memory():
+    """Return pinned memory that PyTorch caches after its use, and the allocator's free pages, to the kernel."""
+    torch = sys.modules.get("torch")
+    empty = getattr(getattr(torch, "accelerator", None), "empty_host_cache", None)
+    empty = empty or getattr(getattr(torch, "_C", None), "_host_emptyCache", None)
+    if empty is not None:
+        with contextlib.suppress(RuntimeError):  # no accelerator
+            empty()
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)
 
 
 def trim():
@@ -116,7 +122,4 @@ def trim():
     torch = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "cuda") and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-        if empty_host_cache := _empty_host_cache(torch):
-            empty_host_cache()
-    if hasattr(_libc, "malloc_trim"):
-        _libc.malloc_trim(0)
+    return_host_memory()

@@ -22,6 +22,7 @@ WORKER_METHODS = frozenset(
         "quickthaw_trim",
         "quickthaw_name_weights",
         "quickthaw_reload_weights",
+        "quickthaw_return_memory",
         "reload_weights",
     }
 )

@@ -146,6 +146,7 @@ def register():
     WorkerBase.quickthaw_drop_cache = _drop_cache
     WorkerBase.quickthaw_trim = _trim
     WorkerBase.quickthaw_name_weights = _name_weights
+    WorkerBase.quickthaw_return_memory = lambda self: memory.return_host_memory()
     WorkerBase.quickthaw_reload_weights = _reload_weights
     with contextlib.suppress(ImportError, AttributeError):
         import torch.compiler

@@ -1,9 +1,6 @@
 """Drive one replica: restore it, or start it cold and take a snapshot; then serve until it is stopped.
 
-Everything here blocks and runs in a thread of its own. The `PhaseTracker` reports the phase to the proxy, the log and
-the display.
-
-Guarantees: a start that fails leaves no process, mount, namespace or file. After a failed restore the same replica
+Everything here blocks and runs in a thread of its own. Guarantees: a start that fails leaves no process, mount, namespace or file. After a failed restore the same replica
 starts cold (its held requests stay held) unless `strict`. A failure to take a snapshot costs the snapshot, never the
 engine.
 """
@@ -31,6 +28,7 @@ from launchers.errors import EngineFailed, LauncherError
 from plugin.model import first_fetch
 from plugin.runtime.capabilities import Capabilities
 from plugin.runtime.config import LaunchSettings
+from plugin.runtime.gpu import host_memory
 from plugin.runtime.home import unusable
 from plugin.runtime.phases import Phase, PhaseTracker, Span
 from plugin.runtime.standby.replica import Standby
@@ -424,6 +422,8 @@ class Replica:
             raise EngineFailed("engine-died", "the engine ended just before it served; see its log")
         self.silent = ""
         self.tracker.to(Phase.SERVING)
+        if self._cuda:
+            host_memory.return_later(self)
 
     def on_exit(self) -> Callable[[int, int], None]:
         """Return the callback for the next engine's sandbox.

@@ -30,7 +30,7 @@ PROMPT = "The quick brown fox"
 
 _TORCH = '''\
 """A double of torch: tensors are anonymous memory, the generator is a number."""
-import ctypes, types
+import ctypes, mmap, os, types
 
 class Storage:
     def __init__(self, memory): self.memory = memory
@@ -50,6 +50,21 @@ class Generator:
     state = 1
     def manual_seed(self, seed): self.state = seed
 
+class HostCache:
+    """As PyTorch's: freed pinned memory is kept for its next use."""
+    free = []
+    @classmethod
+    def pin(cls, size):
+        if cls.free: return cls.free.pop()
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory[:] = os.urandom(1 << 20) * (size >> 20)
+        return memory
+    @classmethod
+    def empty(cls):
+        for memory in cls.free: memory.close()
+        cls.free.clear()
+
+accelerator = types.SimpleNamespace(empty_host_cache=HostCache.empty)
 default_generator = Generator()
 cuda = types.SimpleNamespace(is_initialized=lambda: False)
 '''

@@ -17,6 +17,8 @@ import torch
 from .launch import GPU, load_plugins, model_folder, other_kind, values
 
 KV_BYTES = 24 << 20
+BACKUP_BYTES = 32 << 20
+"""Pinned host memory that a sleep of level 1 copies the GPU's weights to."""
 
 
 def tensors_of(data):
@@ -87,7 +89,7 @@ class Worker:
         self.engine, self.model_runner = engine, Runner(options["model"])
         self.generates = not other_kind(options)
         self.sleeps = GPU and {"enable-sleep-mode", "enable-memory-saver"} & options.keys()
-        self.away = set()
+        self.away, self.backup = set(), None
         self.calls = []
         self.tp_worker = self.token_to_kv_pool_allocator = self
         self.armed = None
@@ -168,10 +170,14 @@ class Worker:
             if not self.keeps_draft:  # nor does its reload read it again
                 self.draft[:] = bytes(len(self.draft))
         else:
+            self.backup = self.backup or torch.HostCache.pin(BACKUP_BYTES)
             self.away |= {"weights", "kv_cache"}
 
     def wake_up(self, tags):
         self.away -= set(tags or ["weights", "kv_cache"])
+        if self.backup and "weights" not in self.away:
+            torch.HostCache.free.append(self.backup)
+            self.backup = None
 
     def numbers(self, prompt, count):
         """Return numbers as a function of weights and prompt, with the noise of another batch. POD_SPOILED: those of

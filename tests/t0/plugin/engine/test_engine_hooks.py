@@ -186,10 +186,10 @@ def test_a_gpus_canary_also_decodes():
     engine = SimpleNamespace(
         greedy_tokens=lambda client, prompt, tokens, joined=False: asked.append((tokens, joined)) or [5, 6, 7]
     )
-    assert Engine.record(engine, None, True).generated == 2
+    assert Engine.record(engine, None, True).generated == 8
     canary = Engine.record(engine, None, False)
     assert canary.generated == 1 and Engine.answer(engine, None, canary, joined=True) == [5, 6, 7]
-    assert asked == [(2, False), (1, False), (1, True)]
+    assert asked == [(8, False), (1, False), (1, True)]
 
 
 def test_only_sglangs_first_canary_names_the_weights(monkeypatch):

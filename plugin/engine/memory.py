@@ -5,7 +5,6 @@ MADV_DONTNEED): the addresses stay valid and read as zeros. The engine continues
 allocated, and CRIU finds no pages to write.
 """
 
-import contextlib
 import ctypes
 import gc
 import mmap
@@ -99,10 +98,9 @@ def close_nvml():
 def return_host_memory():
     """Return pinned memory that PyTorch caches after its use, and the allocator's free pages, to the kernel."""
     torch = sys.modules.get("torch")
-    empty = getattr(getattr(torch, "accelerator", None), "empty_host_cache", None)
-    empty = empty or getattr(getattr(torch, "_C", None), "_host_emptyCache", None)
-    if empty is not None:
-        with contextlib.suppress(RuntimeError):  # no accelerator
+    if torch is not None and hasattr(torch, "cuda") and torch.cuda.is_initialized():
+        empty = getattr(getattr(torch, "accelerator", None), "empty_host_cache", None)
+        if empty := empty or getattr(getattr(torch, "_C", None), "_host_emptyCache", None):  # from PyTorch 2.5 on
             empty()
     if hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)

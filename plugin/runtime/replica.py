@@ -1,8 +1,8 @@
 """Drive one replica: restore it, or start it cold and take a snapshot; then serve until it is stopped.
 
-Everything here blocks and runs in a thread of its own. Guarantees: a start that fails leaves no process, mount, namespace or file. After a failed restore the same replica
-starts cold (its held requests stay held) unless `strict`. A failure to take a snapshot costs the snapshot, never the
-engine.
+Everything here blocks and runs in a thread of its own. A start that fails leaves no process, mount, namespace or file.
+After a failed restore the same replica starts cold (its held requests stay held) unless `strict`. A failure to take a
+snapshot costs the snapshot, never the engine.
 """
 
 from __future__ import annotations

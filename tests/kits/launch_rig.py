@@ -52,9 +52,10 @@ class Generator:
 
 class HostCache:
     """As PyTorch's: freed pinned memory is kept for its next use."""
-    free = []
+    free, used = [], False
     @classmethod
     def pin(cls, size):
+        cls.used = True
         if cls.free: return cls.free.pop()
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory[:] = os.urandom(1 << 20) * (size >> 20)
@@ -66,7 +67,7 @@ class HostCache:
 
 accelerator = types.SimpleNamespace(empty_host_cache=HostCache.empty)
 default_generator = Generator()
-cuda = types.SimpleNamespace(is_initialized=lambda: False)
+cuda = types.SimpleNamespace(is_initialized=lambda: HostCache.used, empty_cache=lambda: None, manual_seed_all=lambda seed: None)
 '''
 _HOOKS = """\
 class HookType:

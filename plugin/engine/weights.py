@@ -32,8 +32,8 @@ HEAD = 64
 """Bytes by which a tensor of a file is looked up; shorter ones are carried in the side file."""
 LIMIT_S = 30.0
 """Maximum seconds to record a layout: requests wait meanwhile."""
-STALL_S = 20.0
-"""Maximum seconds without a message of the ring, before the engine reads its weights itself."""
+STALL_S = 30.0
+"""Maximum seconds without a message of the ring, before the engine reads its weights itself; the launcher gives up before."""
 _SIDE_BYTES, _SIDE_SHARE = 256 << 20, 0.05
 _CHUNK = 16 << 20
 _THREADS = 4

@@ -120,6 +120,9 @@ def _run(replica: RestoreContext, name: str, served: bool, feed: WeightFeed) -> 
     replica.library.clear_failures(name)
     replica.snapshot, replica.restored = snapshot, True
     replica.serve()
+    log.debug(
+        "begin and end: %s", {one.name: (round(one.at_s, 3), round(one.until_s, 3)) for one in replica.tracker.work}
+    )
     if restored.plan and not replica.settings.trust_keys:
         speculative.save_plan(restored.plan)
     if restored.pages:

@@ -31,7 +31,7 @@ log = logging.getLogger("quickthaw")
 OFF = ".weight-ring-off"
 """File in a snapshot's folder, this host's own: the ring's weights once gave another answer than the engine's own reload."""
 STALL_S = 20.0
-"""Maximum seconds for one slot; the engine waits as long (plugin/engine/weights.py)."""
+"""Maximum seconds for one slot; the engine waits longer (plugin/engine/weights.py)."""
 LEAST_SLOTS = 2
 WEIGHTS, AHEAD = "weights", "weights-ahead"
 """Names in PhaseTracker.work: from the first byte read to the last; and to the last one read before the engine took any."""

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from plugin.runtime.weight_ring.layout import ZEROS
 
-SLOT_BYTES = 32 << 20
+SLOT_BYTES = 16 << 20
 SLOTS = 8
 THREADS = 8
 _MADV_HUGEPAGE = 14

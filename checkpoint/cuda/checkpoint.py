@@ -244,8 +244,10 @@ def _restore_all(driver: Driver, found: Sequence[int], pairs: Sequence[tuple[str
             _each(found, restore)
         except Failed as refused:
             # A driver that does not restore several at once leaves those that it refused as they were.
-            left = [pid for pid in found if driver.state(pid) is State.CHECKPOINTED]
-            if len(found) < 2 or STALLED in str(refused) or not left:
+            if len(found) < 2 or STALLED in str(refused):
+                raise
+            left = [pid for pid in found if _state(driver, pid) is State.CHECKPOINTED]
+            if not left:
                 raise
             log.warning("%s; restoring one process after the other", refused)
             for pid in left:
@@ -440,8 +442,12 @@ def _stuck(when: str, stuck: Mapping[int, str]) -> Failed:
     return Failed("cuda-stuck", f"{when}: some processes did not return to the GPU ({named}); end the engine")
 
 
+def _state(driver: Driver, pid: int) -> State | None:
+    return _ask(lambda: driver.state(pid))
+
+
 def _expect(driver: Driver, pid: int, state: State) -> None:
-    found = _ask(lambda: driver.state(pid))
+    found = _state(driver, pid)
     if found is not state:
         raise Failed(
             "cuda-state-unexpected", f"process {pid} is {found.name if found else 'without CUDA'}, not {state.name}"

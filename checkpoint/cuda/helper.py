@@ -39,6 +39,7 @@ READY_TIMEOUT_S = 60.0
 """cuInit on a host with eight GPUs and no persistence mode takes tens of seconds."""
 QUERY_TIMEOUT_S = 30.0
 REAL = "checkpoint.cuda.driver:RealDriver"
+END_LIMIT_S = 5.0
 MOST_CALLS = 64
 """Calls that a helper runs at the same time."""
 _MAX_MESSAGE = 1 << 20
@@ -268,7 +269,7 @@ def _answer(driver: Driver, operation: str, arguments: Sequence[Any]) -> dict[st
 
 
 def serve(fd: int, factory: str = REAL, *arguments: str) -> None:
-    """Answer requests on a socket, each in a thread, until its other end closes and the last call has ended."""
+    """Answer requests on a socket, each in a thread, until its other end closes, and END_LIMIT_S more for calls under way."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner handles Ctrl-C: it brings processes back first
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # it handles all GPUs, regardless of those visible to the engine
     connection = socket.socket(fileno=fd)
@@ -287,6 +288,9 @@ def serve(fd: int, factory: str = REAL, *arguments: str) -> None:
         connection.sendall(b'{"ready": true}')
         while request := connection.recv(_MAX_MESSAGE):
             pool.submit(respond, *json.loads(request))
+        last = threading.Timer(END_LIMIT_S, os._exit, (1,))  # the owner has ended; a call may never return
+        last.daemon = True
+        last.start()
 
 
 def main(fd: int) -> int:

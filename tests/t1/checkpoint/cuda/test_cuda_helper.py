@@ -89,6 +89,20 @@ def test_a_helper_ends_with_its_owner(helper: Helper) -> None:
     wait_until(lambda: not alive(pid))
 
 
+@pytest.mark.slow
+def test_a_helper_whose_call_never_returns_ends_with_its_owner_too(children: Children, helper: Helper) -> None:
+    target, pid = children.start(), helper.version() and helper.pid
+    children.faults({"op": "lock", "hang": 600})
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(helper.lock, target, 1000)
+        wait_until(lambda: ("lock", target) in children.calls())
+        assert helper._process is not None and pid is not None
+        helper._process.socket.shutdown(socket.SHUT_RDWR)
+        with pytest.raises(DriverError, match="QUICKTHAW_STALLED"):
+            call.result(30.0)
+    wait_until(lambda: not alive(pid))
+
+
 def test_closing_twice_is_fine(helper: Helper) -> None:
     helper.close()
     helper.close()

@@ -15,6 +15,7 @@ import pytest
 
 from checkpoint.cuda import checkpoint as cuda
 from checkpoint.cuda.checkpoint import Needs, resume, resume_after_dump, suspend
+from checkpoint.cuda.driver import State
 from checkpoint.cuda.helper import Helper
 from checkpoint.errors import Failed, Incompatible
 from tests.kits.checkpoint.cuda_double import TOTAL, Call, Children, configure, locked_bytes, timed, wait_until
@@ -94,6 +95,25 @@ def test_a_driver_that_refuses_two_restores_at_once_gets_one_by_one(
         assert "CUDA_ERROR_NOT_READY; restoring one process after the other" in caplog.text
     for pid in pids:
         children.wait_running(pid)
+
+
+def test_a_query_that_fails_after_a_refusal_has_a_code(
+    children: Children, helper: Helper, pids: list[int], tmp_path: Path
+) -> None:
+    _, needs = suspend(helper, pids)
+    lost = {"op": "state", "pid": pids[0], "result": "CUDA_ERROR_UNKNOWN"}
+    found = helper.state
+
+    def state(pid: int) -> State | None:
+        if timed(children.folder, "restore"):
+            children.faults(lost)
+        return found(pid)
+
+    children.faults({"op": "restore", "pid": pids[0], "result": "CUDA_ERROR_UNKNOWN"})
+    helper.state = state  # type: ignore[method-assign]
+    with pytest.raises(Failed) as caught:
+        resume(helper, pids, needs, lock_folders=[tmp_path])
+    assert caught.value.code in ("cuda-query-failed", "cuda-stuck")
 
 
 def test_memory_that_runs_out_in_the_middle_is_named(children: Children, helper: Helper, tmp_path: Path) -> None:

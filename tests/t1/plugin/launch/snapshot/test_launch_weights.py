@@ -44,6 +44,7 @@ def choose(tmp_path, monkeypatch, caplog):
         replica = type("R", (), {})()
         replica.settings, replica.engine = settings, engine
         replica.weights = type("W", (), {"size": size})()
+        monkeypatch.setattr(take_snapshot, "_unsafe", lambda replica: "")
         return take_snapshot._excludes_weights(replica, None, gpu), caplog.text, engine.reloads
 
     run.home = tmp_path

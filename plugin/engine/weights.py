@@ -104,8 +104,8 @@ def lost(models):
     """Return the storages that the engine loses with its weights, each once, in a fixed order.
 
     On a CPU those of the parameters (memory.drop_weights). On a GPU also those of other tensors that modules hold, such as
-    what was computed from parameters, if they lie in memory that vLLM's sleep mode drops; buffers are saved by both engines.
-    Raises NotRefilled (weights-computed) where no allocator says which tensors those are.
+    what was computed from parameters, if they lie in memory that vLLM's sleep mode drops. vLLM saves all buffers, SGLang those
+    of the first model. Raises NotRefilled (weights-computed) where no allocator says which of the other tensors are lost.
     """
     found: dict[int, _HostStorage | _DeviceStorage] = {}
     dropped = _dropped_ranges()
@@ -116,6 +116,9 @@ def lost(models):
                 _add(found, tensor, dropped)
         if any(tensor.device.type != "cpu" for tensor in parameters):
             kept = {_start(tensor) for tensor in itertools.chain(parameters, model.buffers())}
+            if dropped is None and model is not models[0]:
+                for tensor in model.buffers():
+                    _add(found, tensor, dropped)
             for tensor in _held(model):
                 if _start(tensor) in kept:
                     continue

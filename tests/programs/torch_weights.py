@@ -1,6 +1,6 @@
-"""Weights as torch holds them, through the code for a device, which here is the CPU: recorded, lost, and taken from the ring.
+"""Weights as torch holds them, through the code for a device: recorded, lost, and taken from the ring.
 
-`python torch_weights.py FOLDER` (with torch and safetensors) prints what came back, as JSON.
+`python torch_weights.py FOLDER DEVICE` (with torch and safetensors; the device may be the CPU) prints what came back, as JSON.
 """
 
 import json
@@ -19,12 +19,13 @@ from plugin.runtime.phases import PhaseTracker
 from plugin.runtime.weight_ring import feed, layout
 
 
-def main(folder):
+def main(folder, device):
     folder.mkdir(exist_ok=True)
     control, snapshot = folder / "control", folder / "snapshot"
     control.mkdir()
     os.environ["QUICKTHAW_CONTROL_DIR"] = str(control)
-    weights._HostStorage = weights._DeviceStorage
+    if device == "cpu":
+        weights._HostStorage = weights._DeviceStorage
     feed.SLOT_BYTES = 70_000
     torch.manual_seed(1)
     q, k, v = (torch.randn(rows, 64, dtype=torch.bfloat16) for rows in (640, 128, 128))
@@ -43,7 +44,7 @@ def main(folder):
             "computed": torch.rand(77),
         }
         for name, tensor in held.items():
-            model.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+            model.register_parameter(name, torch.nn.Parameter(tensor.to(device), requires_grad=False))
         model.head = model.embed
     expected = {name: tensor.clone() for name, tensor in held.items()}
     weights.record([model], [str(folder)])
@@ -61,7 +62,7 @@ def main(folder):
         filled = weights.refill([model])
         answer = json.loads(next(control.glob("*.refilled")).read_text())
     same = {
-        name: torch.equal(parameter.data.float(), expected[name].float())
+        name: torch.equal(parameter.data.cpu().float(), expected[name].float())
         for name, parameter in model.named_parameters()
         if name in expected
     }
@@ -69,4 +70,4 @@ def main(folder):
     print(json.dumps({"filled": filled, "answer": answer, "same": same, "own": own}))
 
 
-main(Path(sys.argv[1]))
+main(Path(sys.argv[1]), sys.argv[2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -44,6 +45,21 @@ for line in sys.stdin:
         torch.cuda.synchronize()
         print("held", flush=True)
 """
+
+
+def check_torch_weights(python: str | Path, folder: Path, device: str) -> None:
+    """Assert that weights lost on a device come back byte by byte, by an interpreter with torch and safetensors.
+
+    Fused, padded, tied, transposed (as cutlass takes 8-bit weights), and one that is in no file.
+    """
+    program = Path(__file__).parents[2] / "programs" / "torch_weights.py"
+    done = subprocess.run([python, program, folder, device], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["filled"] and not found["answer"]["failed"], found
+    assert found["same"].keys() >= {"qkv", "down", "embed", "transposed", "computed"}, found
+    assert all(found["same"].values()), found
+    assert found["own"] == 77 * 4, "only what was computed is in the snapshot"
 
 
 def skip_reason() -> str:

@@ -308,3 +308,12 @@ def test_on_a_gpu_what_vllms_sleep_drops_is_lost_and_nothing_else(device):
 def test_computed_tensors_are_declined_where_no_allocator_tells_which_are_lost(device, control_dir, checkpoint_dir):
     weights.record([Layer()], [str(checkpoint_dir)])
     assert "weights-computed" in layout.collect(control_dir)
+
+
+def test_sglang_saves_the_buffers_of_its_first_model_only(device):
+    target, draft = Layer(), Layer()
+    for layer in (target, draft):
+        layer.computed = layer.inside = None
+        layer.lora, layer.kv_cache = (), []
+    lost = {storage.address for storage in weights.lost([target, draft])}
+    assert draft.buffer.data_ptr() in lost and target.buffer.data_ptr() not in lost

@@ -29,7 +29,7 @@ from typing import TypeVar
 import msgspec
 
 from checkpoint.compatibility.gpu import Gpu
-from checkpoint.cuda.driver import STALLED, DeviceMemory, Driver, DriverError, State
+from checkpoint.cuda.driver import MOVE_TIMEOUT_S, STALLED, DeviceMemory, Driver, DriverError, State
 from checkpoint.cuda.gpu_locks import LOCKS, gpu_locks
 from checkpoint.cuda.placement import all_pairs
 from checkpoint.cuda.processes import Areas, added, anonymous_areas
@@ -43,9 +43,9 @@ MARGIN = 64 << 20
 """Bytes of GPU memory that a restore may need beyond what was freed: contexts are allocated again."""
 RESUME_TIMEOUT_S = 60.0
 """How long a resume after a dump waits for the GPU's lock and for free memory, seconds. Then it is tried anyway."""
-RESTORE_TIMEOUT_S = 60.0
-RESTORE_SLOWEST = 100 << 20
-"""Timeout of a process's restore in seconds; each RESTORE_SLOWEST bytes of the tree's GPU memory add one. Measured: 5 GB/s."""
+MOVE_LEAST_S = 60.0
+MOVE_SLOWEST = 100 << 20
+"""Timeout of a process's checkpoint or restore, seconds; MOVE_SLOWEST bytes of the tree's GPU memory add one each."""
 ONE_BY_ONE = "QUICKTHAW_CUDA_ONE_BY_ONE"
 """Environment variable: 1 moves the processes of a tree one after the other, for a driver that fails otherwise."""
 MULTI_GPU_SINCE: tuple[int, ...] | None = None
@@ -138,9 +138,11 @@ def suspend(
     own = used or (before.keys() if visible is None else before.keys() & set(visible))
     refuse_mig(devices, own)
 
+    limit_s = _move_limit(size for by_gpu in usage.values() for size in by_gpu.values())
+
     def checkpoint(pid: int) -> None:
         before = anonymous_areas(pid)
-        _step("checkpoint", pid, driver.checkpoint)
+        _step("checkpoint", pid, driver.checkpoint, limit_s)
         if gained is not None:
             gained[pid] = added(before, anonymous_areas(pid))
 
@@ -195,7 +197,7 @@ def resume_after_dump(
                 time.sleep(0.1)
             except (Failed, HostLacks):
                 break  # the driver does not answer: bring_to_running reports the result for each process
-        stuck = bring_to_running(driver, pids)
+        stuck = bring_to_running(driver, pids, limit_s=_move_limit(needs.memory.values()))
     if stuck:
         raise _stuck("after the dump", stuck)
 
@@ -228,8 +230,7 @@ def resume(
     with gpu_locks(lock_folders, {where.get(uuid, uuid) for uuid in needs.memory}, _nodes(driver)):
         check_memory(driver, needs, pairs)
         here = list(free_memory(driver)) if pairs else []
-        limit_s = RESTORE_TIMEOUT_S + sum(needs.memory.values()) / RESTORE_SLOWEST
-        _restore_all(driver, found, all_pairs(pairs, needs.gpus, here), limit_s)
+        _restore_all(driver, found, all_pairs(pairs, needs.gpus, here), _move_limit(needs.memory.values()))
     return found
 
 
@@ -389,7 +390,15 @@ def multi_gpu_refusal(subject: str, probed: str = "") -> Incompatible:
     )
 
 
-def bring_to_running(driver: Driver, pids: Sequence[int], pairs: Sequence[tuple[str, str]] = ()) -> dict[int, str]:
+def _move_limit(sizes: Iterable[int]) -> float:
+    """Return the timeout of one process's move, of a tree with so many bytes on its GPUs; the longest if none are known."""
+    size = sum(sizes)
+    return min(MOVE_LEAST_S + size / MOVE_SLOWEST, MOVE_TIMEOUT_S) if size else MOVE_TIMEOUT_S
+
+
+def bring_to_running(
+    driver: Driver, pids: Sequence[int], pairs: Sequence[tuple[str, str]] = (), limit_s: float = MOVE_TIMEOUT_S
+) -> dict[int, str]:
     """Bring every process to RUNNING from any state; return those that failed, each with the reason.
 
     All at once, then those that failed one after the other. A process that has ended needs nothing.
@@ -397,7 +406,7 @@ def bring_to_running(driver: Driver, pids: Sequence[int], pairs: Sequence[tuple[
     stuck: dict[int, str] = {}
 
     def bring(pid: int) -> None:
-        if why := _why_not_running(driver, pid, pairs):
+        if why := _why_not_running(driver, pid, pairs, limit_s):
             stuck[pid] = why
         else:
             stuck.pop(pid, None)
@@ -410,7 +419,7 @@ def bring_to_running(driver: Driver, pids: Sequence[int], pairs: Sequence[tuple[
     return stuck
 
 
-def _why_not_running(driver: Driver, pid: int, pairs: Sequence[tuple[str, str]]) -> str:
+def _why_not_running(driver: Driver, pid: int, pairs: Sequence[tuple[str, str]], limit_s: float) -> str:
     """Bring one process to RUNNING; return why it is not, or ""."""
     try:
         # At most CHECKPOINTED → LOCKED → RUNNING.
@@ -419,7 +428,7 @@ def _why_not_running(driver: Driver, pid: int, pairs: Sequence[tuple[str, str]])
             if state is None or state is State.RUNNING:
                 return ""
             if state is State.CHECKPOINTED:
-                driver.restore(pid, list(pairs))
+                driver.restore(pid, list(pairs), limit_s)
             elif state is State.LOCKED:
                 driver.unlock(pid)
             else:

@@ -85,8 +85,8 @@ class Driver(Protocol):
         Raises CUDA_ERROR_NOT_READY after the timeout.
         """
 
-    def checkpoint(self, pid: int) -> None:
-        """Move the process's GPU memory into its host memory and release the GPU."""
+    def checkpoint(self, pid: int, limit_s: float = MOVE_TIMEOUT_S) -> None:
+        """Move the process's GPU memory into its host memory and release the GPU. `limit_s`: how long a helper waits for it."""
 
     def restore(self, pid: int, pairs: list[tuple[str, str]], limit_s: float = MOVE_TIMEOUT_S) -> None:
         """Move a process back to its GPUs, or to others.
@@ -210,7 +210,7 @@ class RealDriver:
         arguments.timeoutMs = timeout_ms
         self._call(self._cuda.cuCheckpointProcessLock, pid, arguments)
 
-    def checkpoint(self, pid: int) -> None:
+    def checkpoint(self, pid: int, limit_s: float = MOVE_TIMEOUT_S) -> None:
         self._call(self._cuda.cuCheckpointProcessCheckpoint, pid, None)
 
     def restore(self, pid: int, pairs: list[tuple[str, str]], limit_s: float = MOVE_TIMEOUT_S) -> None:

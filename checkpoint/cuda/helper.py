@@ -241,8 +241,8 @@ class Helper:
     def lock(self, pid: int, timeout_ms: int) -> None:
         self._call("lock", pid, timeout_ms, timeout_s=timeout_ms / 1000 + QUERY_TIMEOUT_S)
 
-    def checkpoint(self, pid: int) -> None:
-        self._call("checkpoint", pid, timeout_s=self.move_timeout_s)
+    def checkpoint(self, pid: int, limit_s: float = MOVE_TIMEOUT_S) -> None:
+        self._call("checkpoint", pid, timeout_s=min(limit_s, self.move_timeout_s))
 
     def restore(self, pid: int, pairs: list[tuple[str, str]], limit_s: float = MOVE_TIMEOUT_S) -> None:
         self._call("restore", pid, pairs, timeout_s=min(limit_s, self.move_timeout_s))

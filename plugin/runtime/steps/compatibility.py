@@ -108,7 +108,7 @@ def explain(library: Library, name: str, here: CurrentIdentity) -> None:
     model = name.rpartition("-")[0]
     with contextlib.suppress(CheckpointError):  # skip snapshots that cannot be read
         for other in reversed(library.names()):
-            if other.rpartition("-")[0] != model:
+            if other == name or other.rpartition("-")[0] != model:
                 continue
             recorded = Identity.decode(library.load(other).identity)
             codes = [reason.code for reason in identity.check(recorded, replace(here, model=recorded.model))]

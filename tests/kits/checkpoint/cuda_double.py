@@ -307,7 +307,7 @@ class Double:
         with self._call("lock", pid), self._locked():
             write(self.folder / f"{pid}.json", self._move(pid, State.RUNNING, State.LOCKED))
 
-    def checkpoint(self, pid: int) -> None:
+    def checkpoint(self, pid: int, limit_s: float = 0.0) -> None:
         with self._call("checkpoint", pid):
             with self._locked():
                 record = self._move(pid, State.LOCKED, State.CHECKPOINTED)
@@ -409,7 +409,7 @@ class TreeDouble(Double):
             write(file, fresh if where == GPU_ON else json.loads(dumped.read_text()))
         return super()._record(pid)
 
-    def checkpoint(self, pid: int) -> None:
+    def checkpoint(self, pid: int, limit_s: float = 0.0) -> None:
         super().checkpoint(pid)
         write(self.folder / f"dumped-{inner_number(pid)}.json", json.loads((self.folder / f"{pid}.json").read_text()))
 

@@ -58,7 +58,7 @@ class Following(Double):
             write(file, json.loads((self.folder / "dumped.json").read_text()))
         return super()._record(pid)
 
-    def checkpoint(self, pid):
+    def checkpoint(self, pid, limit_s=0.0):
         super().checkpoint(pid)
         write(self.folder / "dumped.json", json.loads((self.folder / f"{pid}.json").read_text()))
 

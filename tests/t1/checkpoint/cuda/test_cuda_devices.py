@@ -111,7 +111,7 @@ def test_several_gpus_are_refused_if_nvml_knows_no_own_process(children: Childre
 class Neighbour(Double):
     """Frees memory of another GPU during the checkpoint, like a neighbour process that ends."""
 
-    def checkpoint(self, pid: int) -> None:
+    def checkpoint(self, pid: int, limit_s: float = 0.0) -> None:
         super().checkpoint(pid)
         write(self.folder / "gpus.json", {GPU0: TOTAL, GPU1: TOTAL})
 

@@ -145,6 +145,29 @@ def test_one_restore_that_never_ends_is_named_once_the_others_have_ended(
         assert helper.state(pids[1]) is not None, "the next helper answers"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["suspend", "after the dump"])
+def test_a_move_that_never_ends_is_given_up_by_the_bytes_that_it_moves(
+    children: Children, pids: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The helper's own limit is 15 minutes, for a terabyte."""
+    monkeypatch.setattr(cuda, "MOVE_LEAST_S", 0.5)
+    with Helper("tests.kits.checkpoint.cuda_double:Double", str(children.folder)) as helper:
+        began = time.monotonic()
+        if moment == "suspend":
+            children.faults({"op": "checkpoint", "pid": pids[0], "hang": 600})
+            with pytest.raises(Failed, match="cuda-checkpoint-failed.*QUICKTHAW_STALLED"):
+                suspend(helper, pids)
+            for pid in pids:
+                children.wait_running(pid)
+        else:
+            _, needs = suspend(helper, pids)
+            children.faults({"op": "restore", "pid": pids[0], "hang": 600, "always": True})
+            with pytest.raises(Failed, match=f"cuda-stuck.*process {pids[0]}: QUICKTHAW_STALLED"):
+                resume_after_dump(helper, pids, needs, [tmp_path])
+        assert time.monotonic() - began < 20.0
+
+
 @pytest.mark.parametrize("operation", ["checkpoint", "restore"])
 def test_an_interrupt_waits_for_moves_under_way_and_all_run(
     children: Children, helper: Helper, pids: list[int], tmp_path: Path, operation: str

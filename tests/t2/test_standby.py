@@ -16,6 +16,8 @@ pytestmark = [pytest.mark.t2, pytest.mark.timeout(1200)]
 LONG = "The river runs. " * 150
 LEAST_CACHE = 10 << 20
 """Of the KV cache of 600 tokens, which takes 14 MB."""
+GROWTH = 8 << 20
+"""Bytes by which an engine, and its launcher, may grow over 18 standbys."""
 LEAST_SHARED = 100 << 20
 """Of SmolLM2's 270 MB of weights, some of which the allocator shares a page with."""
 
@@ -76,6 +78,22 @@ def test_an_engine_continues_with_the_same_answers_and_holds_no_more_than_its_im
             assert measure.status(port)["pools"][0]["replicas"][0]["phase"] == "standby"
             assert processor_ticks(replica(port)["pid"]) == before
             assert ask(port, rig) == answer
+        assert "standby-lost" not in command.log.read_text(errors="replace")
+
+
+def test_twenty_standbys_leave_no_memory(rig):
+    with rig.running() as (port, _, _, command):
+        answer, sizes, own = ask(port, rig), [], []
+        wait_pages(port)
+        for _ in range(20):
+            assert act(port, "standby") == "standby"
+            sizes.append(memory_of(replica(port)["pid"]))
+            own.append(memory_bytes(command.process.pid))
+            assert ask(port, rig) == answer
+        print(
+            f"{rig.engine}: MB in standby {[round(size / 1e6, 1) for size in sizes]}, launcher {[round(s / 1e6, 1) for s in own]}"
+        )
+        assert max(sizes[2:]) - sizes[1] < GROWTH and max(own[2:]) - own[1] < GROWTH
         assert "standby-lost" not in command.log.read_text(errors="replace")
 
 

@@ -184,3 +184,41 @@ def test_graphs_that_a_restore_broke_are_noticed(gpu_rig, engine, monkeypatch, c
     later = gpu_rig(engine)
     later.start()
     assert answer(later) == expected and worker(later)["away"] == []
+
+
+DEVICES = """
+set -e
+mount -t tmpfs dev "$0"
+for one in null zero full random urandom tty fuse userfaultfd; do [ ! -e /dev/$one ] || cp -a /dev/$one "$0/"; done
+mkdir "$0/shm" "$0/pts"
+mount --bind /dev/pts "$0/pts"
+ln -s /proc/self/fd "$0/fd"
+touch "$0/$1"
+mount --bind /dev/null "$0/$1"
+mount --rbind "$0" /dev
+shift
+exec "$@"
+"""
+"""Give a command a /dev of its own, in which a GPU's file is a mount, as container runtimes make it."""
+
+
+def test_the_number_of_a_gpus_file_is_in_no_image(rig_of, tmp_path):
+    """A container that restores may have /dev/nvidia1 where that of the dump had /dev/nvidia0."""
+    rig = rig_of("vllm")
+    folder = tmp_path / "dev"
+    folder.mkdir()
+
+    def among(device):
+        return ["unshare", "--mount", "sh", "-c", DEVICES, str(folder), device]
+
+    with rig.running(prefix=among("nvidia0")) as started:
+        started.wait_serving()
+        expected = started.complete()
+    (name,) = rig.library.names()
+    images = rig.library.path(name) / "images"
+    small = [file for file in images.iterdir() if not file.name.startswith("pages-")]
+    assert not any(b"/dev/nvidia" in file.read_bytes() for file in small)
+    with rig.running(prefix=among("nvidia1")) as started:
+        started.wait_serving()
+        assert "restoring" in started.phases()[0] and "loading" not in started.phases()[0]
+        assert started.complete() == expected

@@ -213,7 +213,7 @@ def test_the_number_of_a_gpus_file_is_in_no_image(rig_of, tmp_path):
 
     with rig.running(prefix=among("nvidia0")) as started:
         started.wait_serving()
-        expected = started.complete()
+        expected = started.ask()
     (name,) = rig.library.names()
     images = rig.library.path(name) / "images"
     small = [file for file in images.iterdir() if not file.name.startswith("pages-")]
@@ -221,4 +221,4 @@ def test_the_number_of_a_gpus_file_is_in_no_image(rig_of, tmp_path):
     with rig.running(prefix=among("nvidia1")) as started:
         started.wait_serving()
         assert "restoring" in started.phases()[0] and "loading" not in started.phases()[0]
-        assert started.complete() == expected
+        assert started.ask() == expected

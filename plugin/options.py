@@ -391,7 +391,12 @@ stores = (
 """Options of the commands that restore or make snapshots: where from and where to, and what is trusted."""
 
 replica = (
-    option("--replicas", type=click.IntRange(1), default=1, help="Replicas behind the one port."),
+    option(
+        "--replicas",
+        type=click.IntRange(1),
+        default=1,
+        help="Replicas behind the one port, each on a GPU of its own where there are several.",
+    ),
     option(
         "--restore-concurrency",
         type=click.IntRange(0),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import subprocess
 import threading
 import time
@@ -28,6 +29,7 @@ from plugin.proxy.pool.replica import STARTING
 from plugin.rehearsal import priority
 from plugin.rehearsal.process import END_LIMIT_S, GO_ON, PAUSE, Order, Report
 from plugin.rehearsal.yielding import Course, MeanTime, Yielding
+from plugin.runtime.gpu.placement import chosen_gpu
 from plugin.runtime.phases import Phase
 from plugin.runtime.steps import restore_snapshot
 from plugin.startup.own_module import own_module
@@ -270,6 +272,7 @@ class Beside:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 start_new_session=True,
+                env=os.environ | chosen_gpu(self.settings),
             )
         self._tell(msgspec.json.encode(order) + b"\n")
         return process

@@ -48,6 +48,11 @@ def settings_by_replica(settings: LaunchSettings) -> list[LaunchSettings]:
     ]
 
 
+def chosen_gpu(settings: LaunchSettings) -> dict[str, str]:
+    """Return the variable by which another process sees the GPUs that a replica with these settings sees; empty if all."""
+    return {VISIBLE: settings.environment[VISIBLE]} if VISIBLE in settings.environment else {}
+
+
 def _without_choice(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name != VISIBLE}
 

@@ -1,13 +1,15 @@
 """When a rehearsal begins and when memory is too short for one."""
 
+import sys
 import types
 
 import pytest
 
 from checkpoint.snapshot import manifest, rehearsal
 from plugin.proxy.endpoints.models_file import ModelConfig, spec_of
-from plugin.rehearsal import memory
+from plugin.rehearsal import beside, memory
 from plugin.rehearsal.beside import LATEST_S, PAUSE_S, QUIET_S, TRIES, Beside, Timing
+from plugin.rehearsal.process import Order
 from plugin.rehearsal.yielding import CALM_S, GIVE_UP_S, YIELD_S, Course, MeanTime, Yielding
 from tests.kits.checkpoint.snapshots import draft
 
@@ -155,6 +157,17 @@ def test_what_is_left_to_do_with_a_rehearsed_snapshot(tmp_path, lazy, store, pus
     if pushed_to:
         rehearsal.note_pushed(folder, pushed_to)
     assert Beside(settings, [], None)._nothing_to_do(found) is not left
+
+
+@pytest.mark.parametrize(("chosen", "seen"), [({"CUDA_VISIBLE_DEVICES": "1"}, "1"), ({}, "both")])
+def test_a_rehearsal_sees_the_gpus_of_the_replica_beside_it(tmp_path, monkeypatch, chosen, seen):
+    """The snapshot of a replica that has its own GPU would not fit a process that sees all of the host's."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "both")
+    says = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    monkeypatch.setattr(beside, "own_module", lambda name: [sys.executable, "-c", says])
+    settings = types.SimpleNamespace(home=tmp_path, environment={"HOME": "/", **chosen})
+    process = Beside(settings, [], None)._start(Order(home=str(tmp_path), name="one"))
+    assert process.communicate(timeout=30)[0].decode().strip() == seen
 
 
 # Yielding to requests

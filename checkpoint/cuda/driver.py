@@ -4,7 +4,8 @@ State machine, as the driver documents it:
 
     RUNNING ──lock──▶ LOCKED ──checkpoint──▶ CHECKPOINTED ──restore──▶ LOCKED ──unlock──▶ RUNNING
 
-A lock that times out leaves the process RUNNING. A restore that runs out of GPU memory leaves it FAILED permanently.
+A lock that times out leaves the process RUNNING. A restore that runs out of GPU memory loses the process: as documented it
+is FAILED, and driver 580.95 leaves it CHECKPOINTED and refuses every further restore (cuda-checkpoint #44).
 Every call is made from a process outside the tree, with the target's PID in the caller's PID namespace. Only the
 helper process loads the driver's libraries (checkpoint.cuda.helper): hosts without a GPU do not import them.
 """

@@ -338,6 +338,8 @@ class Double:
         with self._call("restore", pid):
             with self._locked():
                 record = self._move(pid, State.CHECKPOINTED, State.LOCKED)
+            if record.get("lost"):
+                raise DriverError("CUDA_ERROR_OPERATING_SYSTEM")
             pages = [(start, end) for start, end in record.pop("pages", ())]
             if missing := size_of(pages) - size_of(present_pages(pid, pages)):
                 raise DriverError(f"CUDA_ERROR_OPERATING_SYSTEM (EFAULT: {missing} bytes are absent)")
@@ -369,14 +371,17 @@ class Double:
         signal_and_wait(pid, EMPTIED, lambda: driver_thread(pid) == GPU_ON)
 
     def _check_room(self, pid: int) -> None:
-        """Lose a process, whose restore is marked as under way, if its GPUs do not hold it as well."""
+        """Lose a process, whose restore is marked as under way, if its GPUs do not hold it as well.
+
+        Its state does not change, and the driver refuses it from then on (cuda-checkpoint #44, driver 580.95).
+        """
         used, total = self._used(), self._gpus()
         record = self._record(pid)
         for uuid in record["target"]:
             if uuid not in total:
                 raise DriverError("CUDA_ERROR_INVALID_DEVICE")
             if used[uuid] > total[uuid]:
-                write(self.folder / f"{pid}.json", {**record, "state": "FAILED"})
+                write(self.folder / f"{pid}.json", {**record, "lost": True})
                 raise DriverError("CUDA_ERROR_OUT_OF_MEMORY")
 
     def unlock(self, pid: int) -> None:
@@ -461,6 +466,10 @@ class Children:
 
     def state(self, pid: int) -> str:
         return str(json.loads((self.folder / f"{pid}.json").read_text())["state"])
+
+    def lost(self, pid: int) -> bool:
+        """Return whether the process's restore ran out of memory."""
+        return bool(json.loads((self.folder / f"{pid}.json").read_text()).get("lost"))
 
     def states(self, pids: list[int]) -> list[str]:
         return [self.state(pid) for pid in pids]

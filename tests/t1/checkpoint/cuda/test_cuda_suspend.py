@@ -192,7 +192,7 @@ def test_running_out_of_memory_later_names_the_lost_process(
     with pytest.raises(Incompatible) as caught:
         resume(driver, pids, Needs(2, {}), lock_folders=[tmp_path])
     assert caught.value.code == "gpu-memory-short"
-    lost = pids[0] if children.state(pids[0]) == "FAILED" else pids[1]
+    lost = pids[0] if children.lost(pids[0]) else pids[1]
     assert f"process {lost}" in str(caught.value)
     assert "unlock" not in dict(children.calls()), "the tree will be ended, and must not run until then"
 

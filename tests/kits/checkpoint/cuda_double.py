@@ -10,7 +10,8 @@ real one was seen to do around that:
 * A restore is refused (EFAULT) while a page of the copy is absent.
 
 All state lies in one folder, as the real driver's state lies in the processes: the death of a helper loses nothing.
-Calls may come from several threads and processes. `timed` returns when each began and ended.
+Calls may come from several threads and processes. `timed` returns when each began and ended. cuda_children.py starts processes
+for it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ import fcntl
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from array import array
@@ -36,7 +35,6 @@ from tests.programs.cuda_thread import EMPTIED, EMPTY, FILL, FILLED, GPU_OFF, GP
 GPU0, GPU1 = (f"GPU-0000000{n}-0000-0000-0000-000000000000" for n in (0, 1))
 TOTAL = 1 << 30
 PAGE = 4096
-CHILD = Path(__file__).parents[2] / "programs" / "cuda_child.py"
 
 
 def write(path: Path, value: object) -> None:
@@ -432,75 +430,9 @@ def inner_number(pid: int) -> str:
     return status(pid, "NSpid").rpartition("\t")[2]
 
 
-# Child processes and queries about them
-
-
 def wait_until(done: Any, limit_s: float = 30.0) -> None:
     end = time.monotonic() + limit_s
     while not done():
         if time.monotonic() > end:
             raise AssertionError("it did not happen in time")
         time.sleep(0.002)
-
-
-class Children:
-    """Real processes that use the double's CUDA."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.processes: list[subprocess.Popen[bytes]] = []
-
-    def start(self, size: int = 1 << 20, gpu: str = GPU0) -> int:
-        process = subprocess.Popen(
-            [sys.executable, "-S", str(CHILD), str(self.folder), str(size), gpu], stdin=subprocess.DEVNULL
-        )
-        self.processes.append(process)
-        wait_until(lambda: process.poll() is not None or (self.folder / f"{process.pid}.count").exists())
-        assert process.poll() is None
-        return process.pid
-
-    def plain(self) -> int:
-        process = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
-        self.processes.append(process)
-        return process.pid
-
-    def state(self, pid: int) -> str:
-        return str(json.loads((self.folder / f"{pid}.json").read_text())["state"])
-
-    def lost(self, pid: int) -> bool:
-        """Return whether the process's restore ran out of memory."""
-        return bool(json.loads((self.folder / f"{pid}.json").read_text()).get("lost"))
-
-    def states(self, pids: list[int]) -> list[str]:
-        return [self.state(pid) for pid in pids]
-
-    def count(self, pid: int) -> int:
-        return int((self.folder / f"{pid}.count").read_text() or 0)
-
-    def calls(self) -> list[tuple[str, int]]:
-        lines = (line.split() for line in (self.folder / "calls").read_text().splitlines())
-        return [
-            (operation, int(pid))
-            for operation, pid in lines
-            if operation in ("lock", "checkpoint", "restore", "unlock")
-        ]
-
-    def faults(self, *faults: dict[str, Any]) -> None:
-        write(self.folder / "faults.json", list(faults))
-
-    def wait_running(self, pid: int) -> None:
-        """Wait until the child's CUDA calls succeed again, with the device memory it had."""
-        before = self.count(pid)
-        wait_until(lambda: self.count(pid) > before + 1)
-        assert (self.folder / f"{pid}.vram").read_text() == f"contents of {pid}"
-
-    def wait_blocked(self, pid: int) -> None:
-        """Wait until the child is blocked in a CUDA call."""
-        wait_until(lambda: (self.folder / f"{pid}.blocked").read_text() == "yes")
-
-    def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
-            if process.stdin:
-                process.stdin.close()

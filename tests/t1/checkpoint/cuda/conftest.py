@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.kits.checkpoint.cuda_double import Children, Double
+from tests.kits.checkpoint.cuda_children import Children
+from tests.kits.checkpoint.cuda_double import Double
 
 
 @pytest.fixture

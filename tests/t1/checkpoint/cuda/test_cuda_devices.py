@@ -23,7 +23,8 @@ from checkpoint.cuda.checkpoint import (
 )
 from checkpoint.cuda.driver import DeviceMemory
 from checkpoint.errors import Failed, Incompatible
-from tests.kits.checkpoint.cuda_double import GPU0, GPU1, TOTAL, Children, Double, write
+from tests.kits.checkpoint.cuda_children import Children
+from tests.kits.checkpoint.cuda_double import GPU0, GPU1, TOTAL, Double, write
 
 pytestmark = pytest.mark.t1
 

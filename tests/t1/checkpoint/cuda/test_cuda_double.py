@@ -11,10 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from checkpoint.cuda.driver import DriverError, State
+from tests.kits.checkpoint.cuda_children import Children
 from tests.kits.checkpoint.cuda_double import (
     GPU0,
     TOTAL,
-    Children,
     Double,
     alive,
     configure,

@@ -16,7 +16,8 @@ from checkpoint.cuda.checkpoint import Needs, resume, suspend
 from checkpoint.cuda.driver import DeviceMemory, DriverError, State, uuid_bytes
 from checkpoint.cuda.helper import Helper, _answer
 from checkpoint.errors import Failed, HostLacks
-from tests.kits.checkpoint.cuda_double import GPU0, TOTAL, Children, alive, wait_until
+from tests.kits.checkpoint.cuda_children import Children
+from tests.kits.checkpoint.cuda_double import GPU0, TOTAL, alive, wait_until
 
 pytestmark = pytest.mark.t1
 

@@ -18,7 +18,8 @@ from checkpoint.cuda.checkpoint import Needs, resume, resume_after_dump, suspend
 from checkpoint.cuda.driver import State
 from checkpoint.cuda.helper import Helper
 from checkpoint.errors import Failed, Incompatible
-from tests.kits.checkpoint.cuda_double import TOTAL, Call, Children, configure, locked_bytes, timed, wait_until
+from tests.kits.checkpoint.cuda_children import Children
+from tests.kits.checkpoint.cuda_double import TOTAL, Call, configure, locked_bytes, timed, wait_until
 
 pytestmark = pytest.mark.t1
 LONG = (0.3, 0.0)

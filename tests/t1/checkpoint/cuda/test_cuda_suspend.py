@@ -25,7 +25,8 @@ from checkpoint.cuda.checkpoint import (
 from checkpoint.cuda.driver import DriverError, State
 from checkpoint.cuda.processes import check_released, nvidia_files
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Incompatible
-from tests.kits.checkpoint.cuda_double import GPU0, TOTAL, Children, Double, write
+from tests.kits.checkpoint.cuda_children import Children
+from tests.kits.checkpoint.cuda_double import GPU0, TOTAL, Double, write
 
 pytestmark = pytest.mark.t1
 

@@ -13,7 +13,8 @@ from checkpoint.cuda import leaving
 from checkpoint.cuda.helper import Helper
 from checkpoint.cuda.leaving import RATE, hangs_at_kill, take_off
 from checkpoint.host_memory import Room
-from tests.kits.checkpoint.cuda_double import GPU0, Children, Double, configure, write
+from tests.kits.checkpoint.cuda_children import Children
+from tests.kits.checkpoint.cuda_double import GPU0, Double, configure, write
 
 pytestmark = pytest.mark.t1
 

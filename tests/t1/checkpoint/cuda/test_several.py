@@ -12,7 +12,8 @@ from checkpoint.cuda import several
 from checkpoint.cuda.driver import DriverError, RealDriver
 from checkpoint.cuda.helper import Helper
 from checkpoint.cuda.several import CUSTOM_STORAGE, probe
-from tests.kits.checkpoint.cuda_double import Children, Double, configure
+from tests.kits.checkpoint.cuda_children import Children
+from tests.kits.checkpoint.cuda_double import Double, configure
 
 pytestmark = pytest.mark.t1
 NCCL = {"nvidia_nccl_cu13": "2.29.7", "numpy": "2"}

@@ -42,6 +42,8 @@ WORKS_WHILE_IDLE = (
 here): a scheduler that wakes once per second would delay them.
 """
 
+_MEMORY_SAVER = {"torch_memory_saver", "torch-memory-saver"}
+_INSTALL = "pip install torch-memory-saver, beside SGLang"
 _SSL = ("--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--ssl-keyfile-password", "--enable-ssl-refresh")
 
 
@@ -219,8 +221,17 @@ class Sglang(Engine):
         self, command: EngineCommand, installed: EngineFacts, environment: Mapping[str, str]
     ) -> tuple[str, ...]:
         """Enable the memory saver where SGLang starts with it: its package is there, and no expandable segments."""
-        names = {"torch_memory_saver", "torch-memory-saver"}
-        if has_flag(command, "--enable-memory-saver") or not names & installed.packages.keys():
+        there = _MEMORY_SAVER & installed.packages.keys()
+        if has_flag(command, "--enable-memory-saver"):
+            if not there:
+                log.warning(
+                    "memory-saver-missing: SGLang ends at --enable-memory-saver without its package; %s", _INSTALL
+                )
+            return ()
+        if not there:
+            log.warning(
+                "memory-saver-missing: the driver carries weights and KV cache in every snapshot, slowly; %s", _INSTALL
+            )
             return ()
         if expandable_segments(environment):
             log.info("no --enable-memory-saver with expandable_segments:True; the driver carries the GPU memory")

@@ -147,7 +147,10 @@ def _leave_gpu(replica: RestoreContext, running: Running, sandbox: Sandbox) -> O
     _check_host_memory(replica, running, cuda.memory_in_use(driver, processes(sandbox.init_pid)))
     awake = cuda.free_memory(driver)
     moved = OnGpu(driver, excluded=replica.snapshot is not None and replica.snapshot.weights == "excluded")
-    moved.offloaded = replica.engine.offload(running.client, replica.command, moved.excluded)
+    try:
+        moved.offloaded = replica.engine.offload(running.client, replica.command, moved.excluded)
+    except (LauncherError, OSError) as error:  # it may or may not have its memory: a second release or wake may end it
+        raise take_snapshot.NotResumed(error) from error
     visible = [gpu.uuid for gpu in replica.identity.host.gpus]
     try:
         moved.suspended, moved.needs = cuda.suspend(driver, processes(sandbox.init_pid), visible=visible, awake=awake)

@@ -207,6 +207,7 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
         log.warning("no snapshot: %s; the engine serves without one", error)
         return
     weight_bytes, asleep, excluded = 0, False, False
+    offloading = False  # an offload without an answer leaves an engine that may or may not have its memory
     awake: dict[str, int] | None = None
     try:
         tracker.to(Phase.TRIMMING)
@@ -226,7 +227,9 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
             control.exclude_weights(sandbox.control_dir, None)
             if driver is not None and gpu:
                 awake = _free_memory(driver)
+                offloading = True
                 asleep = engine.offload(client, replica.command, excluded)
+                offloading = False
             kv_bytes = control.bytes_dropped(sandbox.control_dir, "kv")
             weight_bytes = control.bytes_dropped(sandbox.control_dir, "weights")
             control.trim_all(sandbox.init_pid, sandbox.control_dir)
@@ -281,7 +284,7 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
     except Busy as error:
         log.info("not taking a snapshot: %s", error)
     except (CheckpointError, LauncherError, OSError) as error:
-        stuck = isinstance(error, CheckpointError) and error.code == "cuda-stuck"
+        stuck = offloading or (isinstance(error, CheckpointError) and error.code == "cuda-stuck")
         log.warning("no snapshot: %s%s", one_line(error), "" if stuck else "; the engine serves without one")
         if settings.strict:
             raise

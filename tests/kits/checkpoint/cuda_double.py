@@ -144,7 +144,7 @@ def timed(folder: Path, *operations: str) -> list[Call]:
 def configure(folder: Path, **settings: Any) -> None:
     """Set what the double does from now on.
 
-    `checkpoint`, `restore`: (seconds, bytes per second) of such a call. `concurrent`: what becomes of a move while another
+    `init_until`: the driver's initialisation ends once this file exists. `checkpoint`, `restore`: (seconds, bytes per second) of such a call. `concurrent`: what becomes of a move while another
     is under way: "parallel" (the default), "one-by-one" (it waits), or the error that refuses it. `memory`: bytes by GPU of
     each process that `TreeDouble` finds. `entry_points`: names that `finds` knows.
     """
@@ -157,6 +157,9 @@ class Double:
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
+        if file := self._settings().get("init_until"):
+            with self._call("init"):
+                wait_until(Path(file).exists)
 
     # Faults: [{"op": "lock", "pid": 1 or null, "at": "begin" or "end" (of the time that a move takes), "result": "CUDA_…",
     # "hang": s, "state": "FAILED", "exit": true, "kill": true, "gpus": {…} (memory that others took)}]

@@ -284,3 +284,24 @@ def test_expandable_segments_never_meet_an_option_that_refuses_them(engine, vers
     command = launcher.parse(["--model", "/m"], {})
     assert launcher.gpu_arguments(command, installed, {"PYTORCH_CUDA_ALLOC_CONF": settings}) == given
     assert launcher.gpu_arguments(command, installed, {"PYTORCH_ALLOC_CONF": settings}) == given
+
+
+@pytest.mark.parametrize(
+    ("words", "packages", "given", "said"),
+    [
+        ([], {"torch_memory_saver": "0.0.10"}, ("--enable-memory-saver",), ""),
+        ([], {"torch-memory-saver": "0.0.10"}, ("--enable-memory-saver",), ""),
+        (["--enable-memory-saver"], {"torch_memory_saver": "0.0.10"}, (), ""),
+        ([], {}, (), "memory-saver-missing: the driver carries"),
+        (["--enable-memory-saver"], {}, (), "memory-saver-missing: SGLang ends at --enable-memory-saver"),
+    ],
+)
+def test_sglang_without_its_memory_saver_is_named_with_the_remedy(words, packages, given, said, caplog):
+    launcher = launchers.engine("sglang")
+    installed = EngineFacts("sglang", "sglang 0.5.23", "", "", "", "", "", packages)
+    command = launcher.parse(["--model-path", "/m", *words], {})
+    with caplog.at_level("WARNING", "quickthaw"):
+        assert launcher.gpu_arguments(command, installed, {}) == given
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == bool(said)
+    assert not said or (lines[0].startswith(said) and "pip install torch-memory-saver" in lines[0])

@@ -64,7 +64,8 @@ def _run(replica: RestoreContext, name: str, served: bool, feed: WeightFeed) -> 
         check_folder(replica.library.path(name), replica.settings.trust_keys)
     recorded = replica.check_identity(snapshot)
     place = model_place(snapshot, replica.weights, replica.settings.named)
-    ringed = snapshot.weights == "excluded" and begin_weights(replica, name, place, feed)
+    excluded, fetching = snapshot.weights == "excluded", replica.fetching.unfinished
+    ringed = excluded and not fetching and begin_weights(replica, name, place, feed)
     mounted = replica.weights.mounted()
     shown = binds(replica.settings, replica.weights, mounted, place)
     replica.spans = {"identity": time.monotonic() - began}
@@ -80,6 +81,8 @@ def _run(replica: RestoreContext, name: str, served: bool, feed: WeightFeed) -> 
     try:
         if not replica.fetching.ready(lazy, snapshot):
             _verify(replica, name, snapshot)
+        if excluded and fetching:  # until now the layout was not here
+            ringed = begin_weights(replica, name, place, feed)
         _check_cpu(replica, name, recorded)
         restored = restore.restore(
             replica.library,

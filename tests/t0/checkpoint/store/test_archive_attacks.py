@@ -45,7 +45,7 @@ def home(tmp_path: Path) -> Path:
 @pytest.fixture
 def snapshot(home: Path) -> Path:
     folder = home / "snapshots" / "snap"
-    for name in ("images", "shm", "tmp", "cache"):
+    for name in ("images", "shm", "tmp", "cache", "weights"):
         (folder / name).mkdir(parents=True)
     process(folder / "images", 7, "p", [vma(HEAP, 8, ANON_PRIVATE)], [(HEAP, [b"a" * PAGE] * 3)], flags=LAZY | PRESENT)
     (folder / "shm/sem").write_bytes(b"s" * 32)
@@ -53,6 +53,7 @@ def snapshot(home: Path) -> Path:
     (folder / "tmp/link").symlink_to("nowhere")
     (folder / "cache/code.so").write_bytes(b"\x7fELF")
     (folder / "cache/table").write_bytes(b"t" * 32)
+    (folder / "weights/layout.json").write_bytes(b"{}")
     seal(folder)
     return folder
 
@@ -168,7 +169,7 @@ def test_host_specific_files_are_not_pushed(snapshot: Path, chunks: ChunkStore, 
         (snapshot / name).write_bytes(b"x")
     push(snapshot, chunks)
     pull("snap", chunks, tmp_path / "other/snap")
-    known = {"images", "shm", "tmp", "cache", "manifest.json", ".verified"}
+    known = {"images", "shm", "tmp", "cache", "weights", "manifest.json", ".verified"}
     assert {path.name for path in (tmp_path / "other/snap").iterdir()} == known
 
 

@@ -290,3 +290,16 @@ def test_a_launch_killed_while_its_ring_fills_leaves_nothing(launch_rig):
     assert launch_rig.watch.gone() == set()
     with launch_rig.running("--weights", "excluded") as started:
         assert started.ask() == answer and TAKEN in started.ours()
+
+
+def test_a_snapshot_from_a_store_brings_its_layout(launch_rig, tmp_path):
+    launch_rig.engine = "vllm"
+    answer = launch_rig.take("--weights", "excluded")
+    store = ("--snapshot-store", str(tmp_path / "store"))
+    assert launch_rig.cli("snapshot", "push", launch_rig.name, tmp_path / "store").returncode == 0
+    launch_rig.fresh_home()
+    for _ in range(2):
+        with launch_rig.running("--weights", "excluded", *store) as started:
+            assert started.ask() == answer
+            assert restored(started), started.text()
+            assert TAKEN in started.ours() and "itself" not in started.ours(), started.ours()

@@ -85,9 +85,9 @@ def holders(driver: Driver, pids: Iterable[int]) -> list[int]:
         ) from error
 
 
-def _nodes(driver: Driver) -> dict[str, Path]:
+def _nodes(devices: Iterable[DeviceMemory]) -> dict[str, Path]:
     """Return the device file of each GPU by uuid, where NVML knows it."""
-    return {device.uuid: Path(device.node) for device in _ask(driver.devices) if device.node}
+    return {device.uuid: Path(device.node) for device in devices if device.node}
 
 
 def free_memory(driver: Driver) -> dict[str, int]:
@@ -141,10 +141,10 @@ def suspend(
     limit_s = _move_limit(size for by_gpu in usage.values() for size in by_gpu.values())
 
     def checkpoint(pid: int) -> None:
-        before = anonymous_areas(pid)
+        areas = anonymous_areas(pid) if gained is not None else []
         _step("checkpoint", pid, driver.checkpoint, limit_s)
         if gained is not None:
-            gained[pid] = added(before, anonymous_areas(pid))
+            gained[pid] = added(areas, anonymous_areas(pid))
 
     try:
         for pid in found:
@@ -188,7 +188,7 @@ def resume_after_dump(
     with contextlib.ExitStack() as locks:
         # Busy, no folder for locks, or no answer from the driver: resume without the locks.
         with contextlib.suppress(Busy, Failed, HostLacks):
-            locks.enter_context(gpu_locks(lock_folders, needs.memory, _nodes(driver), timeout_s))
+            locks.enter_context(gpu_locks(lock_folders, needs.memory, _nodes(_ask(driver.devices)), timeout_s))
         while time.monotonic() < limit:
             try:
                 check_memory(driver, needs, margin=0)
@@ -227,9 +227,10 @@ def resume(
     if not found:
         return []
     where = dict(pairs)
-    with gpu_locks(lock_folders, {where.get(uuid, uuid) for uuid in needs.memory}, _nodes(driver)):
+    devices = _ask(driver.devices)
+    here = [device.uuid for device in devices] if pairs else []
+    with gpu_locks(lock_folders, {where.get(uuid, uuid) for uuid in needs.memory}, _nodes(devices)):
         check_memory(driver, needs, pairs)
-        here = list(free_memory(driver)) if pairs else []
         _restore_all(driver, found, all_pairs(pairs, needs.gpus, here), _move_limit(needs.memory.values()))
     return found
 

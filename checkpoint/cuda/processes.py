@@ -75,13 +75,17 @@ def anonymous_areas(pid: int) -> Areas:
 def added(before: Areas, after: Areas) -> Areas:
     """Return the parts of `after` that no area of `before` covers."""
     found: Areas = []
+    first = 0
     for start, end in after:
-        for low, high in before:
-            if high <= start or low >= end:
-                continue
+        while first < len(before) and before[first][1] <= start:
+            first += 1
+        at = first
+        while at < len(before) and before[at][0] < end:
+            low, high = before[at]
             if start < low:
                 found.append((start, low))
             start = max(start, high)
+            at += 1
         if start < end:
             found.append((start, end))
     return found

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -303,3 +304,17 @@ def test_a_snapshot_from_a_store_brings_its_layout(launch_rig, tmp_path):
             assert started.ask() == answer
             assert restored(started), started.text()
             assert TAKEN in started.ours() and "itself" not in started.ours(), started.ours()
+
+
+def test_a_model_in_a_store_is_read_through_its_mount(launch_rig, tmp_path):
+    """Its chunks are verified there."""
+    launch_rig.engine = "vllm"
+    store = tmp_path / "weights"
+    assert launch_rig.cli("weights", "import", launch_rig.model, "--store", store, "--tag", "m:v1").returncode == 0
+    options = ("--weights", "excluded", "--store", str(store))
+    answer = launch_rig.take(*options)
+    with launch_rig.running(*options) as started:
+        assert started.ask() == answer and restored(started)
+        assert TAKEN in started.ours() and "itself" not in started.ours(), started.ours()
+        mounts = Path("/proc/mounts").read_text()
+        assert f"{launch_rig.home}/mounts/" in mounts

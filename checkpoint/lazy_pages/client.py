@@ -23,7 +23,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,6 +60,7 @@ def server_config(
     downloading: DownloadingImages | None = None,
     pack: bool = True,
     fill: bool = False,
+    fill_only: Collection[int] = (),
 ) -> dict[str, Any]:
     """Build the server's configuration (checkpoint.lazy_pages.main).
 
@@ -68,7 +69,7 @@ def server_config(
     the first token. They start after `first_token_timeout_s` even if no first token is reported. `downloading`: the images
     are being filled from a store. `pack`: allow copying from the pack (checkpoint.lazy_pages.cache), whose bytes were not
     hashed since they were written. `fill`: put all pages in place, by several threads, before the owner lets the tree run
-    (checkpoint.lazy_pages.filler).
+    (checkpoint.lazy_pages.filler); `fill_only`: of these processes, by their numbers in the images, and the others come back lazily.
     """
     return {
         "images": str(images.resolve()),
@@ -79,6 +80,7 @@ def server_config(
         "downloading": str(downloading.residency.resolve()) if downloading else "",
         "pack": pack,
         "fill": fill,
+        "fill_only": sorted(fill_only),
     }
 
 
@@ -114,6 +116,7 @@ class PageServer:
         self._failure = ""
         self.complete = threading.Event()
         """Set when every page is in place."""
+        self._filled = threading.Event()
         self.ended = threading.Event()
         """Set when the server serves this replica no more, for whatever reason. Unless stuck, its process has exited by
         then."""
@@ -219,6 +222,8 @@ class PageServer:
                 self._stats = message
             if event == "complete":
                 self.complete.set()
+            if event in ("filled", "complete"):
+                self._filled.set()
             with self._answered:
                 self._answers += event == "stats"
                 self._saved += event == "saved"
@@ -302,11 +307,11 @@ class PageServer:
                 self._answered.wait_for(lambda: self._saved > 0 or self.ended.is_set(), timeout_s) and self._saved > 0
             )
 
-    def wait_placed(self, timeout_s: float) -> bool:
-        """Wait until every page is in place, but not for the server's end. Return False on timeout or when the server has failed."""
+    def wait_filled(self, timeout_s: float) -> bool:
+        """Wait until every page to fill is in place, but not for the server's end. Return False on timeout or when the server has failed."""
         with self._answered:
-            self._answered.wait_for(lambda: self.complete.is_set() or self.ended.is_set(), timeout_s)
-        return self.complete.is_set()
+            self._answered.wait_for(lambda: self._filled.is_set() or self.ended.is_set(), timeout_s)
+        return self._filled.is_set()
 
     def wait_complete(self, timeout_s: float) -> bool:
         """Wait until every page is in place. Return False on timeout or when the server has died."""

@@ -30,7 +30,7 @@ import struct
 import time
 from collections import deque
 
-from checkpoint.criu.pagemap import PAGE, argument_pages
+from checkpoint.criu.pagemap import PAGE, ProcessImage, argument_pages
 from checkpoint.lazy_pages import uffd
 from checkpoint.lazy_pages.address_space import ProcessGone, ProcessTree, Space, TryAgain, zero_source
 from checkpoint.lazy_pages.copier import Copier, Planner
@@ -71,7 +71,9 @@ class FaultHandler:
         self.criu: socket.socket | None = None
         self.released: set[int] = set()  # spaces that need nothing more, as reported to the owner
         self.first_token_limit = 0.0
-        self.fill = bool(config.get("fill"))  # everything is in place before any process runs
+        self.fill = bool(config.get("fill"))  # before any process runs, all pages are in place …
+        self.fill_only = frozenset(config.get("fill_only", ()))  # … or those of these processes
+        self.filled = False
         self.filler = Filler(self.waker.wake)
         self.faults: deque[tuple[Space, int, float]] = deque()  # (space, address, since when)
         self.trace_before: list[tuple[int, int]] = []  # (process, address) of faults before the first token
@@ -80,8 +82,8 @@ class FaultHandler:
         self.planner = Planner(self.images_dir, residency)
         self.images = self.planner.images
         if self.fill:
-            for pid, image in self.images.items():
-                self.filler.expect(pid, image.runs, self.planner.source(image))
+            for image in filter(self.fills, self.images.values()):
+                self.filler.expect(image.pid, image.runs, self.planner.source(image))
         self.zeros = zero_source()
         self.working_set = self.load_working_set(str(config["working_set"] or ""))
         wake = self.waker.wake
@@ -126,7 +128,7 @@ class FaultHandler:
 
         /proc cannot show them until they are in place.
         """
-        found = [(pid, *argument_pages(self.images_dir, pid)) for pid in self.images]
+        found = [(pid, *argument_pages(self.images_dir, pid)) for pid in self.images if not self.fills(self.images[pid])]
         return [(pid, low, high) for pid, start, end in found for low, high in self.images[pid].split(start, end)]
 
     def request_download(self, path: str, offset: int, length: int) -> None:
@@ -170,6 +172,9 @@ class FaultHandler:
                 pass
             if self.copier.finished or (self.fill and tree.restored):
                 self.release()
+            if self.fill and not self.filled and tree.restored and not any(map(self.fills, self.spaces.values())):
+                self.filled = True
+                tree.send(event="filled")
             if tree.restored and not self.spaces:
                 tree.send_stats("complete")
                 return
@@ -184,7 +189,11 @@ class FaultHandler:
         return min(limits, default=-1)
 
     def waits_for_first_token(self) -> bool:
-        return self.tree.restored and not self.tree.first_token and not self.fill
+        return self.tree.restored and not self.tree.first_token and (not self.fill or bool(self.fill_only))
+
+    def fills(self, one: ProcessImage | Space) -> bool:
+        """Return whether all pages of a process are put in place before it runs."""
+        return self.fill and (not self.fill_only or one.pid in self.fill_only)
 
     def collect(self) -> None:
         """Collect the results of the fetchers and the filler."""
@@ -282,7 +291,7 @@ class FaultHandler:
             source = self.planner.source(image)
             space = Space(0, number, fds[0], PendingPages(image.runs), image, source)
             self.tree.add(space)
-            if self.fill:
+            if self.fills(space):
                 self.filler.add(space)
 
     # Events of the processes
@@ -301,7 +310,7 @@ class FaultHandler:
                 address = b & ~(PAGE - 1)
                 self.stats.faults += 1
                 self.faults.append((space, address, since))
-                if not self.tree.after_requests:
+                if not self.tree.after_requests and not self.fills(space):
                     (self.trace_after if self.tree.first_token else self.trace_before).append((space.pid, address))
                 continue
             if self.filler.fills(space) and (kind in (uffd.FORK, uffd.REMAP) or space.pending.within(a, b)):
@@ -374,7 +383,7 @@ class FaultHandler:
             self.stats.faults_zero += 1
             return True
         low, high = max(low, found[0]), min(high, found[1])
-        if index is None and not self.tree.record and not self.tree.after_requests:
+        if index is None and not (self.tree.record or self.tree.after_requests or self.fills(space)):
             # Record the nearest neighbours, which would be the next restore's faults. Recording all would grow a
             # working set fivefold.
             trace = self.trace_after if self.tree.first_token else self.trace_before
@@ -413,7 +422,9 @@ class FaultHandler:
         The owner closes its descriptors first; after our close, the kernel serves all faults.
         """
         for space in self.spaces.values():
-            if space.number not in self.released and not space.pending:
+            if space.number in self.released or not (self.copier.finished or self.fills(space)):
+                continue
+            if not space.pending:
                 self.released.add(space.number)
                 self.tree.send(event="placed", number=space.number)
 

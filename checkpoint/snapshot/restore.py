@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING
 
 from checkpoint import disk
 from checkpoint.criu.binary import Criu
-from checkpoint.criu.pagemap import PAGE
+from checkpoint.criu.pagemap import PAGE, process_ids
 from checkpoint.cuda import checkpoint as cuda
 from checkpoint.cuda.driver import Driver
 from checkpoint.cuda.gpu_locks import LOCKS
+from checkpoint.cuda.processes import recorded as gpu_state
 from checkpoint.errors import CheckpointError, Failed, HostLacks
 from checkpoint.files import private_folder, replacing
 from checkpoint.lazy_pages.client import DownloadingImages, PageServer, server_config
@@ -86,6 +87,8 @@ class LazyRestore:
     fill: bool = False
     """Put every page in place, by several threads, before any process runs (checkpoint.lazy_pages.filler). No page server is
     left then."""
+    fill_only: tuple[int, ...] = ()
+    """With `fill`: only the pages of these processes, by their numbers in the images. The others come back lazily."""
 
 
 class Cancellation:
@@ -223,8 +226,8 @@ def restore(
 
     With `lazy`, a page server supplies the pages, those of the recorded working set first. Without it, CRIU copies
     every page before it returns. `driver` and `gpu_pairs` (uuid at the dump, uuid now) are those of
-    checkpoint.cuda.checkpoint. A snapshot with GPU state is filled (LazyRestore.fill) and never restored lazily, because
-    the driver pins all of it at once. `pipes` maps the snapshot's stream names (`stdout`, `stderr`) to descriptors for
+    checkpoint.cuda.checkpoint. The processes with GPU state are filled (LazyRestore.fill) and never restored lazily, because
+    the driver pins all of their memory at once; so are all others, unless `lazy.fill_only` names those with GPU state. `pipes` maps the snapshot's stream names (`stdout`, `stderr`) to descriptors for
     the engine's output.
     The caller must check the canary. `underway` is called once CRIU runs and this process only waits. `cancellation`
     ends the restore. `before_kill` is called before a tree is ended of which some processes may be on the GPU again.
@@ -235,13 +238,13 @@ def restore(
     """
     cancellation = cancellation or Cancellation()
     if snapshot.gpu.processes:
-        lazy = lazy and replace(lazy, fill=True, map_pages=False)
+        lazy = lazy and replace(lazy, fill=True, map_pages=False, downloading=None)
         if driver is None:
             raise HostLacks(
                 "gpu-missing",
                 f"{snapshot.name} holds GPU state and this host has no NVIDIA device; see quickthaw doctor",
             )
-    if lazy and lazy.fill:
+    if lazy and lazy.fill and not lazy.fill_only:
         lazy = replace(lazy, working_set=None, record=False, downloading=None, on_death=_cancelling(lazy, cancellation))
     check_page_size()
     run_folder = run_folder or library.home / "run"
@@ -341,6 +344,7 @@ def _plan(
             downloading=lazy.downloading,
             pack=lazy.pack,
             fill=lazy.fill,
+            fill_only=lazy.fill_only,
         )
         if lazy
         else None,
@@ -357,12 +361,21 @@ def _cancelling(lazy: LazyRestore, cancellation: Cancellation) -> Callable[[str]
     return on_death
 
 
+def gpu_processes(library: Library, snapshot: Snapshot) -> tuple[int, ...]:
+    """Return the processes with GPU state by their numbers in the images; none if the snapshot does not say, or if all have.
+
+    Raises Integrity (image-garbled).
+    """
+    images = library.path(snapshot.name) / "images"
+    found = tuple(sorted(map(int, gpu_state(images))))
+    return found if len(found) == snapshot.gpu.processes < len(process_ids(str(images))) else ()
+
+
 def _fill(pages: PageServer, limit_s: float, spans: dict[str, float]) -> None:
-    """Wait until every page is in place, and the page server serves no fault any more. Raises Failed (pages-lost)."""
+    """Wait until every page to fill is in place, and the page server serves none of their faults any more. Raises Failed (pages-lost)."""
     began = time.monotonic()
-    if not pages.wait_placed(limit_s):
+    if not pages.wait_filled(limit_s):
         raise Failed("pages-lost", f"not every page was in place within {limit_s:.0f} s")
-    threading.Thread(target=pages.close, name="page-server-close").start()
     spans["fill"] = time.monotonic() - began
 
 
@@ -399,7 +412,9 @@ def _complete(
         times = {"criu": (unpacked, ran)}
         if lazy and lazy.fill and pages:
             _fill(pages, restore_s, spans)
-            pages = None
+            if not lazy.fill_only:
+                threading.Thread(target=pages.close, name="page-server-close").start()
+                pages = None
             times["fill"] = (ran, ran + spans["fill"])
         sandbox.raise_pids(snapshot.top_pid)
         # plugin/engine/process_start_times.py reads this file, so write it before the first process looks.

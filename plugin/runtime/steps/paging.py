@@ -124,7 +124,7 @@ class PageFollower:
         pages.first_token()
         self.fetching.first_token()
         placing_s = early.get("startup_done_s", 0.0) - early.get("first_placed_s", 0.0)
-        if self.pace.measured:
+        if self.pace.measured and not snapshot.gpu.processes:
             restore_rates.remember(library.home, early.get("bytes_ahead", 0.0), placing_s, gpu=False)
         self._wait_served(WORKING_SET_REQUESTS, self.pace.requests_s)
         soon, all_missed = early.get("faults_missed", 0), pages.stats().get("faults_missed", 0)
@@ -146,7 +146,7 @@ class PageFollower:
             )
         log.debug("pages: %s", pages.stats())
         pages.close()
-        if not self.fetching.downloading:
+        if not self.fetching.downloading and not snapshot.gpu.processes:
             map_pages(library, snapshot)
 
     def _report_requests(self, pages: PageServer) -> None:

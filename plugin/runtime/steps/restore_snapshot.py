@@ -57,7 +57,7 @@ def _run(replica: RestoreContext, name: str, served: bool, feed: WeightFeed) -> 
     replica.mounting()
     snapshot = replica.library.load(name)
     replica.on_gpu = snapshot.gpu.processes > 0
-    lazy = served and replica.settings.lazy_restore and not replica.on_gpu
+    lazy = served and replica.settings.lazy_restore
     if replica.settings.trust_keys and not replica.fetching.unfinished:
         from checkpoint.snapshot.signatures import check_folder
 
@@ -71,7 +71,7 @@ def _run(replica: RestoreContext, name: str, served: bool, feed: WeightFeed) -> 
     replica.spans = {"identity": time.monotonic() - began}
     replica.cancellation = restore.Cancellation()
     replica.fetching.watch(replica.on_page_server_failed)
-    later = _lazy(replica, name, fill=not lazy) if served else None
+    later = _lazy(replica, snapshot, fill=not lazy) if served else None
     replica.recording = bool(later and later.record)
     replica.tracker.to(Phase.RESTORING)
     outputs = {
@@ -132,7 +132,7 @@ def _run(replica: RestoreContext, name: str, served: bool, feed: WeightFeed) -> 
         if replica.recording:
             log.info("this first restore records the snapshot's working set; later restores load it first")
         replica.page_follower.begin(replica.library, snapshot, restored.pages, recording=replica.recording)
-    elif replica.page_follower.pace.measured:
+    if (replica.on_gpu or not restored.pages) and replica.page_follower.pace.measured:
         took_s = restored.spans["criu"] + restored.spans.get("fill", 0.0)
         restore_rates.remember(replica.settings.home, snapshot.image_bytes, took_s, replica.on_gpu)
 
@@ -161,7 +161,7 @@ def save_next_plan(replica: RestoreContext, snapshot: Snapshot) -> None:
     """
     if replica.criu is None or replica.settings.trust_keys or not replica.settings.lazy_restore:
         return
-    lazy = _lazy(replica, snapshot.name)
+    lazy = _lazy(replica, snapshot)
     if snapshot.weights != "included" or snapshot.gpu.processes or lazy.record:
         return
     from checkpoint.compatibility.check import Identity
@@ -174,8 +174,13 @@ def save_next_plan(replica: RestoreContext, snapshot: Snapshot) -> None:
     )
 
 
-def _lazy(replica: RestoreContext, name: str, fill: bool = False) -> restore.LazyRestore:
-    known = replica.library.working_set(name)
+def _lazy(replica: RestoreContext, snapshot: Snapshot, fill: bool = False) -> restore.LazyRestore:
+    """Return how the pages come: all at once (`fill`), or by the working set what has no GPU state."""
+    known = replica.library.working_set(snapshot.name)
+    only: tuple[int, ...] = ()
+    if snapshot.gpu.processes and not fill:
+        only = restore.gpu_processes(replica.library, snapshot)
+        fill = not only
     recorded = known.exists() or fill
     return restore.LazyRestore(
         known if recorded and not fill else None,
@@ -184,7 +189,8 @@ def _lazy(replica: RestoreContext, name: str, fill: bool = False) -> restore.Laz
         lambda text: log.warning("%s", text),
         replica.fetching.downloading,
         pack=replica.settings.verify != "always",
-        fill=fill,
+        fill=fill or bool(only),
+        fill_only=only,
     )
 
 

@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 
 from checkpoint.criu.binary import Criu
+from checkpoint.criu.pagemap import PAGE, process_ids, read_process
 from checkpoint.errors import Failed, HostLacks
 from checkpoint.inspect import contents
 from checkpoint.lazy_pages.client import PageServer, server_config
+from checkpoint.lazy_pages.working_set import WorkingSet
 from checkpoint.sandbox.process_tree import processes
 from checkpoint.sandbox.sandbox import CACHE_DIR, Bind, Sandbox, SandboxConfig
 from checkpoint.snapshot import dump, free_space
@@ -111,14 +113,18 @@ def test_all_processes_leave_the_gpu_for_the_dump_and_resume(rig):
 
 
 @contextlib.contextmanager
-def restored(library, snapshot, driver):
-    """Restore as a launch does: every page in place before the tree runs, and the restore cancelled if the page server fails."""
+def restored(library, snapshot, driver, only=(), record=True):
+    """Restore as a launch does: every page in place before the tree runs, and the restore cancelled if the page server fails.
+
+    `only`: the pages of these processes, and the others come by their working set.
+    """
     output, cancellation = Output(None), Cancellation()
 
     def on_death(reason):
         cancellation.cancel(Failed("pages-lost", reason))
 
-    lazy = LazyRestore(library.working_set(snapshot.name), True, on_death, pytest.fail)
+    known = library.working_set(snapshot.name)
+    lazy = LazyRestore(known, record, on_death, pytest.fail, fill=bool(only), fill_only=only)
     try:
         replica = restore(
             library,
@@ -137,6 +143,44 @@ def restored(library, snapshot, driver):
         yield replica
     finally:
         replica.close()
+
+
+def test_processes_without_gpu_state_come_back_by_their_working_set(rig):
+    library, sandbox, wanted, driver, root = rig
+    snapshot = take(
+        library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", digest_folder, driver=driver
+    )
+    only = restore_module.gpu_processes(library, snapshot)
+    assert only == (int(inner_pid_of(root)),)
+    images = str(library.path("tree") / "images")
+    others = {pid: read_process(images, pid).lazy_pages for pid in process_ids(images) if pid not in only}
+    known = library.working_set("tree")
+    assert others
+    for record in (True, False):
+        with restored(library, snapshot, driver, only, record) as replica:
+            assert replica.pages and not replica.pages.complete.is_set()
+            assert calls(driver)[-2:] == ["restore", "unlock"]  # which the double refuses while a page is absent
+            assert ask(replica.sandbox, op="count")["count"] == 2
+            assert ask(replica.sandbox, op="ballast") == {"wrong": 0, "bytes": MEGABYTES << 20}
+            left = replica.pages.stats()["left"]
+            assert 0 < left <= sum(others.values()) * PAGE
+            replica.pages.first_token()
+            replica.pages.requests_done(save=known if record else None)
+            assert replica.pages.wait_complete(60)
+            assert ask(replica.sandbox, op="count")["count"] == 3
+        named = {pid for pid, _, _ in WorkingSet.load(str(known)).ranges}
+        assert named and named <= others.keys(), "the others have no faults"
+
+
+def test_a_page_server_that_dies_after_the_gpu_is_back_is_reported(rig):
+    library, sandbox, wanted, driver, _ = rig
+    snapshot = take(
+        library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", digest_folder, driver=driver
+    )
+    with restored(library, snapshot, driver, restore_module.gpu_processes(library, snapshot)) as replica:
+        os.kill(replica.pages.pid, signal.SIGKILL)
+        assert replica.pages.ended.wait(30)
+        assert not replica.pages.complete.is_set()
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def test_all_pages_are_in_place_before_the_tree_runs(frozen: Frozen) -> None:
     server, work = frozen.serve(known=False, fill=True)
     with server, frozen.sandbox() as sandbox:
         frozen.restore_stopped(sandbox, work)
-        assert server.wait_placed(LIMIT_S)
+        assert server.wait_filled(LIMIT_S)
         tree = processes(sandbox.init_pid)
         assert absent(frozen, tree) == 0
         assert server.wait_complete(LIMIT_S), "no server is left"
@@ -62,7 +62,7 @@ def test_a_server_that_dies_meanwhile_is_reported(frozen: Frozen) -> None:
     with server, frozen.sandbox() as sandbox:
         os.kill(server.pid, signal.SIGSTOP)
         os.kill(server.pid, signal.SIGKILL)
-        assert not server.wait_placed(LIMIT_S)
+        assert not server.wait_filled(LIMIT_S)
         assert len(frozen.deaths) == 1 and "page server" in frozen.deaths[0]
         sandbox.close()
     frozen.deaths.clear()

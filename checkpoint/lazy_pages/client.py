@@ -308,7 +308,7 @@ class PageServer:
             )
 
     def wait_filled(self, timeout_s: float) -> bool:
-        """Wait until every page to fill is in place, but not for the server's end. Return False on timeout or when the server has failed."""
+        """Wait until every page to fill is in place, but not for the server's end. Return False on timeout or if it has failed."""
         with self._answered:
             self._answered.wait_for(lambda: self._filled.is_set() or self.ended.is_set(), timeout_s)
         return self._filled.is_set()

@@ -29,6 +29,7 @@ import socket
 import struct
 import time
 from collections import deque
+from typing import cast
 
 from checkpoint.criu.pagemap import PAGE, ProcessImage, argument_pages
 from checkpoint.lazy_pages import uffd
@@ -72,7 +73,7 @@ class FaultHandler:
         self.released: set[int] = set()  # spaces that need nothing more, as reported to the owner
         self.first_token_limit = 0.0
         self.fill = bool(config.get("fill"))  # before any process runs, all pages are in place …
-        self.fill_only = frozenset(config.get("fill_only", ()))  # … or those of these processes
+        self.fill_only = frozenset(cast("list[int]", config.get("fill_only") or []))  # … or those of these processes
         self.filled = False
         self.filler = Filler(self.waker.wake)
         self.faults: deque[tuple[Space, int, float]] = deque()  # (space, address, since when)
@@ -128,7 +129,9 @@ class FaultHandler:
 
         /proc cannot show them until they are in place.
         """
-        found = [(pid, *argument_pages(self.images_dir, pid)) for pid in self.images if not self.fills(self.images[pid])]
+        found = [
+            (pid, *argument_pages(self.images_dir, pid)) for pid in self.images if not self.fills(self.images[pid])
+        ]
         return [(pid, low, high) for pid, start, end in found for low, high in self.images[pid].split(start, end)]
 
     def request_download(self, path: str, offset: int, length: int) -> None:

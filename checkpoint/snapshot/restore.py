@@ -226,9 +226,9 @@ def restore(
 
     With `lazy`, a page server supplies the pages, those of the recorded working set first. Without it, CRIU copies
     every page before it returns. `driver` and `gpu_pairs` (uuid at the dump, uuid now) are those of
-    checkpoint.cuda.checkpoint. The processes with GPU state are filled (LazyRestore.fill) and never restored lazily, because
-    the driver pins all of their memory at once; so are all others, unless `lazy.fill_only` names those with GPU state. `pipes` maps the snapshot's stream names (`stdout`, `stderr`) to descriptors for
-    the engine's output.
+    checkpoint.cuda.checkpoint. Processes with GPU state are filled (LazyRestore.fill) and never restored lazily, because
+    the driver pins all of their memory at once; the others, too, unless `lazy.fill_only` names those with GPU state.
+    `pipes` maps the snapshot's stream names (`stdout`, `stderr`) to descriptors for the engine's output.
     The caller must check the canary. `underway` is called once CRIU runs and this process only waits. `cancellation`
     ends the restore. `before_kill` is called before a tree is ended of which some processes may be on the GPU again.
     `egress` is the way out of the sandbox. Unless all is filled first, the owner must cancel when

@@ -159,7 +159,8 @@ def test_memory_is_offloaded_for_the_dump_and_reloaded_by_engine_and_replicas(gp
     for _ in range(2):
         replica = gpu_rig(engine, weights=weights)
         replica.start()
-        assert replica.restored
+        assert replica.restored and replica.recording
+        assert replica.running.restored.pages, "the server has no GPU state, and comes back by its working set"
         assert answer(replica) == expected
         assert worker(replica)["calls"] == from_ring(calls) and worker(replica)["away"] == []
         assert replica._cuda.changes()[-2:] == ["restore", "unlock"]

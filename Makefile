@@ -10,7 +10,7 @@ PYTEST := $(PYTHON) -m pytest -q
 # CI asks for reports, to count that the engine tests ran.
 REPORT = $(if $(QUICKTHAW_TEST_REPORT),--junitxml=$(QUICKTHAW_TEST_REPORT)/$(1).xml)
 
-.PHONY: demo test test-fast lint check setup setup-fast bench wheels image image-test clean
+.PHONY: demo test test-fast lint check setup setup-fast bench bench-gpu wheels image image-test clean
 
 demo:
 	@setup/setup.sh $(ENGINE)
@@ -42,6 +42,10 @@ check: lint test
 
 bench: setup
 	$(PYTHON) -m plugin bench coldstart --engine $(ENGINE) --runs 5
+
+# build/gpu/ENGINE: all that `benchmarks/gpu.py run` needs on a machine with a GPU and no network (docs/gpu.md).
+bench-gpu: setup
+	$(PYTHON) benchmarks/gpu.py prepare --engine $(ENGINE)
 
 # dist/quickthaw-*.whl and dist/quickthaw_criu-*.whl, which brings CRIU to hosts that have none.
 wheels: setup-fast

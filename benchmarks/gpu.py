@@ -7,7 +7,7 @@
     python benchmarks/gpu.py run --double --engine ENGINE …      here: the whole script on the doubles of the engine and of the driver
 
 `run` prints one table and leaves OUT/figures.json and OUT/table.txt, both written after every figure: what kills it costs what it
-was about to measure. docs/gpu.md has the command lines for a lent machine.
+was about to measure. The commands' logs are in OUT/logs.tar.gz. docs/gpu.md has the command lines for a lent machine.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import click
@@ -36,6 +37,7 @@ BUDGET = click.option(
     "--budget", "budget_s", type=Duration(1.0), default="8m", help="What would end later is not begun."
 )
 LAYERS = {"model": 32, "small": 4}
+TESTS = ("test_cuda_real.py", "test_weight_ring.py", "test_cuda_engine.py")  # the longest last: time may run out
 
 
 @click.group(help=__doc__)
@@ -94,6 +96,8 @@ def run(
         steps(Run(engine, bench, figures, restores, alones, wakes, double))
     finally:
         figures.save()
+        with tarfile.open(out / "logs.tar.gz", "w:gz") as archive:
+            archive.add(work / "logs", "logs")
         click.echo(figures.table())
     return 1 if figures.failed else 0
 
@@ -141,7 +145,7 @@ def tests(work: Path, out: Path, limit_s: float) -> int:
         "no:cacheprovider",
         f"--junitxml={out.absolute() / 'tests.xml'}",
     ]
-    argv += ["-o", "timeout=300", "tests/gpu"]
+    argv += ["-o", "timeout=300", *(f"tests/gpu/{name}" for name in TESTS)]
     with (out / "tests.txt").open(
         "wb"
     ) as log:  # a report is written at the end only; each line of this as its test ends

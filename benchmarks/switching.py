@@ -34,6 +34,7 @@ from tests.kits.memory_kit import mapped_pages
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 900.0
+BUSY_LIMIT_S = 10.0
 TOKENS = 8
 PROMPTS = tuple(f"{word} is a word, and the next one is" for word in ("River", "Window", "Paper", "Garden", "Winter"))
 ENGINE = click.option("--engine", type=click.Choice(["sglang", "vllm"]), default="sglang", show_default=True)
@@ -77,14 +78,19 @@ def launch_words(one: Preset, model: Path, name: str, port: int, *options: str) 
 
 
 def act(port: int, name: str, action: str) -> None:
-    """Move a model by hand, as `quickthaw wake|standby|sleep` does."""
-    connection = HTTPConnection("127.0.0.1", port, timeout=LIMIT_S)
-    connection.request("POST", f"/-/models/{name}/{action}")
-    answer = connection.getresponse()
-    text = answer.read().decode()
-    connection.close()
-    if answer.status != 200:
-        raise click.ClickException(f"{action} of {name}: {answer.status} {text}")
+    """Move a model by hand, as `quickthaw wake|standby|sleep` does; again while the end of its last start is under way."""
+    limit = time.monotonic() + BUSY_LIMIT_S
+    while True:
+        connection = HTTPConnection("127.0.0.1", port, timeout=LIMIT_S)
+        connection.request("POST", f"/-/models/{name}/{action}")
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        connection.close()
+        if answer.status == 200:
+            return
+        if answer.status != 503 or '"busy"' not in text or time.monotonic() > limit:
+            raise click.ClickException(f"{action} of {name}: {answer.status} {text}")
+        time.sleep(0.01)
 
 
 def ask(port: int, model: str, prompt: str) -> measure.FirstToken:

@@ -1,4 +1,6 @@
-"""A real engine on a real GPU, suspended and resumed with the same answer. Skipped, with the reason, where either is missing.
+"""A real engine on a real GPU: suspended and resumed, and launched, snapshotted, restored and back from standby, always with the same answer.
+
+Skipped, with the reason, where either is missing.
 
 QUICKTHAW_GPU_PYTHON: an interpreter with vLLM or SGLang for CUDA. QUICKTHAW_GPU_MODEL: a folder with a small model.
 """
@@ -18,9 +20,12 @@ from typing import Any
 import psutil
 import pytest
 
+from benchmarks.gpu_steps import ARGUMENTS, ENVIRONMENT
 from checkpoint.cuda.checkpoint import resume, suspend
 from checkpoint.cuda.helper import Helper
 from tests.kits.checkpoint.gpu import GPU_PYTHON, skip_reason
+from tests.kits.checkpoint.gpu_launch import check_launch
+from tests.kits.launch_rig import Rig
 
 MODEL = os.environ.get("QUICKTHAW_GPU_MODEL", "")
 pytestmark = [
@@ -32,9 +37,11 @@ pytestmark = [
 ]
 START_LIMIT_S = 900.0
 COMMANDS = {
-    "vllm": ["-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, "--gpu-memory-utilization", "0.5"],
-    "sglang": ["-m", "sglang.launch_server", "--model-path", MODEL, "--mem-fraction-static", "0.5"],
+    "vllm": ["-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, *ARGUMENTS["vllm"]],
+    "sglang": ["-m", "sglang.launch_server", "--model-path", MODEL, *ARGUMENTS["sglang"]],
 }
+OTHER = {"QUICKTHAW_SHARED_STEP": None, "SGLANG_USE_CPU_ENGINE": None, "PYTHONPATH": None}
+"""Variables that Rig sets for the doubles."""
 
 
 def ask(port: int, path: str, body: dict[str, Any] | None = None) -> Any:
@@ -48,16 +55,33 @@ def ask(port: int, path: str, body: dict[str, Any] | None = None) -> Any:
     return json.loads(data) if data else None
 
 
-@pytest.mark.parametrize("engine", COMMANDS)
+@pytest.fixture(params=COMMANDS)
+def engine(request: pytest.FixtureRequest) -> str:
+    name = str(request.param)
+    if subprocess.run([GPU_PYTHON, "-c", f"import {name}"], capture_output=True, timeout=300, check=False).returncode:
+        pytest.skip(f"{GPU_PYTHON} has no {name}; set QUICKTHAW_GPU_PYTHON")
+    return name
+
+
+@pytest.mark.parametrize("weights", ["included", "excluded"])
+def test_a_launch_is_restored_and_comes_back_from_standby_with_the_same_answer(
+    engine: str, weights: str, tmp_path: Path
+) -> None:
+    rig = Rig(tmp_path, Path(GPU_PYTHON), engine)
+    rig.model = Path(MODEL)
+    check_launch(rig, weights, "--no-mount", arguments=ARGUMENTS[engine], env=OTHER | ENVIRONMENT)
+
+
 def test_an_engine_gives_the_same_answer_after_suspend_and_resume(engine: str, tmp_path: Path) -> None:
-    if subprocess.run([GPU_PYTHON, "-c", f"import {engine}"], capture_output=True, timeout=300, check=False).returncode:
-        pytest.skip(f"{GPU_PYTHON} has no {engine}; set QUICKTHAW_GPU_PYTHON")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with (tmp_path / "log").open("wb") as log:
         argv = [GPU_PYTHON, *COMMANDS[engine], "--host", "127.0.0.1", "--port", str(port)]
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        env = {**os.environ, **ENVIRONMENT}
+        process = subprocess.Popen(
+            argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
     tree: list[psutil.Process] = []
     try:
         limit = time.monotonic() + START_LIMIT_S

@@ -21,7 +21,8 @@ def main():
     helper.Helper = partial(helper.Helper, "tests.kits.checkpoint.cuda_double:TreeDouble", FOLDER)
     from plugin.cli import run
 
-    run(["launch", *sys.argv[1:]])
+    words = sys.argv[1:]
+    run(words if words[:1] == ["launch"] else ["launch", *words])
 
 
 if __name__ == "__main__":

@@ -7,12 +7,15 @@ import json
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
 
 from benchmarks.gpu_figures import JSON, TABLE
 from plugin.runtime.home import state_home
+from tests.kits.checkpoint.cuda_double import GPU0, TOTAL, configure, write
+from tests.kits.checkpoint.gpu_launch import check_launch
 from tests.kits.launch_rig import REPO
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]
@@ -96,6 +99,8 @@ def test_every_way_is_in_the_table(script, engine):
     assert found["facts"]["snapshot"]["processes with a context"] == 1
     assert {how.split()[0] for how in found["steps"].values()} <= {"done", "not"}, found["steps"]
     table = (script.out / TABLE).read_text()
+    with tarfile.open(script.out / "logs.tar.gz") as archive:
+        assert {"logs/restored-first.log", "logs/alone-alone-1.log"} <= {*archive.getnames()}, archive.getnames()
     assert table in said and "all answers equal" in table and "times faster than alone" in table
 
 
@@ -123,3 +128,15 @@ def test_what_does_not_fit_into_the_time_is_not_begun(script):
         found["steps"]["the engine alone"].startswith(("not begun", "failed"))
         and "alone, warm caches" not in found["rows"]
     )
+
+
+@pytest.mark.parametrize("weights", ["included", "excluded"])
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_what_tests_gpu_asks_of_real_engines_holds_for_the_doubles(launch_rig, engine, weights):
+    launch_rig.engine = engine
+    gpu = launch_rig.folder / "gpu"
+    gpu.mkdir()
+    write(gpu / "gpus.json", {GPU0: TOTAL})
+    configure(gpu, memory={GPU0: 1 << 20})
+    env = {"GPU_DOUBLE": str(gpu), "ENGINE_DOUBLE_GPU": "1"}
+    check_launch(launch_rig, weights, "--no-mount", program=("-m", "tests.programs.gpu_launch"), env=env)

@@ -116,6 +116,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize("cold", ["sglang"], indirect=True)  # vLLM's: test_launch_gpu_helper.py
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_driver_that_fails_ends_in_a_served_request(cold, replicas, monkeypatch, caplog, fault):
     """The engine that the driver lost is ended, and the same held request is served by one that starts cold."""

@@ -92,6 +92,8 @@ def compose(path: Path, given: Answers, ask: Ask) -> tuple[str, Problem]:
     models = given.models or _several(ask, "A model, as it is launched (path or hub name)")
     if not models:
         missing.lacks("--model", "which model, such as /models/llama-8b,gpus=1,rate=3.5/s?")
+    for model in models:  # first, for which instances can hold a replica
+        missing.want(model, "gpus", f"{model['']}: GPUs of a replica", f"--model {model['']},gpus=…", "count")
     known = ", ".join(dict.fromkeys(offer.gpu for offer in offers))
     machines = given.gpus or _several(ask, f"A GPU or instance type ({known}, …)")
     if not machines:
@@ -207,7 +209,6 @@ def _service(model: Words, trace: Path | None, missing: _Missing) -> str:
     path = model[""]
     option = f"--model {path}"
     model.setdefault("name", PurePath(path).name)
-    missing.want(model, "gpus", f"{path}: GPUs of a replica", option + ",gpus=…", "count")
     missing.want(
         model, "rate", f"{path}: what a replica serves at full load, such as 3.5/s", option + ",rate=…", "rate"
     )

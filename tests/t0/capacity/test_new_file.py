@@ -88,7 +88,7 @@ def test_each_instance_on_offer_that_holds_a_replica_is_a_pool(tmp_path, named, 
 
 def test_everything_that_is_missing_is_named_in_one_run(tmp_path):
     said = typed("init", tmp_path / "p.yaml", "--model", "chat", "--gpu", "B300", code=2).stderr.splitlines()
-    wanted = ("gpus=", "price=", "boot=", "gpus=", "rate=", "demand=", "cold=", "restored=")
+    wanted = ("gpus=", "gpus=", "price=", "boot=", "rate=", "demand=", "cold=", "restored=")
     assert len(said) == len(wanted)
     for line, word in zip(said, wanted, strict=True):
         assert line.startswith("quickthaw: missing-option: --")
@@ -172,6 +172,7 @@ def test_questions_in_a_terminal(tmp_path):
         return {"9 of 10 are below": "5"}.get(question[question.find("(") + 1 : -1], found[0] if found else default)
 
     text, problem = new_file.compose(tmp_path / "p.yaml", new_file.Answers([], []), ask)
+    assert [q for q in asked if "GPU" in q][0] == "/models/chat: GPUs of a replica"  # decides which instances are pools
     assert problem.pools[0].boot == (170.0, 190.0)
     assert problem.services[0].target_wait == 5.0
     assert problem.demand.forecasts["chat"].values == ((3.0,), (5.0,))

@@ -327,49 +327,40 @@ def error_json(error: CapacityError) -> dict[str, Any]:
 
 def print_round(outcome: Decision | CapacityError, *, as_json: bool) -> None:
     """Print one line per round of --watch."""
-    if isinstance(outcome, CapacityError):
-        if as_json:
-            click.echo(json.dumps(error_json(outcome)))
-        else:
-            click.echo(f"quickthaw: {outcome}", err=True)
-        return
     if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    **_instances(outcome),
-                    "cost_per_hour": round(float(outcome.plan.hourly_cost[0]), 6),
-                    "buffer_gpus": outcome.plan.buffer_by_type(),
-                    **_scaled(outcome),
-                    **({} if outcome.conflict is None else error_json(outcome.conflict) | {"served": outcome.served}),
-                }
-            )
-        )
-        return
-    if outcome.conflict is not None:
-        click.echo(f"quickthaw: {outcome.conflict}", err=True)
+        said = error_json(outcome) if isinstance(outcome, CapacityError) else _round_json(outcome)
+        click.echo(json.dumps(said))
+    elif isinstance(outcome, CapacityError):
+        click.echo(f"quickthaw: {outcome}", err=True)
+    else:
+        if outcome.conflict is not None:
+            click.echo(f"quickthaw: {outcome.conflict}", err=True)
+        click.echo("; ".join(_round_words(outcome)) or "no change")
+
+
+def _round_json(outcome: Decision) -> dict[str, Any]:
+    """Return what a round did. In a cluster it scales workloads, whose autoscaler starts and stops instances."""
     if outcome.moved is None:
-        words = [f"start {n} {pool}" for pool, n in outcome.starts.items()]
-        words += [f"stop {n} {pool}" for pool, n in outcome.stops.items()]
-        words += [f"{pool} blocked by {gate}" for pool, gate in outcome.blocked.items()]
-    else:  # the cluster's autoscaler starts and stops instances
-        words = [f"{move.target} {move.before} → {move.after}" for move in outcome.moved]
-        words += [f"{target} blocked by {gate}" for target, gate in outcome.kept.items()]
-    words += [f"{name} gets {share:.0%} of its demand" for name, share in outcome.served.items() if share < 1]
-    click.echo("; ".join(words) or "no change")
+        found = {"start": outcome.starts, "stop": outcome.stops, "held_back": outcome.blocked}
+    else:
+        scaled = {str(move.target): [move.before, move.after] for move in outcome.moved}
+        found = {"scaled": scaled, "scale_held_back": outcome.kept}
+    found["cost_per_hour"] = round(float(outcome.plan.hourly_cost[0]), 6)
+    found["buffer_gpus"] = outcome.plan.buffer_by_type()
+    return found | ({} if outcome.conflict is None else error_json(outcome.conflict) | {"served": outcome.served})
 
 
-def _instances(outcome: Decision) -> dict[str, Any]:
-    if outcome.moved is not None:  # the cluster's autoscaler starts and stops them
-        return {}
-    return {"start": outcome.starts, "stop": outcome.stops, "held_back": outcome.blocked}
-
-
-def _scaled(outcome: Decision) -> dict[str, Any]:
-    if outcome.moved is None:
-        return {}
-    scaled = {str(move.target): [move.before, move.after] for move in outcome.moved}
-    return {"scaled": scaled, "scale_held_back": outcome.kept}
+def _round_words(outcome: Decision) -> list[str]:
+    words = [f"{name} gets {share:.0%} of its demand" for name, share in outcome.served.items() if share < 1]
+    if outcome.moved is not None:
+        scaled = [f"{move.target} {move.before} → {move.after}" for move in outcome.moved]
+        return scaled + [f"{target} blocked by {gate}" for target, gate in outcome.kept.items()] + words
+    changed = [
+        f"{word} {n} {pool}"
+        for word, pools in (("start", outcome.starts), ("stop", outcome.stops))
+        for pool, n in pools.items()
+    ]
+    return changed + [f"{pool} blocked by {gate}" for pool, gate in outcome.blocked.items()] + words
 
 
 def _row(result: Result) -> dict[str, Any]:

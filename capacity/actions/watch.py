@@ -13,14 +13,14 @@ as they allow (capacity/optimize/best_effort.py), and nothing is stopped. The st
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import numpy as np
 
 from capacity.actions import apply as applying
@@ -36,25 +36,25 @@ if TYPE_CHECKING:
     from capacity.cluster.controller import Controller
     from capacity.cluster.moves import Move
 
+Count = Annotated[int, msgspec.Meta(ge=0)]
 STANDBY_S = 2.0
 """How often one that waits for the Lease looks again, seconds."""
 SHORT_EXIT = 1
 """Exit code if no plan satisfied every constraint in the last round."""
 
 
-@dataclass
-class State:
+class State(msgspec.Struct, forbid_unknown_fields=True):
     """State kept between plans.
 
     `planned`: planned demand at its quantiles, per service. `down_since`: start of a wanted stop, per pool. `filed`: the
     file's own `held` when last read, per pool.
     """
 
-    held: dict[str, int] = field(default_factory=dict)
-    planned: dict[str, dict[str, Any]] = field(default_factory=dict)
-    down_since: dict[str, float] = field(default_factory=dict)
-    refused: dict[str, list[int]] = field(default_factory=dict)
-    filed: dict[str, int] = field(default_factory=dict)
+    held: dict[str, Count] = {}
+    planned: dict[str, dict[str, Any]] = {}
+    down_since: dict[str, float] = {}
+    refused: dict[str, list[int]] = {}
+    filed: dict[str, Count] = {}
 
     @classmethod
     def read(cls, path: Path) -> State:
@@ -63,23 +63,18 @@ class State:
         Raises InputError (bad-state) if the file is damaged.
         """
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            state = cls(**raw)
-            for counts in (state.held, state.filed):
-                if not all(isinstance(v, int) and v >= 0 for v in counts.values()):
-                    raise TypeError("held")
+            return msgspec.json.decode(path.read_bytes(), type=cls)
         except FileNotFoundError:
             return cls()
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as bad:
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as bad:
             raise InputError("bad-state", f"is damaged ({bad}); remove it to start afresh", file=str(path)) from bad
-        return state
 
     def write(self, path: Path) -> None:
         """Write the state atomically. Raises CapacityError (state-not-written) if the disk refuses."""
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with replacing(path) as file:
-                json.dump(vars(self), file)
+                file.write(msgspec.json.encode(self).decode())
         except OSError as bad:
             raise CapacityError(
                 "state-not-written", f"{path}: {bad.strerror}; make room, or name another file with --state"

@@ -171,9 +171,25 @@ def solve(
     best = solver.search(built, start=rounded.values, bound=relaxed.objective, limit=limit) if exact else None
     values = rounded.values if best is None else best.values
     assert values is not None
-    seconds = time.perf_counter() - began
-    shadows = _shadows(problem, linear, relaxed)
-    plan = _read(problem, required, built, relaxed.objective, shadows, values, kind, seconds, rounded, best)
+    instances, replicas, blocks = _read(built, required, values)
+    bound = max(relaxed.objective, rounded.bound)
+    if best is not None:
+        bound = best.objective if best.proven else best.bound
+    plan = Plan(
+        problem=problem,
+        need=required,
+        kind=kind,
+        instances=instances,
+        replicas=replicas,
+        blocks=blocks,
+        relaxed_cost=relaxed.objective * built.price_scale,
+        exact_cost=None if best is None else best.objective * built.price_scale,
+        rounded_cost=rounded.objective * built.price_scale,
+        shadows=_shadows(problem, linear, relaxed),
+        seconds=time.perf_counter() - began,
+        proven=best is not None and best.proven,
+        bound=bound * built.price_scale,
+    )
     broken = violations(problem, required, plan.instances, plan.replicas, plan.blocks)
     if broken:
         raise SolverError("plan-breaks-constraint", f"the solver's plan breaks {broken[0]}; please report the input")
@@ -181,41 +197,16 @@ def solve(
 
 
 def _read(
-    problem: Problem,
-    required: need.Need,
-    built: program.Program,
-    linear: float,
-    shadows: tuple[Shadow, ...],
-    values: Floats,
-    kind: Kind,
-    seconds: float,
-    rounded: highs.Outcome,
-    best: highs.Outcome | None,
-) -> Plan:
-    """Return the plan whose columns have these values. `linear`: the objective of the linear program."""
+    built: program.Program, required: need.Need, values: Floats
+) -> tuple[Ints, Ints, tuple[dict[tuple[int, int], int], ...]]:
+    """Return instances, replicas and blocks of a plan whose columns have these values."""
     table = np.round(values).astype(np.int64).reshape(built.steps, built.columns)
     replicas = np.zeros((built.steps, *required.rate.shape), dtype=np.int64)
     replicas[:, built.pairs[:, 0], built.pairs[:, 1]] = table[:, built.at_x : built.at_b]
     keys = [(i, w) for i, w in built.blocks.tolist()]
-    blocks = [
-        {key: n for key, n in zip(keys, row, strict=True) if n} for row in table[:, built.at_b : built.at_s].tolist()
-    ]
-    scale = built.price_scale
-    return Plan(
-        problem=problem,
-        need=required,
-        kind=kind,
-        instances=table[:, : built.at_u],
-        replicas=replicas,
-        blocks=tuple(blocks),
-        relaxed_cost=linear * scale,
-        exact_cost=None if best is None else best.objective * scale,
-        rounded_cost=rounded.objective * scale,
-        shadows=shadows,
-        seconds=seconds,
-        proven=best is not None and best.proven,
-        bound=(max(linear, rounded.bound) if best is None else best.objective if best.proven else best.bound) * scale,
-    )
+    rows = table[:, built.at_b : built.at_s].tolist()
+    blocks = tuple({key: n for key, n in zip(keys, row, strict=True) if n} for row in rows)
+    return table[:, : built.at_u], replicas, blocks
 
 
 _UNITS = {

@@ -47,6 +47,8 @@ class Autoscaler:
     name = ""
     kind: Kind = "cold"
     ladder = False  # drained replicas go to standby
+    interval: float | None = 15.0  # seconds between decisions
+    buffer = 0  # replicas of each service for which idle GPUs are held
 
     def __post_init__(self) -> None:
         self.next = 0.0
@@ -60,6 +62,16 @@ class Autoscaler:
         return True
 
     def tick(self, fleet: Fleet, past: Past) -> None:
+        """Decide, if a decision is due."""
+        if not self.due(fleet.now, self.interval or 0.0):
+            return
+        self.recent_desired = self.recent_desired or [deque() for _ in fleet.problem.services]
+        for j in range(len(fleet.problem.services)):
+            self.set_replicas(fleet, j, self.desired(fleet, past, j), start_instances=True)
+        self.set_buffer(fleet, [self.buffer] * len(fleet.problem.services))
+
+    def desired(self, fleet: Fleet, past: Past, j: int) -> int:
+        """Return the replicas wanted of a service."""
         raise NotImplementedError
 
     @staticmethod
@@ -100,14 +112,17 @@ class Autoscaler:
                 fleet.stop_empty(i, min(empty, -lacking // pool.gpus))
 
 
+def rate_of(fleet: Fleet, j: int) -> float:
+    """Return the rate of a replica of a service where it is cheapest."""
+    return fleet.problem.services[j].rate_on(fleet.problem.pools[fleet.cheapest[j][0]].gpu) or 1.0
+
+
 def wanted(fleet: Fleet, past: Past, j: int, share: float) -> float:
     """Return the replicas needed for the last minute's work and the waiting requests at a utilization of `share`."""
-    service = fleet.problem.services[j]
     _, levels = past.until(fleet.now)
     level = float(levels[j, -1]) if levels.shape[1] else 0.0
-    rate = service.rate_on(fleet.problem.pools[fleet.cheapest[j][0]].gpu) or 1.0
     _, work = fleet.waiting(j)
-    return (level / share + work / max(service.target_wait, DRAIN)) / rate
+    return (level / share + work / max(fleet.problem.services[j].target_wait, DRAIN)) / rate_of(fleet, j)
 
 
 def largest(seen: deque[tuple[float, int]], now: float, want: int, hold: float) -> int:
@@ -126,17 +141,11 @@ class Buffered(Autoscaler):
     kind: Kind = "cold"
     buffer: int = 0
     utilization: float = 0.8
-    interval: float = 15.0
     hold: float = 60.0
 
-    def tick(self, fleet: Fleet, past: Past) -> None:
-        if not self.due(fleet.now, self.interval):
-            return
-        self.recent_desired = self.recent_desired or [deque() for _ in fleet.problem.services]
-        for j, seen in enumerate(self.recent_desired):
-            desired = math.ceil(wanted(fleet, past, j, self.utilization) - 1e-9)
-            self.set_replicas(fleet, j, largest(seen, fleet.now, desired, self.hold), start_instances=True)
-        self.set_buffer(fleet, [self.buffer] * len(self.recent_desired))
+    def desired(self, fleet: Fleet, past: Past, j: int) -> int:
+        desired = math.ceil(wanted(fleet, past, j, self.utilization) - 1e-9)
+        return largest(self.recent_desired[j], fleet.now, desired, self.hold)
 
 
 @dataclass
@@ -147,25 +156,18 @@ class Hpa(Autoscaler):
     kind: Kind = "cold"
     target: float = 0.7
     tolerance: float = 0.1
-    interval: float = 15.0
     stabilization: float = 300.0
     most_pods: int = 4
     most_share: float = 1.0
 
-    def tick(self, fleet: Fleet, past: Past) -> None:
-        if not self.due(fleet.now, self.interval):
-            return
-        self.recent_desired = self.recent_desired or [deque() for _ in fleet.problem.services]
+    def desired(self, fleet: Fleet, past: Past, j: int) -> int:
         rates, _ = past.until(fleet.now)
-        for j, service in enumerate(fleet.problem.services):
-            current = len(fleet.replicas[j])
-            rate = service.rate_on(fleet.problem.pools[fleet.cheapest[j][0]].gpu) or 1.0
-            load = float(rates[j, -MINUTE:].mean()) if rates.shape[1] else 0.0
-            desired = self._desired_replicas(current, sum(r.ready <= fleet.now for r in fleet.replicas[j]), load / rate)
-            recent = largest(self.recent_desired[j], fleet.now, desired, self.stabilization)
-            desired = desired if desired >= current else min(current, recent)
-            self.set_replicas(fleet, j, desired, start_instances=True)
-        self.set_buffer(fleet, [0] * len(self.recent_desired))
+        current = len(fleet.replicas[j])
+        load = float(rates[j, -MINUTE:].mean()) if rates.shape[1] else 0.0
+        ready = sum(r.ready <= fleet.now for r in fleet.replicas[j])
+        desired = self._desired_replicas(current, ready, load / rate_of(fleet, j))
+        recent = largest(self.recent_desired[j], fleet.now, desired, self.stabilization)
+        return desired if desired >= current else min(current, recent)
 
     def _desired_replicas(self, current: int, ready: int, load: float) -> int:
         """Return the desired replicas; `load` is in replicas at full rate."""
@@ -272,7 +274,7 @@ class Program(Autoscaler):
             if not count:
                 continue
             live = len(fleet.replicas[j])
-            rate = service.rate_on(fleet.problem.pools[fleet.cheapest[j][0]].gpu) or 1.0
+            rate = rate_of(fleet, j)
             patience = self.target_wait if self.target_wait is not None else service.target_wait
             drain = max(patience, 1.0)
             if work / (max(1, live) * rate) <= drain and live:

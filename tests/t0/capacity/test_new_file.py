@@ -172,7 +172,9 @@ def test_questions_in_a_terminal(tmp_path):
         return {"9 of 10 are below": "5"}.get(question[question.find("(") + 1 : -1], found[0] if found else default)
 
     text, problem = new_file.compose(tmp_path / "p.yaml", new_file.Answers([], []), ask)
-    assert [q for q in asked if "GPU" in q][0] == "/models/chat: GPUs of a replica"  # decides which instances are pools
+    assert (
+        next(q for q in asked if "GPU" in q) == "/models/chat: GPUs of a replica"
+    )  # decides which instances are pools
     assert problem.pools[0].boot == (170.0, 190.0)
     assert problem.services[0].target_wait == 5.0
     assert problem.demand.forecasts["chat"].values == ((3.0,), (5.0,))

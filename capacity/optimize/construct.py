@@ -315,13 +315,13 @@ def _empty_one(state: State, p: int) -> bool:
 
 
 def _move_replica(state: State, p: int, undo: list[tuple[bool, int, int]]) -> bool:
-    placed = np.flatnonzero(state.x[p])
+    placed = state.x[p].nonzero()[0]
     for j in placed[np.argsort(state.width[p, placed], kind="stable")].tolist():
         state.put(p, j, -1)
         left, rate = state.free - state.width[:, j], state.need.rate[:, j]
         fits = (left >= 0) & (rate >= rate[p])  # no slower pool: surplus may be spare
         fits[p] = False
-        targets = np.flatnonzero(fits)
+        targets = fits.nonzero()[0]
         for q in targets[np.argsort(left[targets], kind="stable")].tolist():
             if not state.zone_would_lack(j, q):
                 state.put(q, j, 1)
@@ -332,11 +332,11 @@ def _move_replica(state: State, p: int, undo: list[tuple[bool, int, int]]) -> bo
 
 
 def _move_block(state: State, p: int, undo: list[tuple[bool, int, int]]) -> bool:
-    for k in np.flatnonzero((state.program.blocks[:, 0] == p) & (state.b > 0)):
+    for k in ((state.program.blocks[:, 0] == p) & (state.b > 0)).nonzero()[0].tolist():
         size = int(state.program.blocks[k, 1])
         roomy = (state.place == state.place[p]) & (state.free >= size)
         roomy[p] = False
-        for q in np.flatnonzero(roomy)[:1].tolist():
+        for q in roomy.nonzero()[0][:1].tolist():
             state.add_block(p, size, -1)
             state.add_block(q, size, 1)
             undo.append((False, size, q))

@@ -188,7 +188,7 @@ def _exchange(options: Options, count: Ints) -> Ints:
     count = count.copy()
     loads = options.loads(count)
     for _ in range(ROUNDS):
-        give = np.flatnonzero(count)
+        give = count.nonzero()[0]
         saving = paid - GIVE * cost[give][None, :, None]
         lost = GIVE * rate[give][None, :, None]
         after = float(loads.sum()) + won - lost

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,7 @@ from capacity.options import Duration, check_folder, console, fail, option, say
 from capacity.simulation.command import generate_command, simulate_command
 
 if TYPE_CHECKING:
+    from capacity.actions.watch import Decision
     from capacity.cluster.controller import Settings
     from capacity.model import Problem
     from capacity.optimize.plan import Plan
@@ -163,8 +164,8 @@ def solve_command(
 
                 way = idle_by or "pause-pods"
                 cluster = Settings(namespace, way, demand, demand_window, watch, nodes=observe is None)
-            command = None if in_cluster else command
-            sys.exit(_watch(file, watch, command, observe, state, rounds, as_json, exact, limit, cluster))
+            options = {"command": None if in_cluster else command, "observe": observe, "rounds": rounds}
+            sys.exit(_watch(file, watch, state, cluster, as_json, exact=exact, limit=limit, **options))
         check_folder(plot)
         problem = load(file)
         chosen = solve(problem, "restored", exact=exact, thorough=thorough, limit=limit)
@@ -208,24 +209,14 @@ def _plot(stem: Path, file: Path, chosen: Plan, other: Plan | None) -> list[Path
 
 
 def _watch(
-    file: Path,
-    interval: float,
-    command: str | None,
-    observe: str | None,
-    state: Path | None,
-    rounds: int,
-    as_json: bool,
-    exact: bool,
-    limit: float,
-    cluster: Settings | None = None,
+    file: Path, interval: float, state: Path | None, cluster: Settings | None, as_json: bool, **options: Any
 ) -> int:
-    """Plan until a signal or for `rounds` rounds; return the exit code of the last round."""
+    """Plan until a signal or for a number of rounds; return the exit code of the last round. `options`: those of `loop`."""
     from capacity.actions.watch import loop
     from capacity.inputs.lead_times import home
     from capacity.inputs.load import load
 
-    if state is None:
-        state = home() / f"plan-{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}.json"
+    state = state or home() / f"plan-{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}.json"
     stop = threading.Event()
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     controller = None
@@ -234,19 +225,11 @@ def _watch(
             from capacity.cluster.controller import Controller
 
             controller = Controller.from_environment(file, cluster, stop)
-        return loop(
-            lambda: load(file),
-            state,
-            interval,
-            stop,
-            lambda outcome: report.print_round(outcome, as_json=as_json),
-            command=command,
-            observe=observe,
-            rounds=rounds,
-            exact=exact,
-            limit=limit,
-            controller=controller,
-        )
+
+        def tell(outcome: Decision | CapacityError) -> None:
+            report.print_round(outcome, as_json=as_json)
+
+        return loop(lambda: load(file), state, interval, stop, tell, controller=controller, **options)
     finally:
         if controller is not None:
             controller.close()

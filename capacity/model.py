@@ -237,42 +237,38 @@ class Problem:
     def __post_init__(self) -> None:
         for what, names in (("pools", [p.name for p in self.pools]), ("services", [s.name for s in self.services])):
             if not names:
-                raise InputError("empty", f"no {what}", file=self.source, where=what)
+                raise self._wrong("empty", f"no {what}", what)
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
-                raise InputError("repeated-name", f"two of one name: {', '.join(twice)}", file=self.source, where=what)
+                raise self._wrong("repeated-name", f"two of one name: {', '.join(twice)}", what)
         for service in self.services:
             if service.name not in self.demand.forecasts:
-                raise InputError(
-                    "no-demand", f"no forecast for {service.name}", file=self.source, where="demand.forecast"
-                )
+                raise self._wrong("no-demand", f"no forecast for {service.name}", "demand.forecast")
             if not any(service.fits(pool) for pool in self.pools):
-                raise InputError("no-pool", service.no_pool(), file=self.source, where="services")
-            self._finite(
-                f"service {service.name}: rate or lead_time", *service.rates.values(), *service.cold, *service.restored
-            )
-            if service.workload is not None and service.workload in (
-                s.workload for s in self.services if s is not service
-            ):
+                raise self._wrong("no-pool", service.no_pool(), "services")
+            where = f"service {service.name}: rate or lead_time"
+            self._finite(where, *service.rates.values(), *service.cold, *service.restored)
+            where = f"service {service.name}: memory, target_wait or probability"
+            self._finite(where, service.memory, service.target_wait, service.probability)
+            if service.workload and service.workload in [s.workload for s in self.services if s is not service]:
                 text = f"{service.name}: another service has the workload {service.workload}, too"
-                raise InputError("repeated-name", text, file=self.source, where="services")
-            others = service.memory, service.target_wait, service.probability
-            self._finite(f"service {service.name}: memory, target_wait or probability", *others)
+                raise self._wrong("repeated-name", text, "services")
         for pool in self.pools:
-            numbers = pool.price, pool.memory, pool.interruptions, *pool.boot
-            self._finite(f"pool {pool.name}: price, memory, interruptions or boot", *numbers)
+            where = f"pool {pool.name}: price, memory, interruptions or boot"
+            self._finite(where, pool.price, pool.memory, pool.interruptions, *pool.boot)
         for name, forecast in self.demand.forecasts.items():
             self._finite(f"demand.forecast.{name}", *(v for row in forecast.values for v in row))
         if self.demand.steps < 1:
-            raise InputError("empty", "the forecast has no step", file=self.source, where="demand")
+            raise self._wrong("empty", "the forecast has no step", "demand")
+
+    def _wrong(self, code: str, text: str, where: str) -> InputError:
+        return InputError(code, text, file=self.source, where=where)
 
     def _finite(self, where: str, *values: float) -> None:
         """Raise InputError for NaN, infinity or a negative number, which no comparison in a solver would reject."""
         for value in values:
             if not math.isfinite(value) or value < 0:
-                raise InputError(
-                    "not-a-number", f"expected a number of at least 0, found {value}", file=self.source, where=where
-                )
+                raise self._wrong("not-a-number", f"expected a number of at least 0, found {value}", where)
 
 
 @lru_cache(maxsize=4096)

@@ -60,6 +60,12 @@ class Queue:
     slots: list[tuple[float, int, int, Replica]] = field(default_factory=list)
     busy_gpu_seconds: float = 0.0
 
+    def drop(self, replica: Replica) -> list[tuple[float, int]]:
+        """Remove the slots of a replica; return the end and the number of each request in them."""
+        found = [(end, replica.inflight[k]) for end, _, k, owner in self.slots if owner is replica]
+        self.slots = sorted(entry for entry in self.slots if entry[3] is not replica)
+        return [(end, request) for end, request in found if request >= 0]
+
 
 class Fleet:
     """State of the fleet and the operations on it.
@@ -165,14 +171,14 @@ class Fleet:
     def _end(self, instance: Instance) -> None:
         self.instances[instance.pool].remove(instance)
         self._pay(instance)
-        while instance.resting:
-            self._wake(instance, 0)
 
     def _pay(self, instance: Instance) -> None:
         pool = self.problem.pools[instance.pool]
         seconds = self.now - instance.asked
         self.paid_gpu_seconds += seconds * pool.gpus
         self.cost += seconds / 3600 * pool.price
+        while instance.resting:
+            self._wake(instance, 0)
 
     def start_replica(self, j: int, *, booting: bool = True, warm: bool = False) -> bool:
         """Start one replica on free GPUs: on the fullest booted instance, else, with `booting`, on a booting one.
@@ -233,10 +239,7 @@ class Fleet:
             return False
         replica = max(live, key=lambda r: (r.ready > self.now, r.hosts[0].free, r.ready))
         live.remove(replica)
-        entries = [e for e in self.queues[j].slots if e[3] is replica]
-        self.queues[j].slots = [e for e in self.queues[j].slots if e[3] is not replica]
-        self.queues[j].slots.sort()
-        replica.finishing = [(e[0], replica.inflight[e[2]]) for e in entries if replica.inflight[e[2]] >= 0]
+        replica.finishing = self.queues[j].drop(replica)
         replica.drained = max([self.now] + [end for end, _ in replica.finishing])
         self.draining.append(replica)
         self.actions += 1
@@ -329,15 +332,11 @@ class Fleet:
         if replica in self.replicas[replica.service]:
             self.replicas[replica.service].remove(replica)
         size = self.problem.services[replica.service].gpus / len(replica.inflight)
-        keep = [entry for entry in queue.slots if entry[3] is not replica]
-        begun = [(e[0], replica.inflight[e[2]]) for e in queue.slots if e[3] is replica] or replica.finishing
-        for end, request in begun:
-            if end > self.now and request >= 0:
+        for end, request in queue.drop(replica) or replica.finishing:
+            if end > self.now:
                 heappush(queue.retry, request)
                 queue.waits[request] = NEVER
                 queue.busy_gpu_seconds -= (end - self.now) * size
-        keep.sort()
-        queue.slots = keep
         if replica in self.draining:
             self.draining.remove(replica)
         self._leave(replica)
@@ -352,8 +351,6 @@ class Fleet:
         for held in self.instances:
             for instance in held:
                 self._pay(instance)
-                while instance.resting:
-                    self._wake(instance, 0)
 
     # State visible to policies.
 

@@ -29,9 +29,10 @@ RETRIES = 6  # orders of the services that are tried
 class State:
     """The step under construction: what is placed so far, and the room left for more.
 
-    By pool: `n` instances, at least `least` and at most `most`, `before` them in the step before, `free` GPUs. `x[pool, service]`
-    replicas, `b[column]` idle blocks. `served[service]` and `load[service, zone]` in units per second. `left[quota]` GPUs. Prices
-    are per GPU and pool: `held` already, `started`; `usual[service]` is the cost of a unit per second in the step before.
+    By pool: `n` instances, at least `least` and at most `most`, `before` them in the step before, `free` GPUs. `x[pool, tenant]`:
+    tenants are the replicas of each service, then the idle blocks of each place and size, which serve nothing. `served[tenant]` and
+    `load[tenant, zone]` in units per second. `left[quota]` GPUs. Prices are per GPU and pool: `held` already, `started`;
+    `usual[service]` is the cost of a unit per second in the step before.
     """
 
     def __init__(self, problem: Problem, need: Need, program: Program, weight: float) -> None:
@@ -40,21 +41,20 @@ class State:
         self.problem, self.need, self.program = problem, need, program
         self.gpus, self.place = np.array([pool.gpus for pool in problem.pools]), np.array(need.place)
         widths = {gpus: [slot(s.gpus, gpus) for s in services] for gpus in set(self.gpus.tolist())}
-        self.width = np.array([widths[gpus] for gpus in self.gpus.tolist()])
+        place, size = np.array(program.sums, dtype=np.int64).reshape(-1, 2).T
+        blocks = np.where(self.place[:, None] == place, size, MOST)
+        self.width = np.hstack([np.array([widths[gpus] for gpus in self.gpus.tolist()]), blocks])  # GPUs of a tenant
+        self.rate = np.hstack([need.rate, np.zeros(blocks.shape)])
+        self.block = {key: len(services) + k for k, key in enumerate(program.sums)}
+        self.column = [self.block[need.place[i], w] for i, w in program.blocks.tolist()]  # the tenant of a column
         zones: dict[tuple[str, str], int] = {}
         self.zone = np.array([zones.setdefault((p.region, p.zone), len(zones)) for p in problem.pools])
         self.covers = np.array(
             [[quota.covers(pool) for quota in problem.quotas] for pool in problem.pools], dtype=np.bool_
         )
-        self.block_at = {(p, size): k for k, (p, size) in enumerate(program.blocks.tolist())}
-        place, size = self.place[program.blocks[:, 0]], program.blocks[:, 1]
-        sums = {key: k for k, key in enumerate(program.sums)}
-        self.sum_of = [sums[key] for key in zip(place.tolist(), size.tolist(), strict=True)]
         self.relief = np.zeros((len(need.groups), len(services)))
         self.weight = np.zeros((len(need.groups), len(size)))  # normalised GPUs of an idle block
-        self.blocks_of: list[
-            tuple[Ints, Ints, Floats]
-        ] = []  # of each group: pools, GPUs of a block, weight of a GPU in it
+        self.blocks_of: list[tuple[Ints, Ints, Floats]] = []  # pools, GPUs of a block, weight of a GPU in it; by group
         for g, group in enumerate(need.groups):
             self.relief[g, list(group.relief)] = list(group.relief.values())
             least, each = np.full(max(need.place) + 1, np.inf), np.zeros(max(need.place) + 1)
@@ -75,20 +75,20 @@ class State:
 
     def begin(self, t: int, before: Ints) -> None:
         """Begin step `t` after `before` instances per pool: the least instances are open, and nothing is placed."""
-        pools, services, need, program = self.problem.pools, self.problem.services, self.need, self.program
+        need, program = self.need, self.program
         upper = program.upper[t * program.columns :]
         self.t, self.before = t, before
         self.most = np.minimum(upper[: program.at_u], before + upper[program.at_u : program.at_x])
         self.most = np.minimum(self.most, MOST).astype(np.int64)
         self.least = program.lower[t * program.columns :][: program.at_u].astype(np.int64)
         self.n, self.free = np.zeros_like(before), np.zeros_like(before)
-        self.x, self.b = np.zeros(need.rate.shape, dtype=np.int64), np.zeros(len(self.block_at), dtype=np.int64)
-        self.served, self.load = np.zeros(len(services)), np.zeros((len(services), int(self.zone.max()) + 1))
+        self.x = np.zeros(self.rate.shape, dtype=np.int64)
+        self.served, self.load = np.zeros(len(self.x.T)), np.zeros((len(self.x.T), int(self.zone.max()) + 1))
         self.left = np.array([quota.gpus for quota in self.problem.quotas]) - (self.gpus * before) @ self.covers
         self.target, self.base, self.cap = need.target[:, t], need.base[:, t], need.cap[:, t]
-        self.rest = np.zeros(len(services))  # required without the largest zone
+        self.rest = np.zeros(len(self.x.T))  # required without the largest zone
         self.rest[list(program.spread)] = need.typical[list(program.spread), t] * self.problem.policy.zone_loss
-        for p in range(len(pools)):
+        for p in range(len(before)):
             self.open(p, int(self.least[p]))
 
     def more(self, p: Any) -> Any:
@@ -114,40 +114,35 @@ class State:
         self.left -= self.gpus[p] * started * self.covers[p]
 
     def put(self, p: int, j: int, count: int) -> None:
-        """Place replicas on free GPUs, or take them away (negative `count`)."""
-        rate = self.need.rate[p, j] * count
+        """Place tenants on free GPUs, or take them away (negative `count`)."""
+        rate = self.rate[p, j] * count
         self.x[p, j] += count
         self.free[p] -= self.width[p, j] * count
         self.served[j] += rate
         self.load[j, self.zone[p]] += rate
 
-    def add_block(self, p: int, size: int, count: int) -> None:
-        self.b[self.block_at[p, size]] += count
-        self.free[p] -= size * count
-
     def zone_would_lack(self, j: int, q: int) -> bool:
         """Return whether a service with one more replica on pool q serves too little without its largest zone."""
-        rest, rate = float(self.rest[j]), float(self.need.rate[q, j])
+        rest, rate = float(self.rest[j]), float(self.rate[q, j])
         largest = max(float(self.load[j].max()), float(self.load[j, self.zone[q]]) + rate)
         return rest > 0 and float(self.served[j]) + rate - largest < rest - EPS * max(1.0, rest)
 
     def surplus(self) -> Floats:
         """Return the rate of each service beyond the plan that counts as spare, in units per second."""
-        spare: Floats = np.clip(self.served - self.base, 0.0, self.cap)
+        spare: Floats = np.clip(self.served[: len(self.base)] - self.base, 0.0, self.cap)
         return spare
 
     def values(self) -> Floats:
         """Return the values of the step's columns."""
         program, n = self.program, self.n
-        sums = np.bincount(self.sum_of, self.b, minlength=len(program.sums))
         largest = self.load[list(program.spread)].max(axis=1) / program.spread_unit
         return np.concatenate(
             [
                 n,
                 np.maximum(0, n - self.before),
                 self.x[program.pairs[:, 0], program.pairs[:, 1]],
-                self.b,
-                sums,
+                self.x[program.blocks[:, 0], self.column],
+                self.x[:, len(self.base) :].sum(axis=0),
                 self.surplus()[list(program.spare)],
                 largest,
             ]
@@ -261,7 +256,7 @@ def _lay_blocks(state: State, fraction: Floats) -> bool:
     groups = state.need.groups
     for g in sorted(range(len(groups)), key=lambda g: (-groups[g].size, len(groups[g].weights))):
         required = float(groups[g].required[state.t])
-        covered = float(state.relief[g] @ state.surplus() + state.weight[g] @ state.b)
+        covered = float(state.relief[g] @ state.surplus() + state.weight[g] @ state.x[:, len(state.base) :].sum(axis=0))
         pools, size, weight = state.blocks_of[g]
         while covered < required - EPS * max(1.0, required):
             full = state.free[pools] < size
@@ -271,7 +266,7 @@ def _lay_blocks(state: State, fraction: Floats) -> bool:
                 while state.free[p] < wide and state.more(p) > 0:
                     state.open(p)
                 if state.free[p] >= wide:
-                    state.add_block(p, wide, 1)
+                    state.put(p, state.block[int(state.place[p]), wide], 1)
                     covered += wide * float(weight[k])
                     break
             else:
@@ -302,43 +297,31 @@ def _close(state: State) -> None:
 
 def _empty_one(state: State, p: int) -> bool:
     """Move tenants until one whole instance of pool p is free, then close it; all or nothing."""
-    undo: list[tuple[bool, int, int]] = []
+    moved: list[tuple[int, int]] = []
     while state.free[p] < state.gpus[p]:
-        if not (_move_replica(state, p, undo) or _move_block(state, p, undo)):
-            for is_replica, what, target in reversed(undo):
-                move = state.put if is_replica else state.add_block
-                move(target, what, -1)
-                move(p, what, 1)
+        move = _move_one(state, p)
+        if move is None:
+            for j, q in reversed(moved):
+                state.put(q, j, -1)
+                state.put(p, j, 1)
             return False
+        moved.append(move)
     state.open(p, -1)
     return True
 
 
-def _move_replica(state: State, p: int, undo: list[tuple[bool, int, int]]) -> bool:
+def _move_one(state: State, p: int) -> tuple[int, int] | None:
+    """Move a tenant of pool p, the smallest replica or else a block, to the fullest pool with room; return which and where."""
     placed = state.x[p].nonzero()[0]
-    for j in placed[np.argsort(state.width[p, placed], kind="stable")].tolist():
+    for j in placed[np.lexsort((state.width[p, placed], placed >= len(state.base)))].tolist():
         state.put(p, j, -1)
-        left, rate = state.free - state.width[:, j], state.need.rate[:, j]
-        fits = (left >= 0) & (rate >= rate[p])  # no slower pool: surplus may be spare
+        left = state.free - state.width[:, j]
+        fits = (left >= 0) & (state.rate[:, j] >= state.rate[p, j])  # no slower pool: surplus may be spare
         fits[p] = False
         targets = fits.nonzero()[0]
         for q in targets[np.argsort(left[targets], kind="stable")].tolist():
             if not state.zone_would_lack(j, q):
                 state.put(q, j, 1)
-                undo.append((True, j, q))
-                return True
+                return j, q
         state.put(p, j, 1)
-    return False
-
-
-def _move_block(state: State, p: int, undo: list[tuple[bool, int, int]]) -> bool:
-    for k in ((state.program.blocks[:, 0] == p) & (state.b > 0)).nonzero()[0].tolist():
-        size = int(state.program.blocks[k, 1])
-        roomy = (state.place == state.place[p]) & (state.free >= size)
-        roomy[p] = False
-        for q in roomy.nonzero()[0][:1].tolist():
-            state.add_block(p, size, -1)
-            state.add_block(q, size, 1)
-            undo.append((False, size, q))
-            return True
-    return False
+    return None

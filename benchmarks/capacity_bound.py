@@ -70,9 +70,9 @@ def bound(built, relaxed, start, seconds):
     began = time.perf_counter()
     matrix = coo_matrix((built.val, (built.row, built.col)), shape=(len(built.row_lower), len(built.cost))).tocsr()
     owner = np.full(built.columns, -1)
-    owner[built.at_x : built.at_b] = built.pairs[:, 1]
-    owner[built.at_h : built.at_y] = built.spare
-    owner[built.at_y : built.columns] = built.spread
+    owner[built.at.x : built.at.b] = built.pairs[:, 1]
+    owner[built.at.h : built.at.y] = built.spare
+    owner[built.at.y : built.columns] = built.spread
     names = {}
     row_owner = np.array(
         [names.setdefault(n.key, len(names)) if n.sort in OF_A_SERVICE else -1 for n in built.row_names]
@@ -87,7 +87,7 @@ def bound(built, relaxed, start, seconds):
     shared = np.flatnonzero(np.tile(row_owner < 0, built.steps))
     rows, low, high = matrix[shared], built.row_lower[shared], built.row_upper[shared]
     # The first prices: those of the pools themselves, as if starts cost nothing, which is near the best over many steps.
-    pools = built.at_u
+    pools = built.at.u
     gpus = np.bincount(built.row[: len(built.val)], np.where(built.col % built.columns < pools, built.val, 0.0))[:pools]
     dual = np.zeros(built.steps * built.rows).reshape(built.steps, -1)
     dual[:, :pools] = built.cost[:pools] / gpus

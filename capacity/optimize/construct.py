@@ -62,9 +62,9 @@ class State:
             self.weight[g] = (size >= least[place]) * size * each[place]
             pools = np.flatnonzero(each[self.place])
             self.blocks_of.append((pools, least[self.place[pools]].astype(np.int64), each[self.place[pools]]))
-        cost = program.cost[: program.at_u]
+        cost = program.cost[: program.at.u]
         self.held = cost / self.gpus
-        self.started = (cost + weight * program.cost[program.at_u : program.at_x]) / self.gpus
+        self.started = (cost + weight * program.cost[program.at.u : program.at.x]) / self.gpus
         # A replica runs on an instance held before, or on one to be started, the latter at a price of its own. Choices on
         # pools of the same type and zone are a cell: next to each other, the cheapest first.
         pool, start = np.tile(np.arange(len(cost)), 2), np.repeat([False, True], len(cost))
@@ -78,9 +78,9 @@ class State:
         need, program = self.need, self.program
         upper = program.upper[t * program.columns :]
         self.t, self.before = t, before
-        self.most = np.minimum(upper[: program.at_u], before + upper[program.at_u : program.at_x])
+        self.most = np.minimum(upper[: program.at.u], before + upper[program.at.u : program.at.x])
         self.most = np.minimum(self.most, MOST).astype(np.int64)
-        self.least = program.lower[t * program.columns :][: program.at_u].astype(np.int64)
+        self.least = program.lower[t * program.columns :][: program.at.u].astype(np.int64)
         self.n, self.free = np.zeros_like(before), np.zeros_like(before)
         self.x = np.zeros(self.rate.shape, dtype=np.int64)
         self.served, self.load = np.zeros(len(self.x.T)), np.zeros((len(self.x.T), int(self.zone.max()) + 1))
@@ -182,7 +182,7 @@ def _step(state: State, t: int, before: Ints, near: Floats) -> bool:
     """Construct step `t` after `before` instances per pool; return whether everything fits."""
     program, services = state.program, state.problem.services
     replicas = np.zeros(state.need.rate.shape, dtype=np.int64)
-    replicas[tuple(program.pairs.T)] = near[program.at_x : program.at_b] + EPS
+    replicas[tuple(program.pairs.T)] = near[program.at.x : program.at.b] + EPS
     order = sorted(range(len(services)), key=lambda j: (-services[j].gpus, j))
     for _ in range(RETRIES):
         state.begin(t, before)
@@ -192,7 +192,7 @@ def _step(state: State, t: int, before: Ints, near: Floats) -> bool:
         order = [failed, *(j for j in order if j != failed)]  # the service without room goes first
     else:
         return False
-    if not _lay_blocks(state, near[: program.at_u]):
+    if not _lay_blocks(state, near[: program.at.u]):
         return False
     _close(state)
     return True

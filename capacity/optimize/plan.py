@@ -202,11 +202,11 @@ def _read(
     """Return instances, replicas and blocks of a plan whose columns have these values."""
     table = np.round(values).astype(np.int64).reshape(built.steps, built.columns)
     replicas = np.zeros((built.steps, *required.rate.shape), dtype=np.int64)
-    replicas[:, built.pairs[:, 0], built.pairs[:, 1]] = table[:, built.at_x : built.at_b]
+    replicas[:, built.pairs[:, 0], built.pairs[:, 1]] = table[:, built.at.x : built.at.b]
     keys = [(i, w) for i, w in built.blocks.tolist()]
-    rows = table[:, built.at_b : built.at_s].tolist()
+    rows = table[:, built.at.b : built.at.s].tolist()
     blocks = tuple({key: n for key, n in zip(keys, row, strict=True) if n} for row in rows)
-    return table[:, : built.at_u], replicas, blocks
+    return table[:, : built.at.u], replicas, blocks
 
 
 _UNITS = {

@@ -8,7 +8,11 @@ equations. Each row and each bounded column has the name of its constraint, for 
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +30,23 @@ class Name:
     sort: str
     key: str
     text: str
+
+
+class At(NamedTuple):
+    """The first column of each kind in a step, and the end of all."""
+
+    u: int
+    x: int
+    b: int
+    s: int
+    h: int
+    y: int
+    end: int
+
+
+def columns_at(pools: int, *kinds: Sized) -> At:
+    """Return where the columns begin: n and u of each pool, then x, b, B, h and y, one for each of `kinds`."""
+    return At(*accumulate((pools, pools, *map(len, kinds))))
 
 
 @dataclass(frozen=True)
@@ -53,33 +74,17 @@ class Program:
     spare: tuple[int, ...]  # services with an h column
     spread: tuple[int, ...]  # services with a y column
     spread_unit: tuple[float, ...]  # unit of y: replicas of this rate, or 1.0 per second
-    at_u: int  # the number of pools
+    pools: int
     price_scale: float
 
-    @property
-    def at_x(self) -> int:
-        return 2 * self.at_u
-
-    @property
-    def at_b(self) -> int:
-        return self.at_x + len(self.pairs)
-
-    @property
-    def at_s(self) -> int:
-        return self.at_b + len(self.blocks)
-
-    @property
-    def at_h(self) -> int:
-        return self.at_s + len(self.sums)
-
-    @property
-    def at_y(self) -> int:
-        return self.at_h + len(self.spare)
+    @cached_property
+    def at(self) -> At:
+        return columns_at(self.pools, self.pairs, self.blocks, self.sums, self.spare, self.spread)
 
     @property
     def columns(self) -> int:
         """Columns of a step."""
-        return self.at_y + len(self.spread)
+        return self.at.end
 
     @property
     def rows(self) -> int:
@@ -180,23 +185,19 @@ def build(problem: Problem, need: Need) -> Program:
     speed = [np.unique(served[mine]) for mine in by_service]
     # Where all rates of a service are equal, replicas are counted, so that the linear program sees integers.
     unit = [float(s[0]) if len(s) == 1 else 1.0 for s in speed]
-    at_u, at_x = count, 2 * count
-    at_b = at_x + len(pairs)
-    at_s = at_b + len(blocks)
-    at_h = at_s + len(sums)
-    at_y = at_h + len(spare)
-    columns = at_y + len(spread)
+    at = columns_at(count, pairs, blocks, sums, spare, spread)
+    columns = at.end
     rows = _Rows(steps, held)
 
     for i, (pool, mine, idle) in enumerate(zip(pools, by_pool, _positions(blocks[:, 0], count), strict=True)):
         name = Name("capacity", pool.name, f"GPUs of pool {pool.name}")
-        rows.add(name, (i, gpus[i]), (at_x + mine, -width[mine]), (at_b + idle, -blocks[idle, 1]), least=0)
+        rows.add(name, (i, gpus[i]), (at.x + mine, -width[mine]), (at.b + idle, -blocks[idle, 1]), least=0)
     for i, pool in enumerate(pools):
         name = Name("flow", pool.name, f"starts of pool {pool.name}")
-        rows.add(name, (at_u + i, 1), (i, -1), least=0, before=(i, 1))
+        rows.add(name, (at.u + i, 1), (i, -1), least=0, before=(i, 1))
     demand_names: list[Name] = []
     for j, service in enumerate(services):
-        mine = at_x + by_service[j]
+        mine = at.x + by_service[j]
         peak = f"{float(need.target[j].max()):.6g} {service.unit}/s"
         name = Name("demand", service.name, f"demand of service {service.name} (up to {peak})")
         demand_names.append(name)
@@ -213,16 +214,16 @@ def build(problem: Problem, need: Need) -> Program:
     for m, (k, w) in enumerate(sums):
         same = np.flatnonzero((place[blocks[:, 0]] == k) & (blocks[:, 1] == w))
         rows.add(
-            Name("blocks", f"{k}/{w}", "idle blocks of a place"), (at_s + m, -1), (at_b + same, 1), least=0, most=0
+            Name("blocks", f"{k}/{w}", "idle blocks of a place"), (at.s + m, -1), (at.b + same, 1), least=0, most=0
         )
     for group in need.groups:
         fit = [(m, *group.weights[k], w) for m, (k, w) in enumerate(sums) if k in group.weights]
-        covered = [at_s + m for m, size, _, w in fit if w >= size], [each * w for _, size, each, w in fit if w >= size]
-        relief = [at_h + spare.index(j) for j in group.relief], list(group.relief.values())
+        covered = [at.s + m for m, size, _, w in fit if w >= size], [each * w for _, size, each, w in fit if w >= size]
+        relief = [at.h + spare.index(j) for j in group.relief], list(group.relief.values())
         name = Name("idle", group.name, f"{group.name} (up to {float(group.required.max()):.6g} GPUs)")
         rows.add(name, covered, relief, least=group.required)
     for k, j in enumerate(spare):  # these rows enforce the demand, too
-        rows.add(demand_names[j], (at_h + k, -1), (at_x + by_service[j], served[by_service[j]]), least=need.base[j])
+        rows.add(demand_names[j], (at.h + k, -1), (at.x + by_service[j], served[by_service[j]]), least=need.base[j])
     for quota in problem.quotas:
         inside = np.array([i for i in range(count) if quota.covers(pools[i])], dtype=np.int64)
         if not len(inside):
@@ -233,7 +234,7 @@ def build(problem: Problem, need: Need) -> Program:
         # Starts precede stops: while both run, both count. More than the quota may be held before the first step.
         most = np.full(steps, float(quota.gpus))
         most[0] = max(most[0], (gpus * held)[inside].sum())
-        rows.add(name, (at_u + inside, gpus[inside]), most=most, before=(inside, gpus[inside]))
+        rows.add(name, (at.u + inside, gpus[inside]), most=most, before=(inside, gpus[inside]))
     for region, share in sorted(policy.region_mix.items()):
         here = np.array([p.region == region for p in pools], dtype=np.float64)
         if share.least > 0:
@@ -247,15 +248,15 @@ def build(problem: Problem, need: Need) -> Program:
         mine, rest = by_service[j], need.typical[j] * policy.zone_loss / unit[j]
         for one in zones_of[j]:
             inside = mine[zone[pairs[mine, 0]] == one]
-            rows.add(name, (at_y + k, 1), (at_x + inside, -served[inside] / unit[j]), least=0)
+            rows.add(name, (at.y + k, 1), (at.x + inside, -served[inside] / unit[j]), least=0)
         least = round_up(rest) if len(speed[j]) == 1 else rest
-        rows.add(name, (at_y + k, -1), (at_x + mine, served[mine] / unit[j]), least=least)
+        rows.add(name, (at.y + k, -1), (at.x + mine, served[mine] / unit[j]), least=least)
     if policy.max_start is not None:
         name = Name("start-limit", "", f"policy max_start {policy.max_start}")
-        rows.add(name, (at_u + everywhere, 1), most=policy.max_start)
+        rows.add(name, (at.u + everywhere, 1), most=policy.max_start)
     if policy.max_stop is not None:
         name = Name("stop-limit", "", f"policy max_stop {policy.max_stop}")
-        rows.add(name, (at_u + everywhere, 1), (everywhere, -1), most=policy.max_stop, before=(everywhere, 1))
+        rows.add(name, (at.u + everywhere, 1), (everywhere, -1), most=policy.max_stop, before=(everywhere, 1))
 
     upper = np.full((steps, columns), np.inf)
     names: dict[int, Name] = {}
@@ -263,19 +264,19 @@ def build(problem: Problem, need: Need) -> Program:
         if pool.quota is not None:
             upper[:, i] = pool.quota
             names[i] = Name("pool-quota", pool.name, f"quota of pool {pool.name}, {pool.quota} instances")
-        bounds = upper[:, at_u + i] = [pool.start_bound(t == 0) for t in range(steps)]
+        bounds = upper[:, at.u + i] = [pool.start_bound(t == 0) for t in range(steps)]
         if np.isfinite(bounds).any():
             text = f"supply of pool {pool.name}, {min(bounds):g} starts a step"
             if pool.refused is not None and bounds[0] < pool.start_bound(False):
                 text += f" (the last step got {pool.refused[1]} of {pool.refused[0]} asked)"
-            names[at_u + i] = Name("supply", pool.name, text)
-    upper[:, at_h:at_y] = need.cap[list(spare)].T
+            names[at.u + i] = Name("supply", pool.name, text)
+    upper[:, at.h : at.y] = need.cap[list(spare)].T
     scale = float(price.max()) or 1.0
     cost = np.zeros(columns)
     cost[:count] = price / scale * (1 + need.loss) * (problem.step_seconds / 3600)
-    cost[at_u:at_x] = price / scale * policy.switching_cost
+    cost[at.u : at.x] = price / scale * policy.switching_cost
     integer = np.ones(columns, dtype=np.bool_)
-    integer[at_u:at_x] = integer[at_h:] = False  # starts are integers if instances are
+    integer[at.u : at.x] = integer[at.h :] = False  # starts are integers if instances are
     row, col, val = rows.triplets(columns)
     row_lower, row_upper = rows.bounds()
     return Program(
@@ -297,7 +298,7 @@ def build(problem: Problem, need: Need) -> Program:
         spare=spare,
         spread=spread,
         spread_unit=tuple(unit[j] for j in spread),
-        at_u=at_u,
+        pools=count,
         price_scale=scale,
     )
 
@@ -326,8 +327,8 @@ def with_shared_columns(program: Program, pools: tuple[Pool, ...]) -> tuple[Prog
     stand_in, steps = stand_ins(pools), program.steps
     own = stand_in == np.arange(len(pools))
     kept, kept_rows = np.ones(program.columns, dtype=np.bool_), np.ones(program.rows, dtype=np.bool_)
-    kept[program.at_x : program.at_b] = own[program.pairs[:, 0]]
-    kept[program.at_b : program.at_s] = own[program.blocks[:, 0]]
+    kept[program.at.x : program.at.b] = own[program.pairs[:, 0]]
+    kept[program.at.b : program.at.s] = own[program.blocks[:, 0]]
     kept_rows[: len(pools)] = own
     row_of, column_of = np.cumsum(kept_rows) - 1, np.cumsum(kept) - 1
     row_of[: len(pools)] = row_of[stand_in]
@@ -372,5 +373,5 @@ def stay(program: Program, held: list[int]) -> Program:
     count = len(held)
     lower[:count] = held
     upper[:count] = np.minimum(upper[:count], held)  # holding more than a quota makes it infeasible
-    upper[program.at_u : program.at_u + count] = 0.0
+    upper[program.at.u : program.at.u + count] = 0.0
     return replace(program, lower=lower, upper=upper)

@@ -90,16 +90,16 @@ def _improved(program: Program, start: Floats, problem: Problem, limit: float) -
     """Solve again, step after step and region after region, with the pools of that region free and all others fixed."""
     best, deadline = start, time.perf_counter() + limit
     pool_of = np.full(program.columns, -1)  # sums over places, surplus and zones follow from the rest: always free
-    pool_of[: program.at_x] = np.tile(np.arange(program.at_u), 2)
-    pool_of[program.at_x : program.at_b] = program.pairs[:, 0]
-    pool_of[program.at_b : program.at_s] = program.blocks[:, 0]
+    pool_of[: program.at.x] = np.tile(np.arange(program.at.u), 2)
+    pool_of[program.at.x : program.at.b] = program.pairs[:, 0]
+    pool_of[program.at.b : program.at.s] = program.blocks[:, 0]
     for t in range(program.steps):
         for window in _windows(problem):
             if time.perf_counter() > deadline:
                 return best
             free = np.zeros((program.steps, program.columns), dtype=np.bool_)
             free[t] = np.isin(pool_of, [-1, *window])
-            free[t + 1 :, program.at_u : program.at_x][:1] = True  # the next starts depend on the instances held now
+            free[t + 1 :, program.at.u : program.at.x][:1] = True  # the next starts depend on the instances held now
             flat = free.ravel()
             part = replace(
                 program, lower=np.where(flat, program.lower, best), upper=np.where(flat, program.upper, best)

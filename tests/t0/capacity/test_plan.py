@@ -215,7 +215,7 @@ def test_pools_that_share_columns_give_the_optimum_of_the_plain_solve(pools, ser
     for one, values in ((full, near), (built, merged.values)):
         served = np.zeros((steps, services))
         for k, (i, j) in enumerate(one.pairs):
-            served[:, j] += values.reshape(steps, -1)[:, one.at_x + k] * required.rate[i, j]
+            served[:, j] += values.reshape(steps, -1)[:, one.at.x + k] * required.rate[i, j]
         assert (served >= required.target.T * (1 - 1e-6)).all()
     # The duals prove the optimum: reduced costs have the sign of their bound, and the dual objective is the primal one.
     dual, reduced = merged.row_dual, merged.column_dual

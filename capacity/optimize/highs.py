@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-import threading
 from dataclasses import dataclass
 
 import highspy
@@ -37,34 +36,25 @@ class Outcome:
     proven: bool = True
 
 
-_banner = threading.Lock()
-_printed = False
+def _swallow_banner() -> None:
+    """Create the first HiGHS instance of the process with file descriptor 1 redirected.
 
-
-def _silent() -> highspy.Highs:
-    """Create a HiGHS instance without its banner.
-
-    The first instance of a process prints a banner to file descriptor 1 before any option can be set, which would corrupt
-    JSON on standard output; so the descriptor is redirected meanwhile.
+    It prints a banner there before any option can be set, which would corrupt JSON on standard output.
     """
-    global _printed
-    with _banner:
-        if _printed:
-            return highspy.Highs()
+    if sys.stdout is not None:
         sys.stdout.flush()
-        libc = ctypes.CDLL(None)
-        kept = os.dup(1)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        try:
-            os.dup2(nowhere, 1)
-            solver = highspy.Highs()
-            libc.fflush(None)
-        finally:
-            os.dup2(kept, 1)
-            os.close(kept)
-            os.close(nowhere)
-        _printed = True
-        return solver
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            highspy.Highs()
+            ctypes.CDLL(None).fflush(None)
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+_swallow_banner()
 
 
 def load(program: Program, *, integers: bool, limit: float, gap: float = 0.0, nodes: int = 0) -> highspy.Highs:
@@ -72,7 +62,7 @@ def load(program: Program, *, integers: bool, limit: float, gap: float = 0.0, no
 
     `integers`: with integrality. `limit`: seconds. `nodes`: maximum search nodes, 0 for no limit.
     """
-    solver = _silent()
+    solver = highspy.Highs()
     solver.setOptionValue("output_flag", False)
     solver.setOptionValue("threads", 1)
     solver.setOptionValue("random_seed", 1)

@@ -30,7 +30,7 @@ CANARY_TOKENS, CANARY_TOKENS_ON_GPU = 1, 8
 
 One on a CPU, so that the check of a restored replica is one engine step. On a GPU each further token is a decode step,
 the replay of a captured graph: the first one may be right by chance, or by what the prefill left in its buffers; a later
-one reads what earlier replays wrote to the KV cache. Seven take some 50 ms of a model with 8 billion parameters.
+one reads what earlier replays wrote to the KV cache.
 """
 PLAIN_TOKENS = 2
 """The same of a plain generation on a CPU, by an engine that tells no choices."""

@@ -192,7 +192,7 @@ def _persistence(devices: list[Device]) -> Iterator[Line]:
         yield Line(
             "gpu persistence",
             "note",
-            f"off for GPU {', '.join(without)}: the driver starts anew, for seconds, whenever nothing used the GPU before",
+            f"off for GPU {', '.join(without)}: the driver starts anew whenever nothing used the GPU before",
             "run nvidia-persistenced, or nvidia-smi -pm 1",
             True,
         )

@@ -1,7 +1,7 @@
 """Give back the host memory that an engine's wake leaves behind: copies of GPU memory that were made for its sleep.
 
-PyTorch keeps freed pinned memory for its next use, as much as the weights, and to unpin it takes a second or more. So an
-engine returns it when it has had no requests for a moment, not while one waits.
+PyTorch keeps freed pinned memory for its next use, as much as the weights. To unpin so much may take a while, so an engine
+returns it when it has had no requests for a moment, not while one waits.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
     python benchmarks/weight_ring.py MODEL [--runs 5] [--threads N] [--json]             any Python with quickthaw: the fill rate
     ENGINE_PYTHON benchmarks/weight_ring.py MODEL --device cuda [--runs 5] [--json]      one with torch: to the device as well
+    python benchmarks/weight_ring.py MODEL --cold 2 [--runs 5] [--json]       with files that are not in the page cache
     python benchmarks/weight_ring.py --engine sglang [--runs 5] [--json]      restores of a real engine with and without it
 
 MODEL is a folder of safetensors files, which are read once before. All ways alternate in one run; the figures are medians in GB/s:
@@ -11,6 +12,9 @@ MODEL is a folder of safetensors files, which are read once before. All ways alt
 - ring: the ring, with a reader that frees each slot at once.
 - device: from the ring into tensors on the device, by the engine's own code: `taken` with all slots filled before, as after a
   restore; `pinned` the same bytes from one pinned slot, which no ring can beat; `record` is the search for the layout.
+
+With --cold: seconds until every slot was taken by a reader that begins so many seconds after the ring, as after a restore: `ahead`,
+and `ring`, one that brings nothing beyond its slots into the page cache meanwhile.
 
 With --engine: the demo's engine of `make setup` with the demo's model. The figures are seconds from the command to the first
 token of a waiting request, restored from a snapshot without weights: `ring`, and `own`, the engine's own reload.
@@ -110,6 +114,34 @@ def fill_rates(model: Path, runs: int = 5, threads: int | None = None) -> dict[s
         for way, measure in ways.items():
             found[way].append(measure())
     return {way: statistics.median(rates) for way, rates in found.items()}
+
+
+class _Unwarmed(Ring):
+    """A ring that reads nothing beyond its slots."""
+
+    def _warm(self) -> None:
+        self._leave()
+
+
+def cold_seconds(model: Path, wait_s: float, runs: int = 5) -> dict[str, float]:
+    """Return median seconds by `ahead` and `ring` (see the module) for a model on a disk, dropped from the page cache each time."""
+    files, found = files_of(model), {"ahead": list[float](), "ring": list[float]()}
+    for _ in range(runs):
+        for way, kind in (("ahead", Ring), ("ring", _Unwarmed)):
+            sources = {number: Source(file, file.stat().st_size) for number, file in enumerate(files)}
+            for source in sources.values():
+                os.posix_fadvise(source.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            ring = kind(sources, [(number, 0, file.stat().st_size) for number, file in enumerate(files)])
+            ring.start()
+            time.sleep(wait_s)
+            began = time.monotonic()
+            for number in range(ring.count):
+                if not ring.wait_filled(number, STREAM_LIMIT_S):
+                    raise SystemExit(f"the ring does not fill: {ring.error}")
+                ring.free(number)
+            found[way].append(time.monotonic() - began)
+            ring.close()
+    return {way: statistics.median(seconds) for way, seconds in found.items()}
 
 
 def device_rates(model: Path, device: str = "cuda", runs: int = 5) -> dict[str, float]:
@@ -263,6 +295,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", help="measure into tensors on this device, too")
+    parser.add_argument(
+        "--cold", type=float, help="seconds between the ring's begin and its reader's, with a cold page cache"
+    )
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     if given.engine:
@@ -274,6 +309,10 @@ def main() -> None:
         return
     if given.model is None:
         parser.error("MODEL or --engine is required")
+    if given.cold is not None:
+        cold = cold_seconds(given.model, given.cold, given.runs)
+        print(json.dumps(cold) if given.json else "\n".join(f"cold {way:5} {some:.2f} s" for way, some in cold.items()))
+        return
     found = {"fill": fill_rates(given.model, given.runs, given.threads)}
     if given.device:
         found["device"] = device_rates(given.model, given.device, given.runs)

@@ -15,6 +15,11 @@ def test_each_way_is_measured(tmp_path, monkeypatch):
     assert found.keys() == {"one", "threads", "ring"} and all(rate > 0 for rate in found.values())
 
 
+def test_both_rings_are_read_to_their_end_from_a_cold_cache(tmp_path):
+    (tmp_path / "0.safetensors").write_bytes(bytes(300_000))
+    assert weight_ring.cold_seconds(tmp_path, 0.0, runs=1).keys() == {"ahead", "ring"}
+
+
 def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="no safetensors"):
         weight_ring.fill_rates(tmp_path)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint.compatibility.gpu import gpu_facts
+from checkpoint.cuda import checkpoint
 from checkpoint.cuda.checkpoint import (
     Needs,
     bring_to_running,
@@ -19,7 +20,9 @@ from checkpoint.cuda.checkpoint import (
 )
 from checkpoint.cuda.driver import DriverError, State
 from checkpoint.cuda.helper import Helper
+from checkpoint.cuda.leaving import take_off
 from checkpoint.cuda.processes import check_released, nvidia_files
+from checkpoint.cuda.several import probe
 from checkpoint.errors import Failed, Incompatible
 from tests.kits.checkpoint.gpu import Torch, skip_reason, torch_skip_reason
 
@@ -109,6 +112,61 @@ def test_a_lack_of_gpu_memory_is_refused_before_anything_is_lost(
     assert helper.state(subject.pid) is State.CHECKPOINTED
     resume(helper, [subject.pid], needs, lock_folders=[tmp_path])
     assert subject.ask("step") != expected  # the graph advances its input: it has continued from its old state
+
+
+def test_memory_that_another_program_takes_after_the_check_is_named(
+    helper: Helper, start: Callable[[], Torch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = start()
+    subject.ask("hold 4096")
+    _, needs = suspend(helper, [subject.pid])
+    (uuid,) = needs.memory
+    other = start()
+    free = next(d.free for d in helper.devices() if d.uuid == uuid)
+    other.ask(f"hold {(free >> 20) - 1024}")
+    monkeypatch.setattr(checkpoint, "check_memory", lambda *given, **more: None)
+    with pytest.raises(Incompatible, match="gpu-memory-short"):
+        resume(helper, [subject.pid], needs, lock_folders=[tmp_path])
+    subject.close()
+    other.close()
+    assert next(d.free for d in helper.devices() if d.uuid == uuid) > free
+
+
+def test_a_restored_process_leaves_the_gpu_before_its_end(
+    helper: Helper, start: Callable[[], Torch], tmp_path: Path
+) -> None:
+    subject = start()
+    _, needs = suspend(helper, [subject.pid])
+    resume(helper, [subject.pid], needs, lock_folders=[tmp_path])
+    assert subject.ask("step")
+    (uuid,) = needs.memory
+    on = next(d.free for d in helper.devices() if d.uuid == uuid)
+    assert take_off(helper, [subject.pid, os.getpid()])
+    assert helper.state(subject.pid) is State.CHECKPOINTED
+    assert next(d.free for d in helper.devices() if d.uuid == uuid) > on
+    subject.close()
+    assert helper.state(subject.pid) is None
+
+
+def test_a_process_moves_to_another_gpu(helper: Helper, start: Callable[[], Torch], tmp_path: Path) -> None:
+    """Its map has every GPU of this host, as the driver asks."""
+    devices = helper.devices()
+    if len(devices) < 2 or len({device.name for device in devices}) > 1:
+        pytest.skip("less than two GPUs of one kind")
+    subject, twin = start(), start()
+    found, needs = suspend(helper, [subject.pid])
+    (then,) = needs.memory
+    now = next(device.uuid for device in devices if device.uuid != then)
+    before = next(d.free for d in helper.devices() if d.uuid == now)
+    resume(helper, found, needs, [(then, now)], lock_folders=[tmp_path])
+    assert before - next(d.free for d in helper.devices() if d.uuid == now) > 64 << 20
+    assert subject.ask("step") == twin.ask("step")
+
+
+def test_the_drivers_entry_points_are_probed(helper: Helper) -> None:
+    assert helper.finds("cuCheckpointProcessLock") and not helper.finds("cuCheckpointNoSuchFunction")
+    found = probe(helper.version(), {"nvidia_nccl_cu13": "2.29.7"}, helper)
+    assert "not probed" not in found and "ncclCommSuspend there" in found
 
 
 def test_the_driver_refuses_illegal_transitions_as_the_double_does(helper: Helper, start: Callable[[], Torch]) -> None:

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]]
 
 from benchmarks.gpu_figures import Figures  # noqa: E402
+from benchmarks.gpu_model import made  # noqa: E402
 from plugin.bench.presets import Preset  # noqa: E402
 from plugin.options import Duration  # noqa: E402
 from plugin.runtime.signals import unwind  # noqa: E402
@@ -36,7 +37,6 @@ ENGINE = click.option("--engine", type=click.Choice(["vllm", "sglang"]), require
 BUDGET = click.option(
     "--budget", "budget_s", type=Duration(1.0), default="8m", help="What would end later is not begun."
 )
-LAYERS = {"model": 32, "small": 4}
 TESTS = ("test_cuda_real.py", "test_weight_ring.py", "test_cuda_engine.py")  # the longest last: time may run out
 
 
@@ -44,21 +44,6 @@ TESTS = ("test_cuda_real.py", "test_weight_ring.py", "test_cuda_engine.py")  # t
 def main() -> None:
     """Run one of the commands."""
     unwind()
-
-
-def random_model(work: Path, name: str, python: str) -> Path:
-    """Return the folder of a model of random numbers, made if it is not there. Raises CalledProcessError."""
-    folder = work / "models" / name
-    argv = [
-        python,
-        str(ROOT / "benchmarks" / "gpu_model.py"),
-        str(folder),
-        str(work / "tokenizer"),
-        "--layers",
-        str(LAYERS[name]),
-    ]
-    subprocess.run(argv, check=True)
-    return folder
 
 
 @main.command()
@@ -86,14 +71,14 @@ def run(
         if double:
             preset, program = doubles(engine, work)
         else:
-            model = random_model(work, "model", sys.executable)
+            model = made(work, "model", sys.executable)
             arguments = (MODEL_FLAGS[engine], str(model), *ARGUMENTS[engine])
             preset, program = Preset(engine, Path(sys.executable), model, arguments, {}), ("-m", "plugin.launch")
         options = (
             ("--no-mount", "--weights", "excluded") if double else ("--no-mount",)
         )  # the double's are too few for a ring
         bench = GpuBench(preset, SNAPSHOT, work / "logs", 300.0, options, program)
-        steps(Run(engine, bench, figures, restores, alones, wakes, double))
+        steps(Run(engine, bench, figures, work, restores, alones, wakes, double))
     finally:
         figures.save()
         with tarfile.open(out / "logs.tar.gz", "w:gz") as archive:
@@ -133,7 +118,7 @@ def doubles(engine: str, work: Path) -> tuple[Preset, tuple[str, ...]]:
 def tests(work: Path, out: Path, limit_s: float) -> int:
     """Run tests/gpu with the real driver and a small model of random numbers; their report is OUT/tests.xml."""
     out.mkdir(parents=True, exist_ok=True)
-    model = random_model(work.absolute(), "small", sys.executable)
+    model = made(work.absolute(), "small", sys.executable)
     environment = {**os.environ, "QUICKTHAW_GPU_PYTHON": sys.executable, "QUICKTHAW_GPU_MODEL": str(model)}
     environment["QUICKTHAW_HOME"] = str(work.absolute() / "home")
     argv = [

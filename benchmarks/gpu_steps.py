@@ -61,6 +61,7 @@ class Run:
     engine: str
     bench: GpuBench
     figures: Figures
+    work: Path
     restores: int = 4
     alones: int = 2
     wakes: int = 3
@@ -186,6 +187,7 @@ class Run:
         try:
             for row, sleep, wake in self._ways_of_sleep(port):
                 for _ in range(self.wakes):
+                    self._wait_idle(port)
                     sleep()
                     began = time.monotonic()
                     wake()
@@ -227,6 +229,20 @@ class Run:
             if woken.text != expected:
                 raise measure.MeasureError(f"another answer out of standby: {woken.text!r}, not {expected!r}")
             self.figures.add(row, woken.first_s, woken.text, _phases(self._replica(port)))
+
+    def _wait_idle(self, port: int) -> None:
+        """Wait until SGLang counts itself idle, some time after its last answer: a release before ends its scheduler."""
+        limit = time.monotonic() + 10.0
+        while self.engine == "sglang":
+            connection = HTTPConnection("127.0.0.1", port, timeout=10.0)
+            connection.request("POST", "/flush_cache")
+            status = connection.getresponse().status
+            connection.close()
+            if status == 200:
+                return
+            if time.monotonic() > limit:
+                raise measure.MeasureError(f"SGLang is not idle 10 s after its answer: /flush_cache {status}")
+            time.sleep(0.05)
 
     def _ways_of_sleep(self, port: int) -> list[tuple[str, Callable[[], object], Callable[[], object]]]:
         """Return (row, sleep, wake) of the engine's own ways, as its documentation has them."""
@@ -281,7 +297,7 @@ def steps(run: Run) -> None:
         ("probe", run.probe, 0.0),
         ("first start, snapshot, standby", run.first, 120.0),
         ("restores", run.restored, 60.0),
-        ("ring and pinned copy", run.rates, 20.0),
+        ("ring and pinned copy", run.rates, 30.0),
         ("the engine alone", run.alone, 100.0),
         ("the engine's own sleep mode", run.own_sleep, 60.0),
         ("the engine's own snapshot", run.own_snapshot, 0.0),

@@ -77,6 +77,17 @@ def _after_overlap_choice(result, scheduler, batch=None, last_batch=None, *args,
     return result or str(scheduler.device) == "cpu"
 
 
+def _source(module, default=""):
+    """Return the source of a module of SGLang without importing it, or `default` if there is none."""
+    import sglang
+
+    try:
+        with open(os.path.join(os.path.dirname(sglang.__file__), *module.split(".")[1:]) + ".py", "rb") as file:
+            return file.read().decode(errors="replace")
+    except OSError:
+        return default
+
+
 def register():
     """Install the hooks. SGLang calls this in each of its processes before it starts serving."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -84,10 +95,10 @@ def register():
     control.install()
     scheduler = "sglang.srt.managers.scheduler.Scheduler"
     HookRegistry.register(f"{scheduler}.flush_cache", _after_flush, HookType.AFTER)
-    HookRegistry.register(f"{scheduler}.ingest_requests", _after_ingest, HookType.AFTER)
-    HookRegistry.register(f"{scheduler}.is_disable_overlap_for_batch", _after_overlap_choice, HookType.AFTER)
-    import sglang
-
-    if os.path.exists(os.path.join(os.path.dirname(sglang.__file__), *_UPDATER.split(".")[1:]) + ".py"):
+    for method, hook in (("ingest_requests", _after_ingest), ("is_disable_overlap_for_batch", _after_overlap_choice)):
+        # Older releases lack one (0.5.17 the first): a start is then as fast as theirs, and a hook on it only a traceback.
+        if f"def {method}(" in _source(scheduler.rpartition(".")[0], f"def {method}("):
+            HookRegistry.register(f"{scheduler}.{method}", hook, HookType.AFTER)
+    if _source(_UPDATER, None) is not None:
         target = f"{_UPDATER}.SchedulerWeightUpdaterManager.update_weights_from_disk"
         HookRegistry.register(target, _around_update, HookType.AROUND)

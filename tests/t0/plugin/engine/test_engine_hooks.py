@@ -223,3 +223,31 @@ def test_vllms_hook_drops_the_pages_of_the_cache_only(monkeypatch):
     monkeypatch.setattr(vllm_hooks, "_name_weights", lambda worker: pytest.fail("it searches for weights"))
     worker = SimpleNamespace(model_runner=SimpleNamespace(kv_caches=[["a", None], "b"]))
     assert vllm_hooks._drop_cache(worker) == 7 and dropped == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("source", "hooked"),
+    [
+        ("def ingest_requests(self): ...\ndef is_disable_overlap_for_batch(self): ...\n", {"ingest_requests", "is_disable_overlap_for_batch"}),
+        ("def is_disable_overlap_for_batch(self): ...\n", {"is_disable_overlap_for_batch"}),
+        (None, {"ingest_requests", "is_disable_overlap_for_batch"}),
+    ],
+    ids=["today's", "0.5.17", "source not there"],
+)  # fmt: skip
+def test_a_hook_is_only_registered_on_what_this_sglang_has(monkeypatch, tmp_path, source, hooked):
+    """A hook on a method that is not there is a traceback in each of SGLang's processes."""
+    found = set()
+    registry = SimpleNamespace(
+        HookRegistry=SimpleNamespace(register=lambda target, *_: found.add(target.rpartition(".")[2])),
+        HookType=SimpleNamespace(AFTER="after", AROUND="around"),
+    )
+    monkeypatch.setitem(sys.modules, "sglang", SimpleNamespace(__file__=str(tmp_path / "__init__.py")))
+    for name in ("sglang.srt", "sglang.srt.plugins", "sglang.srt.plugins.hook_registry"):
+        monkeypatch.setitem(sys.modules, name, registry)
+    monkeypatch.setattr(control, "install", lambda: None)
+    if source is not None:
+        file = tmp_path / "srt" / "managers" / "scheduler.py"
+        file.parent.mkdir(parents=True)
+        file.write_text(source)
+    sglang_hooks.register()
+    assert found == {"flush_cache", *hooked}

@@ -12,6 +12,7 @@ was about to measure. The commands' logs are in OUT/logs.tar.gz. docs/gpu.md has
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -73,7 +74,8 @@ def run(
         else:
             model = made(work, "model", sys.executable)
             arguments = (MODEL_FLAGS[engine], str(model), *ARGUMENTS[engine])
-            preset, program = Preset(engine, Path(sys.executable), model, arguments, {}), ("-m", "plugin.launch")
+            preset = Preset(engine, Path(sys.executable), model, arguments, loader_path())
+            program = ("-m", "plugin.launch")
         options = (
             ("--no-mount", "--weights", "excluded") if double else ("--no-mount",)
         )  # the double's are too few for a ring
@@ -85,6 +87,17 @@ def run(
             archive.add(work / "logs", "logs")
         click.echo(figures.table())
     return 1 if figures.failed else 0
+
+
+def loader_path() -> dict[str, str]:
+    """Return LD_LIBRARY_PATH with the CUDA runtime of PyTorch's packages: SGLang's memory saver is preloaded, before PyTorch is there."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for file in Path(folder).glob("*/lib/libcudart.so.*"):
+            return {
+                "LD_LIBRARY_PATH": os.pathsep.join(filter(None, (str(file.parent), os.environ.get("LD_LIBRARY_PATH"))))
+            }
+    return {}
 
 
 def doubles(engine: str, work: Path) -> tuple[Preset, tuple[str, ...]]:

@@ -1,8 +1,8 @@
 """Solve the linear program with duals, find a plan in integers near it, and find the optimum in integers.
 
-A plan in integers is constructed (`construct.py`) and then improved: a small one by one integer program, a larger one by
-solving it again with the pools of one region free in one step and all others fixed (large neighbourhood search, Shaw 1998);
-very large ones only on request. If construction fails, HiGHS searches without a start.
+A plan in integers is constructed (`construct.py`) and then improved: a larger one by solving it again with the pools of one
+region free in one step and all others fixed (large neighbourhood search, Shaw 1998), very large ones only on request; and one
+of up to `SEARCHED` integers by one integer program. If construction fails, HiGHS searches without a start.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from capacity.optimize.highs import Outcome
 from capacity.optimize.program import Program, first_step
 from capacity.requirements import Need
 
-SMALL = 200  # integer columns up to which the whole plan is one integer program
+SMALL = 200  # integer columns up to which the whole plan is one integer program at once
+SEARCHED = 1000  # integer columns up to which it is one after neighbourhoods
 LARGE = 5000  # columns from which a linear program of one step is scaled differently
 IMPROVED = 1500  # integer columns up to which a constructed plan is improved by default
 # Nodes limit the search, not time, so that a busy machine computes the same plan.
 NODES = 500
+SEARCHED_NODES = 100
 GAP = 1e-4
 FIRST_GAP = 0.03  # relative gap of the first plan if construction fails
 WINDOW = 8  # pools
@@ -79,10 +81,11 @@ def integers(
         if found.values is None or quick:
             return found
         start = found.values
-    if size <= SMALL and not quick:
-        return search(program, start=start, bound=relaxed.objective, limit=limit, gap=GAP, nodes=NODES)
-    if thorough or (size <= IMPROVED and not quick):
+    if not quick and size > SMALL and (thorough or size <= IMPROVED):
         start = _improved(program, start, problem, limit)
+    if not quick and size <= SEARCHED:
+        nodes = NODES if size <= SMALL else SEARCHED_NODES
+        return search(program, start=start, bound=relaxed.objective, limit=limit, gap=GAP, nodes=nodes)
     return Outcome(start, float(program.cost @ start), relaxed.objective, proven=False)
 
 

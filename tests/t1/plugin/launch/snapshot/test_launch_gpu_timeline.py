@@ -122,7 +122,7 @@ def test_a_driver_that_fails_ends_in_a_served_request(cold, replicas, monkeypatc
     """The engine that the driver lost is ended, and the same held request is served by one that starts cold."""
     engine, expected = cold
     what, code = FAULTS[fault]
-    monkeypatch.setattr(cuda, "RESTORE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(cuda, "MOVE_LEAST_S", 1.0)
     write(replicas.gpu / "faults.json", [{"op": "restore", **what}])
     replica = replicas(engine, take_snapshot=False)
     with caplog.at_level(logging.INFO, "quickthaw"):

@@ -81,6 +81,8 @@ class Engine(abc.ABC):
     default_port: int
     default_host: str
     model_flags: tuple[str, ...]
+    offload_flag: str
+    """The flag that `offload` needs."""
     options: KnownOptions
     """The options of the tested release."""
     model_after_options: bool = False

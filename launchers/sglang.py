@@ -54,6 +54,7 @@ class Sglang(Engine):
     default_port = 30000
     default_host = "127.0.0.1"
     model_flags = ("--model-path", "--model")
+    offload_flag = "--enable-memory-saver"
     options = SGLANG
     seed_flags = ("--random-seed",)
     root_path_flags = ("--fastapi-root-path",)
@@ -222,7 +223,7 @@ class Sglang(Engine):
     ) -> tuple[str, ...]:
         """Enable the memory saver where SGLang starts with it: its package is there, and no expandable segments."""
         there = _MEMORY_SAVER & installed.packages.keys()
-        if has_flag(command, "--enable-memory-saver"):
+        if has_flag(command, self.offload_flag):
             if not there:
                 log.warning(
                     "memory-saver-missing: SGLang ends at --enable-memory-saver without its package; %s", _INSTALL
@@ -236,7 +237,7 @@ class Sglang(Engine):
         if expandable_segments(environment):
             log.info("no --enable-memory-saver with expandable_segments:True; the driver carries the GPU memory")
             return ()
-        return ("--enable-memory-saver",)
+        return (self.offload_flag,)
 
     def unsafe_reload(self, command: EngineCommand, folder: Path | None, installed: EngineFacts) -> str:
         """As for every engine. SGLang's reload reads the target's path for a draft model, too (weight_updater.py)."""
@@ -250,7 +251,7 @@ class Sglang(Engine):
 
         Without the memory saver SGLang would answer but release nothing.
         """
-        if not has_flag(command, "--enable-memory-saver"):
+        if not has_flag(command, self.offload_flag):
             return False
         tags = ["kv_cache", "weights"] if excluded else ["kv_cache"]
         return self.request_release(client.admin(), "/release_memory_occupation", {"tags": tags})

@@ -63,6 +63,7 @@ class Vllm(Engine):
     default_port = 8000
     default_host = "0.0.0.0"
     model_flags = ("--model",)
+    offload_flag = "--enable-sleep-mode"
     options = VLLM
     model_after_options = True
     seed_flags = ("--seed",)
@@ -256,7 +257,7 @@ class Vllm(Engine):
         """
         if has_flag(command, "--no-enable-sleep-mode"):
             return ()
-        given = has_flag(command, "--enable-sleep-mode")
+        given = has_flag(command, self.offload_flag)
         if not given and _release(installed) < _EXPANDABLE_SLEEP and expandable_segments(environment):
             log.info("no --enable-sleep-mode with expandable_segments:True; the driver carries the GPU memory")
             return ()
@@ -265,7 +266,7 @@ class Vllm(Engine):
             and not has_flag(command, _KEEP)
             and draft_weights(command.arguments, None)
         )
-        return (*([] if given else ["--enable-sleep-mode"]), *([_KEEP, ALL_DRAFTS] if drafts else []))
+        return (*([] if given else [self.offload_flag]), *([_KEEP, ALL_DRAFTS] if drafts else []))
 
     def unsafe_reload(self, command: EngineCommand, folder: Path | None, installed: EngineFacts) -> str:
         """As for every engine. vLLM's reload skips the draft model, which then drafts in vain (vllm-project/vllm#52479).
@@ -287,7 +288,7 @@ class Vllm(Engine):
 
         For vLLM 0.26 see docs/measurements.md. Raises EngineFailed if the outcome is unknown.
         """
-        if not has_flag(command, "--enable-sleep-mode"):
+        if not has_flag(command, self.offload_flag):
             return False
         try:
             self._control(client, RELOAD_LIMIT_S, call="sleep", level=2 if excluded else 1)

@@ -57,6 +57,9 @@ def _run(replica: RestoreContext, name: str, served: bool, feed: WeightFeed) -> 
     replica.mounting()
     snapshot = replica.library.load(name)
     replica.on_gpu = snapshot.gpu.processes > 0
+    if snapshot.asleep:  # its engine runs with what an offload needs, on the way to standby too
+        given = replica.settings.command
+        replica.command = replace(given, arguments=(*given.arguments, replica.engine.offload_flag))
     lazy = served and replica.settings.lazy_restore
     if replica.settings.trust_keys and not replica.fetching.unfinished:
         from checkpoint.snapshot.signatures import check_folder

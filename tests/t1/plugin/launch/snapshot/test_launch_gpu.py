@@ -319,11 +319,17 @@ def test_a_snapshot_with_gpu_state_has_no_lazy_restore(gpu_rig, caplog):
     assert replica._cuda.changes()[before:].count("restore") == 1
 
 
+@pytest.mark.parametrize("restored", [False, True])
 @pytest.mark.parametrize("weights", ["included", "excluded"])
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_in_standby_no_gpu_memory_is_held(gpu_rig, launch_rig, engine, weights):
+def test_in_standby_no_gpu_memory_is_held(gpu_rig, launch_rig, engine, weights, restored):
     replica = gpu_rig(engine, weights=weights)
     replica.start()
+    if restored:
+        replica.stop(5.0)
+        replica = gpu_rig(engine, weights=weights)
+        replica.start()
+        assert replica.restored
     expected = answer(replica)
     before = len(worker(replica)["calls"])
     for _ in range(2):

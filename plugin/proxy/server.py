@@ -54,6 +54,8 @@ class Proxy:
         self.handshakes: set[Client] = set()
         """Clients whose TLS handshake is not done."""
         self.draining = False
+        self.replaced = False
+        """Whether another process serves on: this one drains without refusing what it has accepted."""
         self.buffered = 0
         """Bytes of request bodies that are kept here."""
         self.max_clients = self.settings.max_clients or most_clients()
@@ -113,17 +115,21 @@ class Proxy:
         await self._stopped.wait()
 
     def drain(self) -> None:
-        """Answer held and new requests with 503 (shutting-down); those in flight continue."""
+        """Answer held and new requests with 503 (shutting-down); those in flight continue, and if `replaced`, all do."""
         if self.draining:
             return
         self.draining = True
+        if not self.replaced:
+            self._refuse()
+        for client in tuple(self.clients):
+            client.drain()
+
+    def _refuse(self) -> None:
         for task in self._tasks:
             task.cancel()
         ending = Unavailable("shutting-down", "the proxy is shutting down", retry_after_s=1.0)
         for pool in self.router.pools():
             pool.close(ending)
-        for client in tuple(self.clients):
-            client.drain()
 
     async def shutdown(self, limit_s: float | None = None) -> None:
         """Drain, wait up to `limit_s` seconds for the requests in flight, then cut the rest. A second call waits for the first."""
@@ -140,6 +146,8 @@ class Proxy:
                 left = len(self.clients)
                 text = "shutdown: %d clients cut, still connected after the time limit"
                 log.warning(text, left, extra={"event": "cut", "fields": {"clients": left}})
+        if self.replaced:
+            self._refuse()
         for client in tuple(self.clients):
             client.abort_answer()
         if self._sweeper is not None:  # stopped last: it closes idle keep-alive connections during the wait
@@ -255,7 +263,7 @@ class Proxy:
         if (verdict is not Verdict.PASS and verdict is not Verdict.QUIET) or client.on_admin_port:
             await self._serve_admin(client, request, exchange, verdict)
             return
-        if self.draining:
+        if self.draining and not self.replaced:
             raise Unavailable("shutting-down", "the proxy is shutting down")
         if request.expect and not request.complete:
             client.send_continue()

@@ -26,6 +26,7 @@ class Host(Protocol):
     clients: set[Client]
     handshakes: set[Client]
     draining: bool
+    replaced: bool
     buffered: int
     max_clients: int
     loop: asyncio.AbstractEventLoop

@@ -50,6 +50,8 @@ class ClientConnection(Client, asyncio.Protocol):
         """Bytes received since the parser last completed a head, a part of a body, or a request."""
         self._head_began = 0.0
         self._in_head = False
+        self._asked = False
+        """Whether a request's head has come."""
         self._stopped = False
         self._synthetic = False
         self._ignored_upgrade = False
@@ -122,9 +124,13 @@ class ClientConnection(Client, asyncio.Protocol):
         return any(event & _GONE for _, event in poller.poll(0))
 
     def drain(self) -> None:
-        """Close now if idle, else after the current answer, because the server is shutting down."""
+        """Close now if idle, else after the current answer, because the server is shutting down.
+
+        One that is replaced still serves the first request of a connection: it may be on its way.
+        """
         if self.current is None and not self._queue:
-            self.close()
+            if not self.host.replaced or (self._asked and not self._in_head):
+                self.close()
         elif self.current is not None:
             self.current.keep_alive = False
 
@@ -270,7 +276,7 @@ class ClientConnection(Client, asyncio.Protocol):
             return
         request = self._parsing
         assert request is not None
-        self._in_head = False
+        self._in_head, self._asked = False, True
         self._unparsed = 0
         size = len(request.target) + sum(len(name) + len(value) + 4 for name, _, value in request.headers)
         if size > self.settings.max_head:

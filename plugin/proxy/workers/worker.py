@@ -92,6 +92,7 @@ async def work(control_fd: int, listen_fd: int, admin_fd: int | None = None) -> 
         """Handle SIGTERM to this process or its group: finish the requests in flight and get replaced."""
         if not ending:
             control.send(op="leaving")
+            server.replaced = True
             ending.append(loop.create_task(server.shutdown()))
 
     loop.add_signal_handler(signal.SIGTERM, on_sigterm)

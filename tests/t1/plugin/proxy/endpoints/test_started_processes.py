@@ -190,7 +190,7 @@ def test_a_stream_is_finished_when_workers_end(who):
                 os.kill(pid, signal.SIGTERM)
             if who == "every worker":
                 with getting(url, "/again") as another:
-                    assert another.status == 200, "other workers serve at once"
+                    assert another.status == 200, (another.status, another.read(), "other workers serve at once")
             with streams:
                 got += answer.read()
             assert len(got) == 30 * 9

@@ -362,6 +362,37 @@ def test_quiesced_holds_new_requests_and_waits_for_those_in_flight(proxy):
     run(main())
 
 
+def test_a_proxy_that_another_process_replaces_refuses_nothing_that_it_accepted(proxy, request):
+    if "asgi" in request.node.callspec.id:
+        pytest.skip("its server accepts the connections")
+
+    async def main():
+        async with upstream() as up, proxy() as rig, proxy() as other:
+            rig.add("a", up.port)
+            fresh_reader, fresh = await asyncio.open_connection("127.0.0.1", rig.port)
+            idle_reader, idle = await asyncio.open_connection("127.0.0.1", rig.port)
+            idle.write(b"GET /1 HTTP/1.1\r\nHost: x\r\n\r\n")
+            await idle_reader.readuntil(b"\r\n\r\n")
+            held = asyncio.create_task(other.get("/held"))
+            await until(lambda: rig.connections() == 2 and other.pool.held == 1)
+            rig.server.replaced = other.server.replaced = True
+            stopping = asyncio.gather(rig.stop(LIMIT_S), other.stop(LIMIT_S))
+            await idle_reader.read()
+            idle.close()
+            with pytest.raises(ConnectionError):
+                await rig.get("/late")
+            fresh.write(b"GET /first HTTP/1.1\r\nHost: x\r\n\r\n")
+            answer = await fresh_reader.read()
+            assert answer.startswith(b"HTTP/1.1 200 ") and b"connection: close" in answer.lower()
+            fresh.close()
+            assert other.pool.held == 1
+            other.add("a", up.port)
+            assert (await held).status == 200
+            await stopping
+
+    run(main())
+
+
 def test_shutdown_finishes_requests_in_flight_and_answers_held_ones(proxy):
     gate = asyncio.Event()
 

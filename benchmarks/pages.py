@@ -1,7 +1,8 @@
 """Compare ways to restore a snapshot's pages, in turn on the same snapshot:
 
 - plain: CRIU copies every page.
-- filled: our page server puts every page in place with several threads while the processes are stopped, as for GPU state.
+- filled: our page server puts every page in place with several threads while the processes are stopped.
+- filled-one: the same for the largest process, and the others come by their working set, as where only that one has GPU state.
 - filled-mapped: the same, with weights and libraries' data mapped (`--no-lazy`).
 - criu-lazy: CRIU's own lazy-pages daemon.
 - copied: our page server, everything copied.
@@ -51,7 +52,7 @@ from plugin.runtime.signals import unwind  # noqa: E402
 from plugin.runtime.steps.engine_output import Output  # noqa: E402
 from plugin.runtime.steps.paging import map_pages  # noqa: E402
 
-WAYS = ("plain", "filled", "filled-mapped", "criu-lazy", "copied", "ours")
+WAYS = ("plain", "filled", "filled-one", "filled-mapped", "criu-lazy", "copied", "ours")
 
 
 def ask(sandbox: Sandbox, snapshot: Snapshot) -> tuple[float, float]:
@@ -86,6 +87,8 @@ def run(way: str, library: Library, criu: Criu, snapshot: Snapshot, record: bool
     if way != "plain":
         mapped, fill = way in ("ours", "filled-mapped"), way.startswith("filled")
         lazy = LazyRestore(None if record else known, record, print, print, map_pages=mapped, fill=fill)
+        if way == "filled-one":
+            lazy = replace(lazy, fill_only=(_largest(library.path(snapshot.name) / "images"),))
     replica = restore(library, criu, snapshot, binds, cache, pipes, lazy=lazy)
     try:
         returned = time.monotonic() - began
@@ -106,6 +109,10 @@ def run(way: str, library: Library, criu: Criu, snapshot: Snapshot, record: bool
         return found
     finally:
         replica.close()
+
+
+def _largest(images: Path) -> int:
+    return max(process_ids(str(images)), key=lambda pid: read_process(str(images), pid).lazy_pages)
 
 
 def _criu_lazy(

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from plugin.proxy.tls_listener import TlsListener
 
 log = logging.getLogger("quickthaw.proxy")
+_ACCEPTED_S = 0.2
+"""Seconds in which connections that were accepted before the listener closed appear."""
 _ORDINARY = frozenset({"forwarded", "own", "tunnel", "client-gone", probes.REMEMBERED, probes.NOT_AWAKE})
 """Outcomes of requests with which nothing went wrong."""
 
@@ -138,6 +140,9 @@ class Proxy:
             return
         self._emptied = asyncio.Event()
         self.drain()
+        if self.replaced:
+            await asyncio.sleep(_ACCEPTED_S)
+            self._emptied.clear()
         if self.clients:
             try:
                 async with asyncio.timeout(self.settings.drain_s if limit_s is None else limit_s):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 
 import pytest
 
 from plugin.proxy.errors import StartFailed
+from plugin.proxy.http.downstream import ClientConnection
 from plugin.proxy.server import ProxyServer
 from plugin.proxy.settings import Settings
 from plugin.runtime.phases import Phase
@@ -367,16 +369,23 @@ def test_a_proxy_that_another_process_replaces_refuses_nothing_that_it_accepted(
         pytest.skip("its server accepts the connections")
 
     async def main():
-        async with upstream() as up, proxy() as rig, proxy() as other:
+        async with upstream() as up, proxy() as rig, proxy() as other, proxy() as last:
             rig.add("a", up.port)
+            last.add("a", up.port)
             fresh_reader, fresh = await asyncio.open_connection("127.0.0.1", rig.port)
             idle_reader, idle = await asyncio.open_connection("127.0.0.1", rig.port)
             idle.write(b"GET /1 HTTP/1.1\r\nHost: x\r\n\r\n")
             await idle_reader.readuntil(b"\r\n\r\n")
             held = asyncio.create_task(other.get("/held"))
             await until(lambda: rig.connections() == 2 and other.pool.held == 1)
-            rig.server.replaced = other.server.replaced = True
-            stopping = asyncio.gather(rig.stop(LIMIT_S), other.stop(LIMIT_S))
+            rig.server.replaced = other.server.replaced = last.server.replaced = True
+            stopping = asyncio.gather(rig.stop(LIMIT_S), other.stop(LIMIT_S), last.stop(LIMIT_S))
+            await asyncio.sleep(0)
+            accepted = socket.socketpair()
+            await last.server.loop.connect_accepted_socket(lambda: ClientConnection(last.server), accepted[0])
+            accepted[1].sendall(b"GET /accepted HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert (await asyncio.to_thread(accepted[1].recv, 1 << 16)).startswith(b"HTTP/1.1 200 ")
+            accepted[1].close()
             await idle_reader.read()
             idle.close()
             with pytest.raises(ConnectionError):

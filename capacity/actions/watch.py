@@ -63,7 +63,7 @@ class State(msgspec.Struct, forbid_unknown_fields=True):
         Raises InputError (bad-state) if the file is damaged.
         """
         try:
-            return msgspec.json.decode(path.read_bytes(), type=cls)
+            return _STATE.decode(path.read_bytes())
         except FileNotFoundError:
             return cls()
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as bad:
@@ -101,6 +101,9 @@ class State(msgspec.Struct, forbid_unknown_fields=True):
                 for name, held in named.items()
             }
         self.filed = named
+
+
+_STATE = msgspec.json.Decoder(State)
 
 
 @dataclass(frozen=True)

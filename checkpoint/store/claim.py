@@ -86,7 +86,8 @@ class Claim:
             store = open_chunks(self._url).store
             while not (ours := self._acquire(store)):
                 self._known.set()
-                if self._decided or self._released.wait(POLL_S):
+                # Asked after the wait, too: a claim for a moment would keep another launch from its snapshot.
+                if self._decided or self._released.wait(POLL_S) or self._decided:
                     return
         except (LazyfsError, CheckpointError, OSError) as error:
             log.info(

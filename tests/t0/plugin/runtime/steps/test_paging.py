@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from checkpoint.cuda.checkpoint import Needs
 from plugin.runtime.steps.paging import Pace, PageFollower
 
 pytestmark = pytest.mark.t0
@@ -43,7 +44,7 @@ def test_the_page_server_learns_of_every_change_of_requests(tmp_path):
     fetching = SimpleNamespace(first_token=lambda: None, downloading=True)
     library = SimpleNamespace(working_set=lambda name: tmp_path / "none", home=tmp_path)
     follower = PageFollower(fetching, lambda: 3, lambda: True, there=lambda: there[0])
-    follower.begin(library, SimpleNamespace(name="one"), pages, recording=False)
+    follower.begin(library, SimpleNamespace(name="one", gpu=Needs()), pages, recording=False)
     try:
         for expected in ([True], [True, False], [True, False, True]):
             there[0] = 2 * expected[-1]
@@ -65,7 +66,7 @@ def test_what_a_batch_needs_does_not_wait_for_its_first_answer(tmp_path, there, 
     answered = [0]
     pace = Pace(first_answer_s=60.0, requests_s=0.0)
     follower = PageFollower(fetching, lambda: answered[0], lambda: True, pace, there=lambda: there)
-    follower.begin(library, SimpleNamespace(name="one", digest="own"), pages, recording=recording)
+    follower.begin(library, SimpleNamespace(name="one", digest="own", gpu=Needs()), pages, recording=recording)
     try:
         if at_once:
             assert pages.first.wait(10)

@@ -135,8 +135,11 @@ class ChunkStore:
         for encoding in (RAW, ZSTD):
             info = self._stored_intact(digest, length, encoding)
             if info is not None:
-                if time.time() - info.modified > GRACE_S / 2:
-                    self.store.touch(info.key)
+                try:
+                    if time.time() - info.modified > GRACE_S / 2:
+                        self.store.touch(info.key)
+                except NotFound:
+                    break  # a collection has just removed it
                 return PutResult(Chunk(digest, length, encoding), 0)
         encoding, body = self._encode(data)
         self.store.put(chunk_key(digest, encoding), body)
@@ -248,7 +251,10 @@ class ChunkStore:
             # The manifest has no ref yet: touch it, or a collection deletes old manifests without a ref.
             info = self.store.head(key)
             if info is not None and time.time() - info.modified > GRACE_S / 2:
-                self.store.touch(key)
+                try:
+                    self.store.touch(key)
+                except NotFound:  # a collection has just removed it
+                    self.store.put(key, data)
         if self.store.remote:
             self._check_not_collected(manifest, key, data, was_there=there == data)
         return digest

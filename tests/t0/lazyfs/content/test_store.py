@@ -17,7 +17,7 @@ from lazyfs.cache.cache import Cache
 from lazyfs.cache.sparse_file import UNVERIFIED
 from lazyfs.content.chunk_store import ChunkStore, chunk_key, digest_of
 from lazyfs.content.importer import import_tree
-from lazyfs.content.manifest import RAW, ZSTD, Chunk, File
+from lazyfs.content.manifest import RAW, VERSION, ZSTD, Chunk, File, Manifest
 from lazyfs.content.source_digests import DigestLog
 from lazyfs.content.trees import get_tree, put_tree
 from lazyfs.errors import Busy, Integrity, LazyfsError, NotFound, Permanent, Temporary, Usage
@@ -81,6 +81,24 @@ def test_damaged_chunks_are_never_returned(chunks, spoil):
     path.write_bytes(body)
     with pytest.raises(Integrity):
         chunks.get(digest, len(data))
+
+
+def test_what_a_collection_removes_while_it_is_stored_again_is_written(tmp_path, chunks, monkeypatch):
+    """An old chunk or manifest is there, and is gone when its age is reset."""
+    manifest = Manifest(VERSION, "tree", (), (File("a", 0o644, 4, (chunks.put_chunk(b"abcd").chunk,)),), (), {})
+    digest = chunks.put_manifest(manifest)
+    keys = [chunk_key(digest_of(b"abcd"), RAW), f"manifests/{digest}"]
+    for key in keys:
+        os.utime(chunks.store.path(key), (0, 0))
+    touch = chunks.store.touch
+
+    def removed_first(key):
+        chunks.store.delete(key)
+        touch(key)
+
+    monkeypatch.setattr(chunks.store, "touch", removed_first)
+    assert chunks.put(b"abcd") == digest_of(b"abcd") and chunks.put_manifest(manifest) == digest
+    assert all(chunks.store.head(key) is not None for key in keys)
 
 
 def test_bad_names_are_refused(chunks):

@@ -178,6 +178,8 @@ class Supervisor:
             log=self.log,
             pools=[self._mirror(p) for p in self.pools.values()],
         )
+        if self.stopping:  # began between its start and now: nobody has told it
+            control.send(op="shutdown", limit_s=0.0)
 
         def handle(message: dict[str, Any]) -> Awaitable[Any] | None:
             if message["op"] == "ready":

@@ -196,6 +196,8 @@ def test_a_stream_is_finished_when_workers_end(who):
             assert len(got) == 30 * 9
             if who == "every worker":
                 eventually(lambda: call(f"{url}/-/status")[1]["workers"] == 2, "those that were told have ended")
+            ending = time.monotonic()
+        assert time.monotonic() - ending < 20, "none is waited for that was starting, and that nobody told to end"
     finally:
         server.shutdown()
         server.server_close()

@@ -78,6 +78,7 @@ class Supervisor:
         """The running workers, including replaced ones that still finish their requests (`leaving`)."""
         self.listens_at = url(sockets[0])
         self.stopping = False
+        self._limit_s: float | None = None  # of a stop
         self._ended = merged([])
         """The counters of workers that have ended, so that none goes back."""
         self.started_at = time.time()
@@ -102,7 +103,7 @@ class Supervisor:
 
     async def shutdown(self, limit_s: float) -> None:
         """Stop all workers in order: requests in flight may finish within `limit_s` seconds, held ones get a 503."""
-        self.stopping = True
+        self.stopping, self._limit_s = True, limit_s
         for pool in self.pools.values():
             pool.close(Unavailable("shutting-down", "the proxy is shutting down"))
         for worker in tuple(self.workers):
@@ -178,8 +179,8 @@ class Supervisor:
             log=self.log,
             pools=[self._mirror(p) for p in self.pools.values()],
         )
-        if self.stopping:  # began between its start and now: nobody has told it
-            control.send(op="shutdown", limit_s=0.0)
+        if self._limit_s is not None:  # the stop began while it started: nobody has told it
+            control.send(op="shutdown", limit_s=self._limit_s)
 
         def handle(message: dict[str, Any]) -> Awaitable[Any] | None:
             if message["op"] == "ready":

@@ -170,9 +170,10 @@ class FaultHandler:
                     message=f"no first token within {self.first_token_timeout_s:.0f} s; background pages are copied now",
                 )
                 self.on_first_token()
-            self.copier.step(time.monotonic())
-            while self.copier.advance():
-                pass
+            if not self.fill or self.filled:  # else it would take the filling threads' time
+                self.copier.step(time.monotonic())
+                while self.copier.advance():
+                    pass
             if self.copier.finished or (self.fill and tree.restored):
                 self.release()
             if self.fill and not self.filled and tree.restored and not any(map(self.fills, self.spaces.values())):
@@ -184,7 +185,7 @@ class FaultHandler:
 
     def timeout(self, now: float) -> float:
         """Return how long the loop may sleep: at most until the next extent may be placed; -1 for no limit."""
-        limits = self.copier.waits(now)
+        limits = self.copier.waits(now) if not self.fill or self.filled else []
         if self.faults:
             limits.append(_RETRY_S)
         if self.waits_for_first_token():

@@ -77,8 +77,8 @@ class Supervisor:
         self.workers = [_Worker(n, sock) for n, sock in enumerate(sockets)]
         """The running workers, including replaced ones that still finish their requests (`leaving`)."""
         self.listens_at = url(sockets[0])
-        self.stopping = False
-        self._limit_s: float | None = None  # of a stop
+        self._stop_limit_s: float | None = None
+        """Seconds that requests in flight have once a stop has begun."""
         self._ended = merged([])
         """The counters of workers that have ended, so that none goes back."""
         self.started_at = time.time()
@@ -101,9 +101,14 @@ class Supervisor:
         async with asyncio.timeout(60.0):
             await asyncio.gather(*ready)
 
+    @property
+    def stopping(self) -> bool:
+        """Return whether a stop has begun."""
+        return self._stop_limit_s is not None
+
     async def shutdown(self, limit_s: float) -> None:
         """Stop all workers in order: requests in flight may finish within `limit_s` seconds, held ones get a 503."""
-        self.stopping, self._limit_s = True, limit_s
+        self._stop_limit_s = limit_s
         for pool in self.pools.values():
             pool.close(Unavailable("shutting-down", "the proxy is shutting down"))
         for worker in tuple(self.workers):
@@ -179,8 +184,8 @@ class Supervisor:
             log=self.log,
             pools=[self._mirror(p) for p in self.pools.values()],
         )
-        if self._limit_s is not None:  # the stop began while it started: nobody has told it
-            control.send(op="shutdown", limit_s=self._limit_s)
+        if self._stop_limit_s is not None:  # the stop began while it started: nobody has told it
+            control.send(op="shutdown", limit_s=self._stop_limit_s)
 
         def handle(message: dict[str, Any]) -> Awaitable[Any] | None:
             if message["op"] == "ready":

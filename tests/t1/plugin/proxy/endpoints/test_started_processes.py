@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -181,10 +182,7 @@ def test_a_stream_is_finished_when_workers_end(who):
             streams = contextlib.ExitStack()
             answer = streams.enter_context(getting(url, "/stream"))
             got = answer.read(9)
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            workers = [
-                int(p) for p in children if b"plugin.proxy.workers.worker" in Path(f"/proc/{p}/cmdline").read_bytes()
-            ]
+            workers = workers_of(process)
             assert len(workers) == 2
             for pid in [*workers, *([process.pid] if who == "the group" else [])]:
                 os.kill(pid, signal.SIGTERM)
@@ -201,6 +199,30 @@ def test_a_stream_is_finished_when_workers_end(who):
     finally:
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.slow
+def test_a_stop_answers_requests_that_a_replaced_worker_holds():
+    """A service manager signals every process of a group: the workers, which are replaced, and then the proxy itself."""
+    with ThreadPoolExecutor(1) as client, command("--upstream", f"http://127.0.0.1:{free_port()}", "--workers", "2") as (
+        process,
+        url,
+    ):
+        held = client.submit(call, f"{url}/v1/completions", {"prompt": "x"})
+        eventually(lambda: call(f"{url}/-/status")[1]["pools"][0]["held"] == 1, "it is held")
+        for pid in workers_of(process):
+            os.kill(pid, signal.SIGTERM)
+        eventually(lambda: len(workers_of(process)) == 3, "the one that holds it, and two new ones")
+        assert not held.done()
+        process.send_signal(signal.SIGTERM)
+        status, answer = held.result(10)  # not once the time for requests in flight is over
+        assert status == 503 and answer["error"]["code"] == "shutting-down"
+
+
+def workers_of(process):
+    """Return the process numbers of a proxy's workers."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(p) for p in children if b"plugin.proxy.workers.worker" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
 @contextlib.contextmanager

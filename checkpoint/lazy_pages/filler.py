@@ -6,7 +6,7 @@ with one thread per process. Standard library only.
 Why memory cannot be corrupted: the kernel places a page only where none exists, and these processes run nothing but
 CRIU's restorer, which neither drops nor moves restored memory. If one does, the fault handler fails the restore.
 
-Until CRIU has made the processes, the threads map the images' pages into this process, a sixth of what a page costs.
+Until CRIU has made the processes, the threads map the images' pages into this process, a seventh of what a page costs.
 """
 
 from __future__ import annotations
@@ -154,7 +154,16 @@ class Filler:
 
     def expect(self, pid: int, runs: Iterable[tuple[int, int, int]], source: Source) -> None:
         """Prepare for process `pid`, which CRIU has not made yet: `runs` is what a space of it will need."""
-        self._begin(pid, _Job(runs, source))
+        job = self._expected[pid] = _Job(runs, source)
+        if not job.left:
+            return
+        with self._changed:
+            self._jobs.append(job)
+            self._changed.notify_all()
+        while len(self._threads) < self._most:
+            thread = threading.Thread(target=self._work, name="filler", daemon=True)
+            thread.start()
+            self._threads.append(thread)
 
     def add(self, space: Space) -> None:
         """Begin to fill a space, whose memory CRIU may not have registered yet."""
@@ -169,18 +178,6 @@ class Filler:
         with self._changed:
             job.space = space
             self._changed.notify_all()
-
-    def _begin(self, pid: int, job: _Job) -> None:
-        self._expected[pid] = job
-        if not job.left:
-            return
-        with self._changed:
-            self._jobs.append(job)
-            self._changed.notify_all()
-        while len(self._threads) < self._most:
-            thread = threading.Thread(target=self._work, name="filler", daemon=True)
-            thread.start()
-            self._threads.append(thread)
 
     def fills(self, space: Space) -> bool:
         """Return whether a space is being filled, so nothing may change its memory."""

@@ -204,9 +204,12 @@ def test_a_stream_is_finished_when_workers_end(who):
 @pytest.mark.slow
 def test_a_stop_answers_requests_that_a_replaced_worker_holds():
     """A service manager signals every process of a group: the workers, which are replaced, and then the proxy itself."""
-    with ThreadPoolExecutor(1) as client, command("--upstream", f"http://127.0.0.1:{free_port()}", "--workers", "2") as (
-        process,
-        url,
+    with (
+        ThreadPoolExecutor(1) as client,
+        command("--upstream", f"http://127.0.0.1:{free_port()}", "--workers", "2") as (
+            process,
+            url,
+        ),
     ):
         held = client.submit(call, f"{url}/v1/completions", {"prompt": "x"})
         eventually(lambda: call(f"{url}/-/status")[1]["pools"][0]["held"] == 1, "it is held")

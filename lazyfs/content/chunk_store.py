@@ -134,16 +134,20 @@ class ChunkStore:
         digest = digest or digest_of(data)
         for encoding in (RAW, ZSTD):
             info = self._stored_intact(digest, length, encoding)
-            if info is not None:
-                try:
-                    if time.time() - info.modified > GRACE_S / 2:
-                        self.store.touch(info.key)
-                except NotFound:
-                    break  # a collection has just removed it
+            if info is not None and self._kept(info):
                 return PutResult(Chunk(digest, length, encoding), 0)
         encoding, body = self._encode(data)
         self.store.put(chunk_key(digest, encoding), body)
         return PutResult(Chunk(digest, length, encoding), len(body))
+
+    def _kept(self, info: ObjectInfo) -> bool:
+        """Touch an object if it is old; return False if a collection has just removed it."""
+        try:
+            if time.time() - info.modified > GRACE_S / 2:
+                self.store.touch(info.key)
+        except NotFound:
+            return False
+        return True
 
     def _encode(self, data: bytes | memoryview) -> tuple[int, bytes | memoryview]:
         if self.zstd is None:
@@ -244,19 +248,14 @@ class ChunkStore:
             there = bytes(self.store.get(key))
         except NotFound:
             there = None
-        if there != data:
+        # The manifest has no ref yet: one that is there is touched, or a collection deletes old manifests without a ref.
+        info = self.store.head(key) if there == data else None
+        was_there = info is not None and self._kept(info)
+        if not was_there:
             self.store.put(key, data)
             self.store.flush()
-        else:
-            # The manifest has no ref yet: touch it, or a collection deletes old manifests without a ref.
-            info = self.store.head(key)
-            if info is not None and time.time() - info.modified > GRACE_S / 2:
-                try:
-                    self.store.touch(key)
-                except NotFound:  # a collection has just removed it
-                    self.store.put(key, data)
         if self.store.remote:
-            self._check_not_collected(manifest, key, data, was_there=there == data)
+            self._check_not_collected(manifest, key, data, was_there=was_there)
         return digest
 
     def _check_not_collected(self, manifest: Manifest, key: str, data: bytes, *, was_there: bool) -> None:
@@ -270,6 +269,7 @@ class ChunkStore:
         self._await_collection(mark)
         if self.store.head(key) is None:  # it was old, had no name, and was deleted just before it was touched
             self.store.put(key, data)
+            was_there = False
         lengths = {c.digest: c.length for f in manifest.files for c in f.chunks}
         with ThreadPoolExecutor(HEADS) as pool:
             there = pool.map(lambda item: retrying(lambda: self.has(*item), RetryPolicy()), lengths.items())

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from lazyfs.admin.listing import remove
+from lazyfs.admin.listing import named_manifests, remove
 from lazyfs.admin.verify import verify
 from lazyfs.content import chunk_store
 from lazyfs.content.chunk_store import GC_MARK, ChunkStore
@@ -124,6 +124,30 @@ def test_an_import_during_a_whole_collection_fails(store, garbage):
     assert caught.value.code == "collected-meanwhile" and not list(chunks.manifests())
     import_tree(garbage, ChunkStore(store))
     assert verify(ChunkStore(store)).clean
+
+
+@pytest.mark.parametrize("after", ["get", "touch"])
+def test_a_manifest_that_was_collected_with_its_chunks_is_not_left_without_them(store, tmp_path, monkeypatch, after):
+    """It was there when the import asked, old and without a name: nothing then kept it or its chunks."""
+    chunks = ChunkStore(store)
+    digest, _ = import_tree(make_model(tmp_path / "model", megabytes=1), chunks)
+    for _, name in list(named_manifests(chunks)[0]):
+        store.delete(chunks.ref_key("tags", name))
+    manifest, key = chunks.get_manifest(digest), f"manifests/{digest}"
+    os.utime(store.path(key), (time.time() - 30 * HOUR,) * 2)
+    real = getattr(store.inner, after)
+
+    def collected(asked, **options):
+        found = real(asked, **options)
+        if asked == key:
+            monkeypatch.setattr(store.inner, after, real)
+            collect(ChunkStore(store), grace_s=0, untagged=True)
+        return found
+
+    monkeypatch.setattr(store.inner, after, collected)
+    with pytest.raises(Busy, match="deleted [0-9]+ chunks"):
+        chunks.put_manifest(manifest)
+    assert not list(chunks.manifests())
 
 
 def test_an_old_collection_costs_an_import_one_read(store, garbage, monkeypatch):

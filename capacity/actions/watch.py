@@ -170,7 +170,7 @@ def decide(problem: Problem, state: State, now: float, *, exact: bool = False, l
         blocked |= dict.fromkeys(wanted_stops, "shortage")
         wanted_stops = {}
     elif wanted_starts or wanted_stops:
-        stay = _staying(solved.problem)
+        stay = _staying(solved.problem, limit)
         if stay is not None and stay.cost <= solved.cost * (1 + problem.policy.hysteresis.saving) + 1e-9:
             for name in {**wanted_starts, **wanted_stops}:
                 blocked[name] = "saving"
@@ -213,10 +213,10 @@ def _solve(problem: Problem, exact: bool, limit: float) -> tuple[Plan, Infeasibl
     return solved, conflict, served
 
 
-def _staying(problem: Problem) -> Plan | None:
+def _staying(problem: Problem, limit: float) -> Plan | None:
     """Return the plan that starts and stops nothing now, or None if it violates a constraint."""
     try:
-        return planning.solve(problem, stay=True, explained=False)
+        return planning.solve(problem, stay=True, explained=False, limit=limit)
     except InfeasibleError:
         return None
 

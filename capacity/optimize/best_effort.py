@@ -2,6 +2,7 @@
 
 First, bisection finds one share by which every service's demand is scaled down. Then each service is raised back to its
 full demand if the others stay feasible. Quotas, supply, limits and region shares are never violated.
+Whether a plan exists is all that counts until the shares are found, so the plans before the last one are only constructed.
 """
 
 from __future__ import annotations
@@ -46,28 +47,30 @@ def best_effort(problem: Problem, *, limit: float = 60.0) -> tuple[Plan, dict[st
     `limit`: seconds per solve, and in total for raising single services. Raises InfeasibleError if even zero demand has no plan.
     """
 
-    def attempt(shares: dict[str, float]) -> Plan | None:
+    def plan(shares: dict[str, float], *, quick: bool = False) -> Plan:
+        return planning.solve(scaled(problem, shares), quick=quick, explained=False, limit=limit)
+
+    def feasible(shares: dict[str, float]) -> bool:
         try:
-            return planning.solve(scaled(problem, shares), explained=False, limit=limit)
+            plan(shares, quick=True)
         except InfeasibleError:
-            return None
+            return False
+        return True
 
     names = [service.name for service in problem.services]
     low, high = 0.0, 1.0
-    best = planning.solve(scaled(problem, dict.fromkeys(names, 0.0)), explained=False, limit=limit)
+    plan(dict.fromkeys(names, 0.0), quick=True)
     while high - low > RESOLUTION:
         middle = (low + high) / 2
-        found = attempt(dict.fromkeys(names, middle))
-        if found is None:
-            high = middle
+        if feasible(dict.fromkeys(names, middle)):
+            low = middle
         else:
-            low, best = middle, found
+            high = middle
     shares = dict.fromkeys(names, low)
     deadline = time.monotonic() + limit
     for name in names if len(names) > 1 else ():
         if time.monotonic() > deadline:
             break
-        found = attempt(shares | {name: 1.0})
-        if found is not None:
-            shares[name], best = 1.0, found
-    return replace(best, problem=problem), shares
+        if feasible(shares | {name: 1.0}):
+            shares[name] = 1.0
+    return replace(plan(shares), problem=problem), shares

@@ -17,7 +17,8 @@ from capacity.actions import watch
 from capacity.actions.apply import Applied, apply, observe
 from capacity.errors import CapacityError, InfeasibleError, InputError
 from capacity.model import Hysteresis
-from capacity.optimize.best_effort import scaled
+from capacity.optimize import plan as planning
+from capacity.optimize.best_effort import best_effort, scaled
 from tests.kits.capacity_kit import random_problem
 
 pytestmark = pytest.mark.t0
@@ -40,6 +41,30 @@ def with_mean(problem, mean):
 def done(decision, granted=None):
     """What a command did that did all of it, or started `granted` only."""
     return Applied(dict(decision.starts) if granted is None else granted, dict(decision.stops), {})
+
+
+@pytest.fixture
+def solves(monkeypatch):
+    """The options of each solve."""
+    found, real = [], planning.solve
+    monkeypatch.setattr(planning, "solve", lambda *given, **options: found.append(options) or real(*given, **options))
+    return found
+
+
+def test_shares_are_found_by_constructed_plans_and_the_last_one_is_improved(solves):
+    problem = random_problem(7020, pools=5, services=1, steps=12)
+    pools = tuple(replace(pool, quota=1, held=0) for pool in problem.pools)
+    short = moved(replace(problem, pools=pools), lambda *_: 20.0)
+    plan, shares = best_effort(short)
+    assert all(0.0 < share < 1.0 for share in shares.values())
+    assert [one["quick"] for one in solves] == [True] * 7 + [False]
+    assert plan.cost == planning.solve(scaled(short, shares), explained=False).cost
+
+
+def test_every_solve_of_a_round_has_the_limit_that_was_given(solves):
+    problem = moved(random_problem(1, steps=1), lambda *_: 1.0)
+    assert not watch.decide(problem, watch.State(), 0.0, limit=7.0).conflict
+    assert [one["limit"] for one in solves] == [7.0, 7.0] and solves[1]["stay"]
 
 
 def test_the_expected_demand_is_kept_and_scaled_with_the_quantiles():

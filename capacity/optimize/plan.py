@@ -164,8 +164,8 @@ def solve(
         raise explain.infeasible(problem, built, integers=False) if explained else InfeasibleError(Conflict((), False))
     near = np.zeros(len(built.cost))
     near[kept] = relaxed.values
-    whole = replace(relaxed, values=near)
-    rounded = solver.integers(built, whole, problem, required, quick=quick, thorough=thorough, limit=limit)
+    relaxed_full = replace(relaxed, values=near)
+    rounded = solver.integers(built, relaxed_full, problem, required, quick=quick, thorough=thorough, limit=limit)
     if rounded.values is None:
         raise explain.infeasible(problem, built, integers=True) if explained else InfeasibleError(Conflict((), False))
     best = solver.search(built, start=rounded.values, bound=relaxed.objective, limit=limit) if exact else None

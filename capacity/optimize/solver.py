@@ -1,8 +1,13 @@
 """Solve the linear program with duals, find a plan in integers near it, and find the optimum in integers.
 
-A plan in integers is constructed (`construct.py`) and then improved: a larger one by solving it again with the pools of one
-region free in one step and all others fixed (large neighbourhood search, Shaw 1998), very large ones only on request; and one
-of up to `SEARCHED` integers by one integer program. If construction fails, HiGHS searches without a start.
+A plan in integers is constructed (`construct.py`) and then improved, depending on its size:
+
+- up to `SMALL` integers: by one integer program;
+- up to `SEARCHED`: by neighbourhoods (solved again with the pools of one region free in one step and all others fixed, large
+  neighbourhood search, Shaw 1998), then by one integer program;
+- up to `IMPROVED`, or any size on request: by neighbourhoods alone.
+
+If construction fails, HiGHS searches without a start.
 """
 
 from __future__ import annotations
@@ -20,10 +25,8 @@ from capacity.optimize.highs import Outcome
 from capacity.optimize.program import Program, first_step
 from capacity.requirements import Need
 
-SMALL = 200  # integer columns up to which the whole plan is one integer program at once
-SEARCHED = 1000  # integer columns up to which it is one after neighbourhoods
+SMALL, SEARCHED, IMPROVED = 200, 1000, 1500  # integer columns
 LARGE = 5000  # columns from which a linear program of one step is scaled differently
-IMPROVED = 1500  # integer columns up to which a constructed plan is improved by default
 # Nodes limit the search, not time, so that a busy machine computes the same plan.
 NODES = 500
 SEARCHED_NODES = 100

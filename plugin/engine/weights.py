@@ -181,10 +181,14 @@ class _Sources:
     def __init__(self, folders):
         self.by_head: dict[bytes, list[tuple[int, int, int]]] = {}
         self.files, self._fds = [], []
-        for folder in folders:
-            names = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
-            for path in [folder] if os.path.isfile(folder) else names:
-                self._add(path)
+        try:
+            for folder in folders:
+                names = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
+                for path in [folder] if os.path.isfile(folder) else names:
+                    self._add(path)
+        except BaseException:
+            self.close()  # else the dump that follows keeps these files as the engine's own
+            raise
         for sources in self.by_head.values():
             sources.sort(key=lambda source: -source[2])
 

@@ -68,30 +68,36 @@ class WeightFeed:
 
         `place` is the model's folder as the engine sees it, `here` where this host has it.
         """
+        return self._begin(folder, place, lambda: here)
+
+    def begin_later(self, folder: Path, place: str, mount: Callable[[], Path | None]) -> None:
+        """Begin as soon as `mount`, called in a thread, has returned where this host has the model."""
+        threading.Thread(target=self._begin, args=(folder, place, mount), name="weights", daemon=True).start()
+
+    def _begin(self, folder: Path, place: str, find: Callable[[], Path | None]) -> bool:
         try:
+            here = find()
             layout = None if (folder / OFF).exists() else layouts.load(folder)
             if layout is None:
                 return False
             with self._lock:
                 if not self._closed:
+                    self._folder, self._digest = folder, layout.digest
                     self._ring = _ring(folder, layout, place, here)
                     self._ring.start()
+            return True
         except (Failed, OSError) as error:
             log.warning("the engine reads its weights itself: %s", _words(error))
             return False
         finally:
             self._begun.set()
-        self._folder, self._digest = folder, layout.digest
-        return True
-
-    def begin_later(self, folder: Path, place: str, mount: Callable[[], Path | None]) -> None:
-        """Begin as soon as `mount`, called in a thread, has returned where this host has the model."""
-        begin = lambda: self.begin(folder, place, mount())  # noqa: E731
-        threading.Thread(target=begin, name="weights", daemon=True).start()
 
     def offer(self, control: Path) -> None:
         """Offer the ring to the engine whose control folder this is, until `close`."""
-        self._begun.wait(STALL_S)
+        if not self._begun.wait(STALL_S):
+            log.warning("the engine reads its weights itself: weights-stalled: no mount within %.0f s", STALL_S)
+            self.close()
+            return
         ring = self._ring
         if ring is None:
             return
@@ -170,13 +176,19 @@ class WeightFeed:
             peer, _ = listener.accept()
         except OSError:
             return  # withdrawn
+        head = {"layout": self._digest, "slots": ring.slots, "slot_bytes": ring.slot_bytes}
         with peer:
-            self._peer = peer
+            try:
+                with self._lock:  # `close` closes the ring's descriptor, and shuts down only a peer that it knows
+                    if self._closed:
+                        return
+                    self._peer = peer
+                    socket.send_fds(peer, [json.dumps(head).encode()], [ring.fd])
+            except OSError:
+                return  # the engine ended
             freed = threading.Thread(target=_receive_freed, args=(peer, ring), name="weights-freed", daemon=True)
             freed.start()
             with contextlib.suppress(OSError):  # the engine ended, or closed its end: its answer says why
-                head = {"layout": self._digest, "slots": ring.slots, "slot_bytes": ring.slot_bytes}
-                socket.send_fds(peer, [json.dumps(head).encode()], [ring.fd])
                 for number in range(ring.count):
                     size = ring.wait_filled(number, STALL_S)
                     message = {"number": number, "bytes": size} if size else {"error": ring.error or _STALLED}

@@ -8,8 +8,10 @@ import json
 import os
 import random
 import shutil
+import socket
 import struct
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -145,6 +147,70 @@ def test_no_memory_and_no_descriptor_stays(control_dir, checkpoint_dir, tmp_path
     while len(os.listdir("/proc/self/fd")) > before:
         assert time.monotonic() < limit
     assert sorted(file.name for file in control_dir.iterdir() if file.suffix != ".refilled") == []
+
+
+def test_an_engine_that_connects_at_once_finds_its_layout(control_dir, checkpoint_dir, tmp_path):
+    held, ring = model(), feed.WeightFeed(PhaseTracker())
+    folder, _ = recorded(control_dir, tmp_path, held, checkpoint_dir)
+    refilled = []
+
+    class Begun(threading.Event):
+        def set(self):
+            super().set()
+            ring.offer(control_dir)
+            refilled.append(weights.refill([held]))
+
+    ring._begun = Begun()
+    with ring:
+        assert ring.begin(folder, "", None)
+    assert refilled == [True]
+
+
+def test_an_engine_that_connects_while_the_ring_closes_gets_nothing(control_dir, checkpoint_dir, tmp_path):
+    folder, _ = recorded(control_dir, tmp_path, model(), checkpoint_dir)
+    ours, engine = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with feed.WeightFeed(PhaseTracker()) as ring, engine:
+        ring.begin(folder, "", None)
+        held = ring.ring
+
+        def accept():
+            ring.close()
+            return ours, None
+
+        thread = threading.Thread(target=ring._serve, args=(SimpleNamespace(accept=accept), held), daemon=True)
+        thread.start()
+        thread.join(5.0)
+        assert not thread.is_alive(), "the engine keeps its end open"
+        assert engine.recv(1 << 16) == b""
+
+
+def test_a_model_that_is_never_mounted_is_one_line(control_dir, checkpoint_dir, tmp_path, monkeypatch, caplog):
+    folder, _ = recorded(control_dir, tmp_path, model(), checkpoint_dir)
+    monkeypatch.setattr(feed, "STALL_S", 0.05)
+    mounted = threading.Event()
+    with feed.WeightFeed(PhaseTracker()) as ring:
+        ring.begin_later(folder, str(checkpoint_dir), lambda: mounted.wait(5.0) and checkpoint_dir)
+        ring.offer(control_dir)
+        assert "weights-stalled: no mount" in caplog.text and not weights.offered()
+        mounted.set()
+        assert ring._begun.wait(5.0) and ring.ring is None, "nobody would take what it reads"
+
+
+def test_a_mount_that_fails_keeps_no_restore_waiting(control_dir, tmp_path, monkeypatch):
+    reported = []
+    monkeypatch.setattr(threading, "excepthook", lambda failed: reported.append(failed.exc_type))
+    with feed.WeightFeed(PhaseTracker()) as ring:
+        ring.begin_later(tmp_path, "", lambda: {}["a fault of ours"])
+        assert ring._begun.wait(5.0)
+    assert reported in ([], [KeyError]), "its thread reports it after that"
+
+
+def test_a_file_that_cannot_be_opened_leaves_no_descriptor_for_the_dump(control_dir, checkpoint_dir):
+    (checkpoint_dir / "c.safetensors").symlink_to("gone")
+    weights.record([model()], [str(checkpoint_dir)])
+    assert "weights-unknown" in layout.collect(control_dir)
+    opened = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    assert not [path for path in opened if path.endswith(".safetensors")]
 
 
 def test_the_model_may_be_elsewhere_on_this_host(control_dir, checkpoint_dir, tmp_path):

@@ -24,6 +24,7 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]]
 
+import launchers  # noqa: E402
 from benchmarks.gpu_figures import Figures  # noqa: E402
 from benchmarks.gpu_model import made  # noqa: E402
 from plugin.bench.presets import Preset  # noqa: E402
@@ -60,7 +61,7 @@ def run(
     engine: str, work: Path, out: Path, budget_s: float, restores: int, alones: int, wakes: int, double: bool
 ) -> int:
     """Measure an engine: restored, by phase, from standby, alone, and by its own sleep mode, on one model in one run."""
-    from benchmarks.gpu_steps import ARGUMENTS, MODEL_FLAGS, SNAPSHOT, GpuBench, Run, steps
+    from benchmarks.gpu_steps import ARGUMENTS, SNAPSHOT, GpuBench, Run, steps
 
     work, out = work.absolute(), out.absolute()
     out.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ def run(
             preset, program = doubles(engine, work)
         else:
             model = made(work, "model", sys.executable)
-            arguments = (MODEL_FLAGS[engine], str(model), *ARGUMENTS[engine])
+            arguments = (launchers.engine(engine).model_flags[0], str(model), *ARGUMENTS[engine])
             preset = Preset(engine, Path(sys.executable), model, arguments, loader_path())
             program = ("-m", "plugin.launch")
         options = (
@@ -102,7 +103,6 @@ def loader_path() -> dict[str, str]:
 
 def doubles(engine: str, work: Path) -> tuple[Preset, tuple[str, ...]]:
     """Return the engine's double as a preset, and the launch on the driver's double; both are set up in `work`."""
-    from benchmarks.gpu_steps import MODEL_FLAGS
     from tests.kits.checkpoint.cuda_double import GPU0, TOTAL, configure, write
     from tests.kits.launch_rig import environment, model
 
@@ -118,7 +118,7 @@ def doubles(engine: str, work: Path) -> tuple[Preset, tuple[str, ...]]:
         "QUICKTHAW_SHARED_STEP": "1",
         "PYTHONPATH": str(ROOT),
     }
-    return Preset(engine, python, folder, (MODEL_FLAGS[engine], str(folder)), variables), (
+    return Preset(engine, python, folder, (launchers.engine(engine).model_flags[0], str(folder)), variables), (
         "-m",
         "tests.programs.gpu_launch",
     )

@@ -14,6 +14,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+import launchers
 from benchmarks.gpu_figures import ALONE, RESTORED, Figures, NotHere
 from benchmarks.switching import act
 from checkpoint.snapshot.library import Library
@@ -31,8 +32,6 @@ ARGUMENTS = {
         *("--attention-backend", "triton", "--sampling-backend", "pytorch"),
     ),
 }
-SLEEPS = {"vllm": "--enable-sleep-mode", "sglang": "--enable-memory-saver"}
-MODEL_FLAGS = {"vllm": "--model", "sglang": "--model-path"}
 ENVIRONMENT = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "PYTHONUNBUFFERED": "1"}
 TOKENS = 16
 
@@ -183,7 +182,7 @@ class Run:
     def own_sleep(self) -> None:
         """Measure the engine's own sleep mode on the same model: from the call that wakes it to the first token."""
         port = measure.free_port()
-        command, answer = self.start("alone", "own-sleep", port, SLEEPS[self.engine], VLLM_SERVER_DEV_MODE="1")
+        command, answer = self.start("alone", "own-sleep", port, launchers.engine(self.engine).offload_flag, VLLM_SERVER_DEV_MODE="1")
         try:
             for row, sleep, wake in self._ways_of_sleep(port):
                 for _ in range(self.wakes):

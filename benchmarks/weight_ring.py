@@ -69,8 +69,9 @@ def read(files: list[Path], threads: int) -> float:
                 file, at = pieces.pop()
             except IndexError:
                 break  # another thread took the last
-            fd = opened.setdefault(file, os.open(file, os.O_RDONLY)) if file not in opened else opened[file]
-            os.preadv(fd, [buffer], at)
+            if file not in opened:
+                opened[file] = os.open(file, os.O_RDONLY)
+            os.preadv(opened[file], [buffer], at)
         for fd in opened.values():
             os.close(fd)
 

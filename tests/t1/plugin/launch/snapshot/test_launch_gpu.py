@@ -17,8 +17,6 @@ import pytest
 
 import launchers
 from checkpoint import host_memory
-from checkpoint.compatibility import host
-from checkpoint.compatibility.gpu import Gpu
 from checkpoint.criu.binary import Criu
 from checkpoint.cuda import checkpoint as cuda
 from checkpoint.cuda import helper
@@ -34,17 +32,15 @@ from plugin.proxy.http.address import from_url
 from plugin.proxy.pool.pool import ReplicaPool
 from plugin.rehearsal.rehearse import GivenUp, Rehearsal, _Rehearsed, named_settings
 from plugin.runtime import replica as replica_module
-from plugin.runtime.capabilities import Capabilities
-from plugin.runtime.config import LaunchSettings, state_home
-from plugin.runtime.phases import Phase, PhaseTracker
-from plugin.runtime.replica import Replica
+from plugin.runtime.config import state_home
+from plugin.runtime.phases import Phase
 from plugin.runtime.standby import engine as standby_engine
-from plugin.runtime.steps.model_mount import Weights
 from tests.kits.checkpoint import cuda_double
-from tests.kits.checkpoint.cuda_double import GPU0, TOTAL, TreeDouble, configure, wait_until, write
+from tests.kits.checkpoint.cuda_double import GPU0, TOTAL, TreeDouble, wait_until, write
+from tests.kits.gpu_rig import USED, answer, gpu_rig, worker
 
+__all__ = ["gpu_rig"]
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]
-USED = 1 << 20
 PYTHON_GROWTH = 2 << 20
 """Bytes that the double's interpreters may allocate after the dump."""
 
@@ -54,59 +50,6 @@ def command_line(pid):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
-
-
-@pytest.fixture
-def gpu_rig(launch_rig, monkeypatch, tmp_path):
-    """Return a function that makes replicas of the double on a GPU."""
-    gpu = tmp_path / "gpu"
-    gpu.mkdir()
-    write(gpu / "gpus.json", {GPU0: TOTAL})
-    configure(gpu, memory={GPU0: USED})
-    found = ((Gpu(name="Double", memory=TOTAL, uuid=GPU0),), "580.159.03")
-    monkeypatch.setattr(host, "gpu_facts", lambda environment=None: found)
-    for name, value in launch_rig.env().items():
-        monkeypatch.setenv(name, value)
-    made = []
-
-    def make(engine="vllm", arguments=(), criu=None, contexts=1, **settings):
-        launcher = launchers.engine(engine)
-        flag = "--model" if engine == "vllm" else "--model-path"
-        environment = {**os.environ, "ENGINE_DOUBLE_GPU": str(contexts)}
-        replica = Replica(
-            LaunchSettings(
-                engine=engine,
-                command=launcher.parse([flag, str(launch_rig.model), *arguments], environment),
-                engine_python=str(launch_rig.python),
-                home=launch_rig.home,
-                environment=environment,
-                **settings,
-            ),
-            launcher,
-            Capabilities(),
-            criu or Criu.find(state_home()),
-            Weights(str(launch_rig.model), launch_rig.home, None, True),
-            PhaseTracker(),
-            stdout=None,
-            stderr=None,
-        )
-        replica._cuda = TreeDouble(str(gpu))
-        made.append(replica)
-        return replica
-
-    make.gpu = gpu
-    yield make
-    for replica in made:
-        replica.stop(5.0)
-        replica.weights.close()
-
-
-def worker(replica):
-    return replica.running.client.json("GET", "/facts")["worker"]
-
-
-def answer(replica):
-    return replica.engine.generate(replica.running.client, "The quick brown fox", 4)
 
 
 MODEL = "MODEL"

@@ -16,7 +16,7 @@ from checkpoint.cuda import leaving
 from checkpoint.sandbox.process_tree import processes
 from plugin.runtime.phases import Phase
 from tests.kits.checkpoint.cuda_double import GPU0, TOTAL, alive, wait_until, write
-from tests.t1.plugin.launch.snapshot.test_launch_gpu import answer, gpu_rig
+from tests.kits.gpu_rig import answer, gpu_rig
 
 __all__ = ["gpu_rig"]
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]

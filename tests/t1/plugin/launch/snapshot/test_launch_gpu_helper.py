@@ -7,37 +7,28 @@ import logging
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
-from checkpoint.cuda.helper import Helper
 from checkpoint.errors import CheckpointError
 from checkpoint.sandbox.process_tree import processes
 from launchers.errors import LauncherError
 from plugin.runtime.phases import Phase
 from tests.kits.checkpoint.cuda_double import alive, configure, locked_bytes, timed, wait_until, write
-from tests.t1.plugin.launch.snapshot.test_launch_gpu import answer, gpu_rig
+from tests.kits.gpu_rig import answer, gpu_rig, helped_rig
 
-__all__ = ["gpu_rig"]
+__all__ = ["gpu_rig", "helped_rig"]
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]
 LIMIT_S = 2.0
 
 
 @pytest.fixture
-def launch(gpu_rig):
-    """Return a function that makes replicas with two contexts, whose driver is in a helper; and the double's folder."""
-    helpers = []
-
-    def make(**settings):
-        replica = gpu_rig("vllm", contexts=2, **settings)
-        replica._cuda = Helper("tests.kits.checkpoint.cuda_double:TreeDouble", str(gpu_rig.gpu), move_timeout_s=LIMIT_S)
-        helpers.append(replica._cuda)
-        return replica
-
-    make.folder = gpu_rig.gpu
-    yield make
-    for helper in helpers:
-        helper.close()
+def launch(helped_rig):
+    """Return a function that makes replicas with two contexts; and the double's folder."""
+    make = partial(helped_rig, contexts=2, move_timeout_s=LIMIT_S)
+    make.folder = helped_rig.gpu
+    return make
 
 
 @pytest.fixture
@@ -140,6 +131,7 @@ def test_a_helper_that_is_killed_while_the_engine_serves_is_replaced(launch, tak
     replica.start()
     assert replica.restored
     os.kill(replica._cuda.pid, signal.SIGKILL)
+    wait_until(lambda: replica._cuda.pid is None)
     replica.standby()
     replica.start()
     assert replica.resting.continued and answer(replica) == taken

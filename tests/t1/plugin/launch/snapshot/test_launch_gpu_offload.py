@@ -11,7 +11,7 @@ import launchers
 from launchers.errors import EngineFailed
 from plugin.runtime.phases import Phase
 from plugin.runtime.steps.take_snapshot import NotResumed
-from tests.t1.plugin.launch.snapshot.test_launch_gpu import answer, gpu_rig, worker
+from tests.kits.gpu_rig import answer, gpu_rig, worker
 
 __all__ = ["gpu_rig"]
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]

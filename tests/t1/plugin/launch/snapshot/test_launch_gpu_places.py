@@ -25,7 +25,7 @@ from plugin.runtime.launcher import Launch
 from plugin.runtime.phases import Phase
 from plugin.runtime.steps.model_mount import Weights
 from tests.kits.checkpoint.cuda_double import GPU0, GPU1, TOTAL, TreeDouble, alive, configure, timed, wait_until, write
-from tests.t1.plugin.launch.snapshot.test_launch_gpu import USED, answer, gpu_rig, worker
+from tests.kits.gpu_rig import USED, answer, gpu_rig, worker
 
 __all__ = ["gpu_rig"]
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]

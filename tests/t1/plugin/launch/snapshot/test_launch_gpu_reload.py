@@ -10,7 +10,7 @@ import pytest
 
 import launchers
 from plugin.runtime.phases import Phase
-from tests.t1.plugin.launch.snapshot.test_launch_gpu import answer, gpu_rig, worker
+from tests.kits.gpu_rig import answer, gpu_rig, worker
 
 __all__ = ["gpu_rig"]
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]

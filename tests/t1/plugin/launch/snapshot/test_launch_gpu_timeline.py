@@ -5,37 +5,28 @@ in the helper and the engine are doubles.
 """
 
 import logging
+from functools import partial
 
 import pytest
 
 from checkpoint.cuda import checkpoint as cuda
-from checkpoint.cuda.helper import Helper
 from checkpoint.sandbox.sandbox import Sandbox
 from plugin.runtime.phases import Phase, Work
 from tests.kits.checkpoint.cuda_double import GPU0, TOTAL, configure, timed, write
-from tests.t1.plugin.launch.snapshot.test_launch_gpu import USED, answer, gpu_rig, worker
+from tests.kits.gpu_rig import USED, answer, gpu_rig, helped_rig, worker
 from tests.t1.plugin.launch.snapshot.test_launch_ring import after, until
 
-__all__ = ["gpu_rig"]
+__all__ = ["gpu_rig", "helped_rig"]
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]
 MOVE_S = 0.3
 
 
 @pytest.fixture
-def replicas(gpu_rig):
-    """Return a function that makes replicas whose driver is in a real helper process; they exclude their weights."""
-    helpers = []
-
-    def make(engine, contexts=1, **settings):
-        replica = gpu_rig(engine, contexts=contexts, weights="excluded", **settings)
-        replica._cuda = Helper("tests.kits.checkpoint.cuda_double:TreeDouble", str(gpu_rig.gpu))
-        helpers.append(replica._cuda)
-        return replica
-
-    make.gpu = gpu_rig.gpu
-    yield make
-    for helper in helpers:
-        helper.close()
+def replicas(helped_rig):
+    """Return a function that makes replicas that exclude their weights; and the double's folder."""
+    make = partial(helped_rig, weights="excluded")
+    make.gpu = helped_rig.gpu
+    return make
 
 
 @pytest.fixture(params=["vllm", "sglang"])

@@ -23,9 +23,9 @@ from plugin.runtime.replica import Replica
 from plugin.runtime.steps.model_mount import Weights
 from plugin.runtime.weight_ring import feed
 from plugin.runtime.weight_ring.ring import Ring
+from tests.kits.gpu_rig import answer as gpu_answer
+from tests.kits.gpu_rig import gpu_rig
 from tests.kits.launch_rig import WEIGHT_BYTES
-from tests.t1.plugin.launch.snapshot.test_launch_gpu import answer as gpu_answer
-from tests.t1.plugin.launch.snapshot.test_launch_gpu import gpu_rig
 
 __all__ = ["gpu_rig"]
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]

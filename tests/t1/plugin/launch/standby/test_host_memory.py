@@ -17,7 +17,7 @@ from plugin.proxy.admin.costs import memory_bytes
 from plugin.runtime.gpu import host_memory
 from plugin.runtime.phases import Phase
 from tests.kits.checkpoint.cuda_double import wait_until
-from tests.t1.plugin.launch.snapshot.test_launch_gpu import answer, gpu_rig, worker
+from tests.kits.gpu_rig import answer, gpu_rig, worker
 
 __all__ = ["gpu_rig"]
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]

@@ -182,7 +182,9 @@ class Run:
     def own_sleep(self) -> None:
         """Measure the engine's own sleep mode on the same model: from the call that wakes it to the first token."""
         port = measure.free_port()
-        command, answer = self.start("alone", "own-sleep", port, launchers.engine(self.engine).offload_flag, VLLM_SERVER_DEV_MODE="1")
+        command, answer = self.start(
+            "alone", "own-sleep", port, launchers.engine(self.engine).offload_flag, VLLM_SERVER_DEV_MODE="1"
+        )
         try:
             for row, sleep, wake in self._ways_of_sleep(port):
                 for _ in range(self.wakes):

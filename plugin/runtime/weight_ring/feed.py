@@ -83,8 +83,9 @@ class WeightFeed:
             with self._lock:
                 if not self._closed:
                     self._folder, self._digest = folder, layout.digest
-                    self._ring = _ring(folder, layout, place, here)
-                    self._ring.start()
+                    ring = _ring(folder, layout, place, here)
+                    ring.start()
+                    self._ring = ring
             return True
         except (Failed, OSError) as error:
             log.warning("the engine reads its weights itself: %s", _words(error))

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from checkpoint.errors import Failed
 from plugin.runtime.weight_ring.layout import ZEROS
 
 SLOT_BYTES = 16 << 20
@@ -105,11 +106,19 @@ class Ring:
             self._threads.append(threading.Thread(target=self._warm, name="weights-warm", daemon=True))
 
     def start(self) -> None:
-        """Begin to read."""
+        """Begin to read, with as many threads as can be started. Raises Failed (weights-unreadable) if that is none."""
         self.began = time.monotonic()
         self._users = len(self._threads)
-        for thread in self._threads:
-            thread.start()
+        for number, thread in enumerate(self._threads):
+            try:
+                thread.start()
+            except RuntimeError as error:
+                with self._state:
+                    self._users -= len(self._threads) - number
+                if not number:
+                    self.close()
+                    raise Failed("weights-unreadable", f"no thread to read them: {error}") from error
+                return
 
     def wait_filled(self, number: int, timeout_s: float) -> int:
         """Return the bytes of slot `number` of the stream once they are there; 0 if they will never be, or not within the timeout."""

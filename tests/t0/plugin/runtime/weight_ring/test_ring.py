@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from checkpoint.errors import Failed
 from plugin.runtime.weight_ring.layout import ZEROS
 from plugin.runtime.weight_ring.ring import Ring, Source
 
@@ -151,3 +152,28 @@ def test_what_follows_a_full_ring_comes_into_the_page_cache(tmp_path):
         time.sleep(0.01)
     assert not ring.ended, "it was not read"
     ring.close()
+
+
+@pytest.mark.parametrize("startable", [0, 1])
+def test_with_too_few_threads_it_reads_with_those_there_are_or_says_so(stream, monkeypatch, startable):
+    files, segments, expected = stream
+    begin, begun = threading.Thread.start, []
+
+    def start(thread):
+        if len(begun) == startable:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    before = len(os.listdir("/proc/self/fd"))
+    ring = Ring(sources(files), segments, 3, 7777, 4)
+    if startable:
+        ring.start()
+        assert read_all(ring) == expected
+        ring.close()
+        begun[0].join(5.0)
+    else:
+        with pytest.raises(Failed, match="no thread to read them"):
+            ring.start()
+    assert len(os.listdir("/proc/self/fd")) == before
